@@ -1,0 +1,197 @@
+"""Images to embeddings: batches, flips, a colour-histogram baseline, and files on disk."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from reidlib.datasets import image_list
+from reidlib.images import Augmentation, common_size, load_pixels
+from reidlib.progress import progress
+from reidlib.recipes import Recipe
+from reidlib.runs import write_atomically
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device: `"auto"` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("mps" if torch.backends.mps.is_available() else found)
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).split("\n")[0]
+        raise ValueError(
+            f"There is no device {name!r} here ({cause}). Use 'auto' or 'cpu'."
+        ) from None
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context that runs a network in bfloat16, or changes nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def load_images(
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the pixels (N, H, W, 3) of a table for a recipe, and the rows they belong to.
+
+    Images that all have one size keep it. Others are resized, as they are decoded, to the size that
+    the recipe crops from.
+    """
+    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
+    size = common_size(table, otherwise=enlarged)
+    return load_pixels(table, size, recipe.unreadable, show_progress)
+
+
+@torch.inference_mode()
+def embed(
+    model: nn.Module,
+    pixels: np.ndarray,
+    recipe: Recipe,
+    flip: bool = False,
+    batch: int = 128,
+    precision: str = "float32",
+    show_progress: bool = True,
+) -> np.ndarray:
+    """Return the embeddings (N, D) float32 of uint8 pixels (N, H, W, 3).
+
+    Args:
+        model: the network; it is put into evaluation mode for the time of the call.
+        pixels: what `load_images` returned.
+        recipe: says the size and the normalisation of the input.
+        flip: embed the mirrored image too and take the mean of both.
+        batch: images at a time.
+        precision: `"float32"`, the default, gives the same scores on every machine; `"bfloat16"` is
+            faster and moves them by some hundredths of a point.
+        show_progress: draw a bar.
+
+    Raises:
+        ValueError: no images.
+    """
+    if len(pixels) == 0:
+        raise ValueError("There are no images to embed.")
+    device = next(model.parameters()).device
+    augmentation = Augmentation((recipe.height, recipe.width), normalise=recipe.normalise)
+    was_training = model.training
+    model.eval().to(memory_format=torch.channels_last)
+    parts = []
+    bar = progress(total=len(pixels), desc="embed", unit="img", show=show_progress)
+    for start in range(0, len(pixels), batch):
+        block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch])).to(device)
+        images = augmentation.plain(block).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            emb = model(images).float()
+            if flip:
+                emb = (emb + model(images.flip(3)).float()) / 2
+        parts.append(emb.cpu())
+        bar.update(len(block))
+    bar.close()
+    model.train(was_training)
+    return torch.cat(parts).numpy()
+
+
+def colour_histogram(pixels: np.ndarray, stripes: int = 6, bins: int = 8) -> np.ndarray:
+    """Return the baseline that needs no network: colour histograms of horizontal stripes.
+
+    Each channel of each stripe has a histogram of its own, its bins the shares of the stripe's
+    pixels. Their square roots make Euclidean distance the Hellinger distance.
+
+    Returns:
+        (N, stripes · 3 · bins) float32.
+
+    >>> colour_histogram(np.zeros((2, 128, 64, 3), np.uint8)).shape
+    (2, 144)
+    """
+    n, height = pixels.shape[:2]
+    edges = np.linspace(0, height, stripes + 1).astype(int)
+    out = np.empty((n, stripes, 3, bins), np.float32)
+    for row, image in enumerate(pixels):
+        binned = image // (256 // bins)
+        for s, (top, bottom) in enumerate(zip(edges, edges[1:], strict=False)):
+            for c in range(3):
+                counts = np.bincount(binned[top:bottom, :, c].ravel(), minlength=bins)
+                out[row, s, c] = counts[:bins] / counts.sum()
+    return np.sqrt(out).reshape(n, -1)
+
+
+def write_embeddings(path: str | Path, emb: np.ndarray | Tensor, table: pd.DataFrame) -> None:
+    """Write embeddings and what they belong to as HDF5, atomically.
+
+    Four datasets: `emb` (N, D) float32, `pid` and `camid` (N) int64, `path` (N) UTF-8 strings.
+    """
+    emb = np.asarray(emb, dtype=np.float32)
+    if len(emb) != len(table):
+        raise ValueError(f"{len(emb)} embeddings do not belong to a table of {len(table)} rows.")
+
+    def write(temporary: Path) -> None:
+        with h5py.File(temporary, "w") as file:
+            file["emb"] = emb
+            file["pid"] = table["pid"].to_numpy(np.int64)
+            file["camid"] = table["camid"].to_numpy(np.int64)
+            file.create_dataset("path", data=table["path"].tolist(), dtype=h5py.string_dtype())
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+
+
+def read_embeddings(
+    path: str | Path, csv: str | Path | None = None
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Read an HDF5 file of embeddings, from here or from another toolkit.
+
+    Args:
+        path: a file with `emb` (N, D), and `pid`, `camid` and `path`; or with `emb` alone, as
+            triplet-reid writes it.
+        csv: for a file with `emb` alone, the list of images it belongs to (`pid,path[,camid]`).
+
+    Returns:
+        emb: (N, D) floating point, as stored.
+        table: `path`, `pid`, `camid` (−1 where the file does not say).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not HDF5, no `emb`, no identities, or lengths that differ.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no embedding file {path}.")
+    try:
+        with h5py.File(path, "r") as file:
+            content = {key: file[key][()] for key in ("emb", "pid", "camid", "path") if key in file}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as HDF5: {error}.") from error
+    if "emb" not in content:
+        raise ValueError(f"{path} has no dataset 'emb' with the embeddings.")
+    emb = content["emb"]
+    if emb.ndim != 2 or not np.issubdtype(emb.dtype, np.floating):
+        raise ValueError(
+            f"'emb' in {path} must be (N, D) floating point, not {emb.shape} {emb.dtype}."
+        )
+    if csv is not None:
+        table = image_list(csv)
+    elif "pid" in content:
+        n = len(content["pid"])
+        paths = [
+            p.decode() if isinstance(p, bytes) else str(p) for p in content.get("path", [""] * n)
+        ]
+        table = pd.DataFrame(
+            {"path": paths, "pid": content["pid"], "camid": content.get("camid", np.full(n, -1))}
+        ).astype({"pid": np.int64, "camid": np.int64})
+    else:
+        raise ValueError(
+            f"{path} does not say who is in its images: give the list it belongs to as CSV."
+        )
+    if len(table) != len(emb):
+        raise ValueError(
+            f"{path} holds {len(emb)} embeddings, the list of its images {len(table)} rows."
+        )
+    return emb, table

@@ -1,0 +1,308 @@
+"""Triplet losses: pairwise distances, batch-hard, batch-all, a random baseline, and diagnostics.
+
+A batch has embeddings e (B, D) and identities y (B,). With D(i, j) = ‖eᵢ − eⱼ‖₂, a *triplet* is an
+anchor a, a positive p (p ≠ a, same identity) and a negative n (another identity). Its *gap* is
+
+    g = D(a, p) − D(a, n),        wanted: far below zero
+
+and its loss is max(0, m + g) for a margin m, or softplus(g) = ln(1 + exp g) for the margin "soft".
+The three losses differ only in the triplets they take:
+
+- `batch_hard`: one an anchor, its farthest positive and its nearest negative;
+- `batch_all`: every triplet in the batch;
+- `random_triplet`: one an anchor, drawn at random. The baseline that shows why mining matters.
+
+One device, written once: what is no positive lies at distance −∞ and what is no negative at +∞.
+A masked triplet then has the gap −∞, where hinge and softplus are both exactly 0, with gradient 0.
+(Multiplying the *gap* by a 0/1 mask would leave softplus(0) = ln 2 in the loss for each of them.)
+
+Source: Hermans, Beyer and Leibe, "In Defense of the Triplet Loss for Person Re-Identification",
+arXiv 1703.07737. Batch-hard is its L_BH, batch-all its L_BA and L_BA≠0.
+"""
+
+import math
+from numbers import Real
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+INF = float("inf")
+
+
+def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False) -> Tensor:
+    """Euclidean distances: (B, D) -> (B, B), or (B, D) and (C, D) -> (B, C).
+
+    Half precision is lifted to float32, also under autocast; float64 stays. The gradient where two
+    embeddings are equal is 0. Raises TypeError for integers, ValueError for shapes that do not fit.
+
+    >>> pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
+    [[0.0, 5.0], [5.0, 0.0]]
+    """
+    with_itself = y is None
+    y = x if with_itself else y
+    if not (x.is_floating_point() and y.is_floating_point()):
+        raise TypeError(f"Embeddings are floating-point tensors, not {x.dtype} and {y.dtype}.")
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"Embeddings have shape (B, D) and (C, D) with one D, not {shapes}.")
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    # Lifted once, so that the two gradients of cdist(x, x) are added before they are rounded.
+    x = x.to(dtype)
+    y = x if with_itself else y.to(dtype)
+    # Not the expanded form ‖x‖² − 2x·y + ‖y‖², which is a fast matrix product: it subtracts large
+    # numbers to find a small one, so far from the origin every digit is lost; where x = y, rounding
+    # leaves it anywhere around 0, and the square root's slope there is infinite. The price is
+    # memory in the backward pass on CUDA: torch keeps a B × C × D buffer there.
+    with torch.autocast(x.device.type, enabled=False):
+        # (B, D), (C, D) -> (B, C)
+        distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.square() if squared else distances
+
+
+class TripletLoss(NamedTuple):
+    """A loss and what comes free with it. All but `loss` is detached; all stays on the device.
+
+    The fields are cheap and made at every step. The properties are computed when asked for, and
+    `diagnostics` makes plain floats of both. Distances are squared if the loss was asked for that.
+    """
+
+    loss: Tensor
+    """() the loss, to call `backward` on. An exact 0, still part of the graph, if no triplets."""
+    per_anchor: Tensor
+    """(B,) mean loss of each anchor over the triplets that `loss` counts; NaN if it has none
+    at all, 0 if it has some and none of them is counted."""
+    triplets: Tensor
+    """() int64, number of triplets: anchors for batch-hard and random, all (a, p, n) else."""
+    active: Tensor
+    """() share of them that is active, 0 to 1. For a margin m: loss > 0. For "soft", where every
+    triplet has some loss: gap ≥ 0, the negative is no farther than the positive, which is where
+    the loss is ln 2 or more. A collapsed network shows 1 in both cases (m > 0). 0 if none."""
+    distances: Tensor
+    """(B, B) the distances that the loss was computed from."""
+    pids: Tensor
+    """(B,) the identities."""
+    norms: Tensor
+    """(B,) the Euclidean norms of the embeddings."""
+
+    @property
+    def positives(self) -> Tensor:
+        """(pairs,) distances within identities, each pair once, none to itself."""
+        return self.distances[(self.pids[:, None] == self.pids).triu(diagonal=1)]
+
+    @property
+    def negatives(self) -> Tensor:
+        """(pairs,) distances between identities, each pair once."""
+        return self.distances[(self.pids[:, None] != self.pids).triu(diagonal=1)]
+
+    @property
+    def hardest_positive(self) -> Tensor:
+        """(B,) each anchor's largest distance to a positive; NaN if it has none."""
+        hardest = _to_positives(self.distances, self.pids).amax(dim=1)
+        return hardest.masked_fill(hardest == -INF, math.nan)
+
+    @property
+    def hardest_negative(self) -> Tensor:
+        """(B,) each anchor's smallest distance to a negative; NaN if it has none."""
+        hardest = _to_negatives(self.distances, self.pids).amin(dim=1)
+        return hardest.masked_fill(hardest == INF, math.nan)
+
+
+def batch_hard(
+    emb: Tensor, pids: Tensor, margin: float | Literal["soft"], *, squared: bool = False
+) -> TripletLoss:
+    """Batch-hard: each anchor with its farthest positive and its nearest negative.
+
+    L_BH = mean over anchors a of loss(max_p D(a, p) − min_n D(a, n)), over the anchors that have
+    both a positive and a negative. (The paper's batches are PK, there every anchor has.) Where
+    several positives or negatives are equally hard, they share the gradient.
+
+    `emb` (B, D) floating point, `pids` (B,) integers, `margin` a number ≥ 0 or "soft". If no anchor
+    has both (B = 1, K = 1, one identity), the loss is 0 with gradient 0 and `triplets` is 0.
+    Raises TypeError or ValueError for anything else.
+
+    >>> emb = torch.tensor([[0.0], [1.0], [3.0], [3.5]])
+    >>> result = batch_hard(emb, torch.tensor([7, 7, 8, 8]), margin=1.5)
+    >>> result.per_anchor.tolist(), result.loss.item(), result.active.item()
+    ([0.0, 0.5, 0.0, 0.0], 0.125, 0.25)
+    """
+    _check(emb, pids, margin)
+    distances = pairwise_distance(emb, squared=squared)
+    # (B, B) -> (B,)
+    positive = _to_positives(distances, pids).amax(dim=1)
+    negative = _to_negatives(distances, pids).amin(dim=1)
+    anchor = torch.arange(len(emb), device=emb.device)
+    # (B,) -> (B, 1)
+    gap = (positive - negative)[:, None]
+    return _reduce(gap, anchor, margin, "valid", emb, distances, pids)
+
+
+def batch_all(
+    emb: Tensor,
+    pids: Tensor,
+    margin: float | Literal["soft"],
+    *,
+    squared: bool = False,
+    mean: Literal["active", "valid"] = "active",
+) -> TripletLoss:
+    """Batch-all: every triplet (a, p, n) of the batch.
+
+    `mean="valid"` is the mean over all triplets, the paper's L_BA. `mean="active"` is the mean over
+    those with a loss above zero, its L_BA≠0, and 0 if there are none. It is the default, since late
+    in training nearly all triplets are easy, and their zeros would wash out the few that still
+    teach; the paper finds it better, and the field's small repositories mean it by "batch-all".
+    With a margin m the one is the other times `active`. Under "soft" every loss is above zero, so
+    the two means are the same number, although `active` counts less than all (see `TripletLoss`).
+
+    Arguments, errors and batches without triplets: as in `batch_hard`. Time and memory follow the
+    number of positive pairs times B: 3 B² for PK batches with K = 4, never B³.
+
+    >>> emb, pids = torch.tensor([[0.0], [1.0], [3.0], [3.5]]), torch.tensor([7, 7, 8, 8])
+    >>> result = batch_all(emb, pids, margin=1.5)
+    >>> result.triplets.item(), result.active.item(), result.loss.item()
+    (8, 0.125, 0.5)
+    >>> batch_all(emb, pids, margin=1.5, mean="valid").loss.item()
+    0.0625
+    """
+    _check(emb, pids, margin)
+    if mean not in ("active", "valid"):
+        raise ValueError(f'mean is "active" or "valid", not {mean!r}.')
+    distances = pairwise_distance(emb, squared=squared)
+    # (B, B) -> (pairs,), (pairs,): who is whose positive. Waits for the GPU, to count the pairs.
+    anchor, positive = _is_positive(pids).nonzero(as_tuple=True)
+    # (B, B) -> (pairs, B). index_select, not [anchor]: on a CPU the latter adds up its gradient in
+    # an order that depends on the threads, so that two runs differ in the last digits.
+    negatives = _to_negatives(distances, pids).index_select(0, anchor)
+    gap = distances[anchor, positive][:, None] - negatives
+    return _reduce(gap, anchor, margin, mean, emb, distances, pids)
+
+
+def random_triplet(
+    emb: Tensor,
+    pids: Tensor,
+    margin: float | Literal["soft"],
+    *,
+    squared: bool = False,
+    generator: torch.Generator | None = None,
+) -> TripletLoss:
+    """One random triplet an anchor: a positive and a negative, each drawn uniformly.
+
+    Mean over the anchors that have both. `generator` lives on the device of `emb`; without it
+    torch's global one is used. Arguments, errors and batches without triplets: as in `batch_hard`.
+
+    >>> emb, pids = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([7, 7, 8])
+    >>> random_triplet(emb, pids, margin=1.0).triplets.item()  # the third has no positive
+    2
+    """
+    _check(emb, pids, margin)
+    distances = pairwise_distance(emb, squared=squared)
+    # The largest of uniform numbers is a uniform choice. One matrix serves both draws: an image is
+    # never positive and negative at once, so they use different entries of it.
+    draw = torch.rand(distances.shape, generator=generator, device=emb.device)
+    # (B, B) -> (B, 1)
+    positive = _to_positives(draw, pids).argmax(dim=1, keepdim=True)
+    negative = _to_negatives(draw, pids).argmin(dim=1, keepdim=True)
+    anchor = torch.arange(len(emb), device=emb.device)
+    # Where there is nothing to draw from, the index means nothing, and the distance there is ∓∞.
+    gap = _to_positives(distances, pids).gather(1, positive)
+    gap = gap - _to_negatives(distances, pids).gather(1, negative)
+    return _reduce(gap, anchor, margin, "valid", emb, distances, pids)
+
+
+LOSSES = {"batch_all": batch_all, "batch_hard": batch_hard, "random": random_triplet}
+
+
+def diagnostics(result: TripletLoss) -> dict[str, float]:
+    """The numbers to watch while training, as plain floats. Waits for the GPU: not every step.
+
+    Keys: `loss`, `active`, `triplets`; `positive_p5`, `positive_p50`, `positive_p95` and the same
+    for `negative`, percentiles of the distances within and between identities; means of
+    `hardest_positive` and `hardest_negative` over the anchors that have one; `norm`, the mean
+    embedding norm. Healthy: the positive percentiles sink below the negative ones. Collapsed: all
+    distances go to 0, active stays near 1, and the loss sits at the margin, or at ln 2 for "soft".
+    What a batch does not have (no positives at all, say) is NaN. The keys are always the same.
+    """
+    values = {"loss": result.loss, "active": result.active, "triplets": result.triplets}
+    for name, distances in (("positive", result.positives), ("negative", result.negatives)):
+        levels = distances.new_tensor([0.05, 0.5, 0.95])
+        # quantile knows no empty input: (pairs,) -> (3,)
+        empty = torch.full_like(levels, math.nan)
+        percentiles = distances.quantile(levels) if len(distances) else empty
+        values |= zip((f"{name}_p5", f"{name}_p50", f"{name}_p95"), percentiles, strict=True)
+    values["hardest_positive"] = result.hardest_positive.nanmean()
+    values["hardest_negative"] = result.hardest_negative.nanmean()
+    values["norm"] = result.norms.mean()
+    # One trip from the device for all of them.
+    numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def _check(emb: Tensor, pids: Tensor, margin: float | str) -> None:
+    """Raise TypeError or ValueError for arguments that no triplet loss can mean."""
+    if emb.ndim != 2 or not len(emb):
+        raise ValueError(f"emb has shape (B, D) with B ≥ 1, not {tuple(emb.shape)}.")
+    if not isinstance(pids, Tensor) or pids.is_floating_point() or pids.dtype == torch.bool:
+        kind = pids.dtype if isinstance(pids, Tensor) else type(pids).__name__
+        raise TypeError(f"pids is a tensor of integers, not {kind}.")
+    if pids.shape != emb.shape[:1] or pids.device != emb.device:
+        raise ValueError(
+            f"pids holds one identity a row of emb, on its device: expected shape ({len(emb)},) on "
+            f"{emb.device}, not {tuple(pids.shape)} on {pids.device}."
+        )
+    if not isinstance(margin, Real | str):
+        raise TypeError(f'margin is a number or "soft", not {type(margin).__name__}.')
+    if margin != "soft" and (isinstance(margin, str) or not 0 <= margin < INF):
+        raise ValueError(f'margin is a finite number ≥ 0 or "soft", not {margin!r}.')
+
+
+def _is_positive(pids: Tensor) -> Tensor:
+    """(B,) -> (B, B), true where two different images share an identity."""
+    other = ~torch.eye(len(pids), dtype=torch.bool, device=pids.device)
+    return (pids[:, None] == pids) & other
+
+
+def _to_positives(distances: Tensor, pids: Tensor) -> Tensor:
+    """(B, B) distances, −∞ where the column is no positive of the row."""
+    return distances.masked_fill(~_is_positive(pids), -INF)
+
+
+def _to_negatives(distances: Tensor, pids: Tensor) -> Tensor:
+    """(B, B) distances, +∞ where the column is no negative of the row."""
+    return distances.masked_fill(pids[:, None] == pids, INF)
+
+
+def _reduce(
+    gap: Tensor,
+    anchor: Tensor,
+    margin: float | str,
+    mean: str,
+    emb: Tensor,
+    distances: Tensor,
+    pids: Tensor,
+) -> TripletLoss:
+    """Turn gaps (R, N), −∞ where there is no triplet, and their anchors (R,) into a loss."""
+    valid = ~gap.isneginf()
+    soft = margin == "soft"
+    terms = softplus(gap) if soft else (gap + margin).relu()
+    active = (gap >= 0) & valid if soft else terms > 0
+    # Under softplus every loss is above zero, even where float32 no longer shows it.
+    counted = active if mean == "active" and not soft else valid
+    # At least 1: without triplets the sum is 0, part of the graph, and so is the loss.
+    loss = terms.sum() / counted.sum().clamp(min=1)
+
+    # (R, N) -> (R,) -> (B,)
+    def per_anchor(values: Tensor) -> Tensor:
+        rows = values.detach().sum(dim=1)
+        return rows.new_zeros(len(emb)).index_add(0, anchor, rows)
+
+    means = per_anchor(terms) / per_anchor(counted).clamp(min=1)
+    return TripletLoss(
+        loss=loss,
+        per_anchor=means.masked_fill(per_anchor(valid) == 0, math.nan),
+        triplets=valid.sum(),
+        active=active.sum() / valid.sum().clamp(min=1),
+        distances=distances.detach(),
+        pids=pids,
+        norms=torch.linalg.vector_norm(emb.detach(), dim=1, dtype=distances.dtype),
+    )

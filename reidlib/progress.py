@@ -1,0 +1,47 @@
+"""A progress bar that is seen live and leaves one line in an executed notebook."""
+
+import sys
+
+from tqdm import tqdm
+
+
+class _NotebookBar(tqdm):
+    """Draws into one display that each refresh replaces; tqdm's own would leave a dead widget."""
+
+    def display(self, msg=None, pos=None) -> None:
+        """Show the bar's text in its place in the notebook."""
+        from IPython.display import display
+
+        content = {"text/plain": msg if msg is not None else str(self)}
+        if getattr(self, "_handle", None) is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
+    def clear(self, *_, **__) -> None:
+        """Keep the last state: there is nothing to wipe in a notebook."""
+
+
+def in_notebook() -> bool:
+    """Return whether this process is a Jupyter kernel."""
+    try:
+        return get_ipython().__class__.__name__ == "ZMQInteractiveShell"
+    except NameError:
+        return False
+
+
+def progress(iterable=None, *, total=None, desc="", show=True, unit="it", initial=0) -> tqdm:
+    """Return a tqdm bar around an iterable, for a terminal (standard error) or a notebook."""
+    bar = _NotebookBar if in_notebook() else tqdm
+    live = bar is _NotebookBar or sys.stderr.isatty()
+    return bar(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        disable=not show,
+        mininterval=0.5 if live else 60,  # a log file keeps every line
+        dynamic_ncols=bar is tqdm,
+        ncols=None if bar is tqdm else 90,
+    )

@@ -1,0 +1,437 @@
+"""The training loop: one run in one folder, stopped and resumed without a trace."""
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from reidlib import runs
+from reidlib.datasets import Dataset, fingerprint, hold_out, load
+from reidlib.embedding import autocast, embed, load_images, pick_device
+from reidlib.evaluation import evaluate
+from reidlib.images import Augmentation
+from reidlib.losses import LOSSES, diagnostics
+from reidlib.paths import outputs_dir
+from reidlib.progress import progress
+from reidlib.recipes import Recipe
+from reidlib.sampling import PKSampler
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on: the loss or a weight is not finite."""
+
+
+class Trainer:
+    """One run: what it is made of, and `fit`, which runs it to its end or to where it is stopped.
+
+    Args:
+        recipe: all settings.
+        tag: appended to the run's name, so that runs of the same variant stand side by side.
+        resume: `"auto"` goes on with a run of this name if there is one, from its last checkpoint;
+            `"previous"` from the checkpoint before that; `"never"` refuses to touch an existing run;
+            `"restart"` deletes it and starts again.
+        device: `"auto"`, `"cpu"`, `"cuda"`, …
+        dataset: an already loaded data set; by default the recipe's is loaded.
+        show_progress: draw progress bars.
+
+    Raises:
+        ValueError: data that does not suit the recipe; a run of this name with other settings
+            (names what differs); a broken checkpoint (names the one before).
+        FileExistsError: the run exists and `resume` is `"never"`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tag: str = "",
+        resume: Literal["auto", "previous", "never", "restart"] = "auto",
+        device: str = "auto",
+        dataset: Dataset | None = None,
+        show_progress: bool = True,
+    ):
+        if resume not in ("auto", "previous", "never", "restart"):
+            raise ValueError(f"resume = {resume!r}: choose auto, previous, never or restart.")
+        self.device = pick_device(device)
+        self.recipe = recipe = resolve_precision(recipe, self.device)
+        self.tag, self.resume, self.show_progress = tag, resume, show_progress
+        self.folder = outputs_dir() / runs.run_name(recipe, tag)
+        dataset = dataset or load(recipe.dataset)
+        table, self.held_out = dataset.train, None
+        if recipe.hold_out:
+            # The same identities whatever the run's seed, so that runs can be compared on them.
+            table, *self.held_out = hold_out(table, recipe.hold_out, seed=0)
+        self.pixels, self.table = load_images(table, recipe, show_progress)
+        self.fingerprint = fingerprint(self.table)
+        self.sampler = PKSampler(self.table["pid"], recipe.p, recipe.k, recipe.epoch, recipe.seed)
+        self.steps = recipe.steps or recipe.epochs * len(self.sampler)
+
+    def fit(self) -> Path:
+        """Train to the last step and return the run's folder.
+
+        Ctrl-C and SIGTERM end the step under way, write a checkpoint, and leave by
+        KeyboardInterrupt or SystemExit; a kill loses what came after the last checkpoint.
+
+        Raises:
+            TrainingFailed: NaN or infinite loss or weights; the last checkpoint is from before.
+            RuntimeError: another process is writing this run.
+        """
+        with runs.lock(self.folder):
+            checkpoint = self._existing_checkpoint()
+            if checkpoint and checkpoint["step"] >= self.steps and self._finished():
+                return self.folder
+            self._start(checkpoint)
+            with (
+                stop_signals() as stop,
+                SummaryWriter(
+                    str(self.folder), purge_step=self.step + 1 if checkpoint else None
+                ) as self.board,
+            ):
+                self._loop(stop)
+                self._finish()
+        return self.folder
+
+    # --- before the first step
+
+    def _existing_checkpoint(self) -> dict | None:
+        """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
+        config = self.folder / "config.json"
+        if not config.exists():
+            return None
+        if self.resume == "never":
+            raise FileExistsError(f"The run {self.folder} exists. Give another tag.")
+        if self.resume == "restart":
+            for path in self.folder.iterdir():
+                if path.is_file() and path.name != ".lock":
+                    path.unlink()
+            return None
+        before, now = runs.read_recipe(self.folder).model_dump(), self.recipe.model_dump()
+        manifest = runs.read_json(self.folder / "manifest.json")
+        before["data fingerprint"], now["data fingerprint"] = (
+            manifest["train_data"],
+            self.fingerprint,
+        )
+        differ = [
+            f"{key}: {before[key]!r} there, {now[key]!r} now"
+            for key in now
+            if before[key] != now[key]
+        ]
+        if differ:
+            raise ValueError(
+                f"The run {self.folder.name} was made with other settings ({'; '.join(differ)}). "
+                f'Give another tag, or resume="restart" to delete it and train again.'
+            )
+        last = self.folder / "checkpoint.pt"
+        previous = self.folder / "checkpoint_previous.pt"
+        if self.resume == "previous":
+            return runs.load_checkpoint(previous)
+        # No checkpoint yet: killed before the first one. An absent one with an older one left is not that.
+        return runs.load_checkpoint(last) if last.exists() or previous.exists() else None
+
+    def _finished(self) -> bool:
+        return runs.read_json(self.folder / "manifest.json")["status"] == "finished"
+
+    def _start(self, checkpoint: dict | None) -> None:
+        """Make the model and all that has a state, fresh or as the checkpoint says."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        self.model = runs.build_model(recipe, pretrained=checkpoint is None)
+        self.model.to(self.device, memory_format=torch.channels_last).train()
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.lr)
+        self.augmentation = Augmentation(
+            (recipe.height, recipe.width),
+            recipe.enlarge,
+            recipe.flip,
+            recipe.erasing,
+            recipe.normalise,
+            recipe.seed,
+        )
+        self.step, self.best, self.seconds, self.history = 0, None, 0.0, []
+        self.warnings: list[str] = []
+        if checkpoint:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimiser.load_state_dict(checkpoint["optimiser"])
+            self.sampler.load_state_dict(checkpoint["sampler"])
+            self.augmentation.generator.set_state(checkpoint["augmentation"])
+            torch.set_rng_state(checkpoint["torch_random"])
+            self.step, self.best = checkpoint["step"], checkpoint["best"]
+            self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
+            self.warnings = checkpoint["warnings"]
+        else:
+            # A run without a checkpoint left event files of steps that will come again.
+            for events in self.folder.glob("events.out.tfevents.*"):
+                events.unlink()
+            runs.write_json(self.folder / "config.json", recipe.model_dump())
+        self._write_manifest("running")
+
+    # --- the loop
+
+    def _loop(self, stop: "Stop") -> None:
+        recipe, first = self.recipe, self.step
+        loss_function = LOSSES[recipe.loss]
+        options = {"squared": recipe.squared}
+        if recipe.loss == "batch_all":
+            options["mean"] = recipe.mean
+        all_pids = torch.tensor(self.table["pid"].to_numpy())
+        # Where the pixels fit beside the network they live on the device: no transfer in a step.
+        pixels = torch.from_numpy(self.pixels) if self.device.type == "cpu" else self._on_device()
+        started, saved_seconds = time.monotonic(), self.seconds
+        since, since_step = started, self.step
+        bar = progress(
+            total=self.steps,
+            initial=first,
+            desc=self.folder.name,
+            unit="step",
+            show=self.show_progress,
+        )
+        while self.step < self.steps:
+            for rows in self.sampler:
+                rows = torch.from_numpy(rows)
+                batch = self.augmentation(pixels[rows.to(pixels.device)].to(self.device))
+                batch = batch.contiguous(memory_format=torch.channels_last)
+                lr = recipe.learning_rate(self.step, self.steps)
+                for group in self.optimiser.param_groups:
+                    group["lr"] = lr
+                with autocast(self.device, recipe.precision):
+                    emb = self.model(batch)
+                result = loss_function(
+                    emb, all_pids[rows].to(self.device), recipe.margin, **options
+                )
+                self.step += 1
+                if not math.isfinite(result.loss.item()):
+                    self._fail("the loss")
+                self.optimiser.zero_grad(set_to_none=True)
+                result.loss.backward()
+                self.optimiser.step()
+                bar.update()
+
+                self.seconds = saved_seconds + time.monotonic() - started
+                last = self.step == self.steps
+                if self.step % recipe.log_every == 0 or last or self.step == 1:
+                    now = time.monotonic()
+                    speed = (self.step - since_step) * len(rows) / (now - since)
+                    since, since_step = now, self.step
+                    self._log(result, lr, speed)
+                    bar.set_postfix_str(f"loss {self.history[-1]['loss']:.3f}")
+                if self.held_out and (self.step % recipe.evaluate_every == 0 or last):
+                    self._score_held_out()
+                    since = time.monotonic()
+                if self.step % recipe.checkpoint_every == 0 or last or stop.signal:
+                    self._checkpoint()
+                if stop.signal and not last:
+                    bar.close()
+                    self._write_manifest("stopped")
+                    stop.leave(
+                        f"Stopped after step {self.step} of {self.steps}; run it again to go on."
+                    )
+                if last:
+                    break
+        bar.close()
+
+    def _on_device(self) -> torch.Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels))
+        return pixels.to(self.device) if pixels.nbytes < 4e9 else pixels
+
+    def _log(self, result, lr: float, speed: float) -> None:
+        """Add a row to the history and to TensorBoard, and say in plain words what looks wrong."""
+        row = {"step": self.step, "epoch": self.step / len(self.sampler), "lr": lr}
+        row |= diagnostics(result) | {"images_per_s": speed, "seconds": self.seconds}
+        self.history.append(row)
+        groups = {"positive_p": "distance/", "negative_p": "distance/", "hardest_": "distance/"}
+        for key, value in row.items():
+            if key not in ("step", "seconds", "triplets") and math.isfinite(value):
+                prefix = next((g for start, g in groups.items() if key.startswith(start)), "")
+                self.board.add_scalar(prefix + key, value, self.step)
+        if self.step % (10 * self.recipe.log_every) == 0 or self.step == self.steps:
+            per_anchor = result.per_anchor[result.per_anchor.isfinite()]
+            for name, values in (
+                ("distance/positive", result.positives),
+                ("distance/negative", result.negatives),
+                ("loss_per_anchor", per_anchor),
+            ):
+                if len(values):
+                    self.board.add_histogram(name, values.float().cpu(), self.step)
+        warning = collapse(self.history, self.recipe)
+        if warning and warning not in self.warnings:
+            self.warnings.append(warning)
+            print(f"Warning, step {self.step}: {warning}", flush=True)
+
+    def _score_held_out(self) -> None:
+        """Score retrieval among the held-out identities; remember the best."""
+        query, gallery = self.held_out
+        embedded = []
+        for table in (query, gallery):
+            pixels, table = load_images(table, self.recipe, self.show_progress)
+            emb = embed(
+                self.model,
+                pixels,
+                self.recipe,
+                precision=self.recipe.precision,
+                show_progress=False,
+            )
+            embedded += [emb, table]
+        scores = evaluate(*embedded).scores
+        for key in ("mAP", "top1"):
+            self.history[-1][f"held_out_{key}"] = scores[key]
+            self.board.add_scalar(f"held_out/{key}", scores[key], self.step)
+        self.held_out_scores = {"step": self.step} | scores
+        if self.best is None or scores["mAP"] > self.best["mAP"]:
+            self.best = {"step": self.step, "mAP": scores["mAP"], "top1": scores["top1"]}
+            runs.save_checkpoint(
+                self.folder / "checkpoint_best.pt", self._state(), keep_previous=False
+            )
+
+    def _state(self) -> dict:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "augmentation": self.augmentation.generator.get_state(),
+            "torch_random": torch.get_rng_state(),
+            "best": self.best,
+            "seconds": self.seconds,
+            "history": self.history,
+            "warnings": self.warnings,
+        }
+
+    def _checkpoint(self) -> None:
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            self._fail("a weight")
+        self.board.flush()
+        runs.save_checkpoint(self.folder / "checkpoint.pt", self._state())
+        table = pd.DataFrame(self.history)
+        runs.write_text(self.folder / "history.csv", table.to_csv(index=False))
+
+    def _fail(self, what: str) -> None:
+        self._write_manifest("failed")
+        kept = (self.folder / "checkpoint.pt").exists()
+        raise TrainingFailed(
+            f"At step {self.step} {what} became NaN or infinite, so training stopped"
+            + (" (checkpoint.pt is from before). " if kept else ". ")
+            + f"Try a lower learning rate (now lr = {self.recipe.lr:g})"
+            + (', precision = "float32"' if self.recipe.precision != "float32" else "")
+            + (", squared = False" if self.recipe.squared else "")
+            + ", or normalise = 'imagenet' if pixels come unscaled."
+        )
+
+    # --- after the last step
+
+    def _finish(self) -> None:
+        runs.save_weights(self.folder / "weights.safetensors", self.model, self.recipe)
+        if self.best:
+            last = {k: v for k, v in self.history[-1].items() if k.startswith("held_out_")}
+            runs.update_json(
+                self.folder / "metrics.json", held_out={"best": self.best, "last": last}
+            )
+        self._write_manifest("finished")
+
+    def _write_manifest(self, status: str) -> None:
+        runs.update_json(
+            self.folder / "manifest.json",
+            status=status,
+            step=self.step,
+            steps=self.steps,
+            images_seen=self.step * self.recipe.p * self.recipe.k,
+            train_images=len(self.table),
+            train_identities=int(self.table["pid"].nunique()),
+            train_data=self.fingerprint,
+            seed=self.recipe.seed,
+            wall_seconds=round(self.seconds, 1),
+            warnings=self.warnings,
+            reproduce=reproduce_command(self.recipe, self.tag),
+            **runs.environment(self.device),
+        )
+
+
+def train(recipe: Recipe, tag: str = "", **options) -> Path:
+    """Train one run and return its folder: `Trainer(recipe, tag, **options).fit()`."""
+    return Trainer(recipe, tag, **options).fit()
+
+
+def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
+    """Replace precision "auto" by what the device is fast at.
+
+    bfloat16 on CUDA from Ampere on, and on CPUs with instructions for it; others emulate it slowly.
+    """
+    if recipe.precision != "auto":
+        return recipe
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # Public from torch 2.14 on; without it float32 is the safe answer.
+        can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    return recipe.model_copy(update={"precision": "bfloat16" if fast else "float32"})
+
+
+def collapse(history: list[dict], recipe: Recipe) -> str:
+    """Return a sentence if the network has collapsed to one point, else an empty string.
+
+    All embeddings equal makes every distance 0, and the loss sits at the margin, or at ln 2 for the
+    soft margin. It is called so when, in the last two logged batches after step 50, even the largest
+    distances between identities are below a tenth of the margin (of 1 for the soft margin).
+    """
+    scale = recipe.margin if recipe.margin != "soft" else 1.0
+    recent = [row for row in history[-2:] if row["step"] > 50]
+    if len(recent) < 2 or any(row["negative_p95"] >= 0.1 * scale for row in recent) or not scale:
+        return ""
+    return (
+        f"The network has collapsed: all embeddings are nearly equal, and the loss sits at "
+        f"{'ln 2 = 0.693' if recipe.margin == 'soft' else f'the margin, {recipe.margin:g}'}. "
+        f"Try a lower learning rate, batch_all instead of batch_hard to begin with, or more steps: "
+        f"some runs leave it by themselves."
+    )
+
+
+def reproduce_command(recipe: Recipe, tag: str = "") -> str:
+    """Return the command that makes the run again: the settings that are not the defaults."""
+    default = Recipe()
+    words = ["python -m reidlib train"]
+    for key, value in recipe.model_dump().items():
+        if value != getattr(default, key) and value is not None:
+            words.append(f"--{key.replace('_', '-')} {value}")
+    return " ".join(words + ([f"--tag {tag}"] if tag else []))
+
+
+class Stop:
+    """The first signal that asked to stop."""
+
+    signal: int | None = None
+
+    def leave(self, message: str) -> None:
+        """Leave as the signal would have it: KeyboardInterrupt, or exit status 143."""
+        print(message, flush=True)
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        raise SystemExit(128 + self.signal)
+
+
+@contextmanager
+def stop_signals():
+    """Make the first Ctrl-C or SIGTERM a request to stop after the step; the next acts at once."""
+    stop = Stop()
+    before = {}
+
+    def ask(number, _frame):
+        stop.signal = number
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.getsignal(number)
+            signal.signal(number, ask)
+    except ValueError:
+        pass  # not the main thread, where Python takes no handlers
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is ask:
+                signal.signal(number, handler)

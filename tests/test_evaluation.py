@@ -1,0 +1,476 @@
+"""The evaluator against the definitions, written out as loops over plain Python lists."""
+
+import doctest
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from reidlib import evaluation
+from reidlib.evaluation import (
+    average_precision,
+    confidence_interval,
+    distance_sample,
+    evaluate,
+    ranked_list,
+)
+
+SCORES = ["mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"]
+
+
+def table(pids, camids=None, paths=None):
+    columns = {"pid": pids, "camid": camids, "path": paths}
+    return pd.DataFrame({name: list(c) for name, c in columns.items() if c is not None})
+
+
+def line(*positions):
+    """Embeddings on a line, where distances can be read off."""
+    return np.array(positions, dtype=np.float64)[:, None]
+
+
+def oracle_ranks(i, query_emb, query, gallery_emb, gallery):
+    """Ranks of the matches of query i, from the protocol, one image at a time."""
+    cameras = "camid" in query and (query["camid"] >= 0).any() and (gallery["camid"] >= 0).any()
+    asked = query.iloc[i]
+    kept = []
+    for j, shown in enumerate(gallery.itertuples()):
+        same = shown.pid == asked.pid
+        if shown.pid == -1:
+            continue
+        if same and cameras and shown.camid == asked.camid:
+            continue
+        if same and "path" in query and shown.path == asked.path:
+            continue
+        difference = gallery_emb[j].astype(np.float64) - query_emb[i].astype(np.float64)
+        kept.append((float((difference**2).sum()), j, same))
+    return [rank for rank, (_, _, same) in enumerate(sorted(kept), 1) if same]
+
+
+def oracle(query_emb, query, gallery_emb, gallery):
+    """Scores and per-query values, from the definitions in the design."""
+    rows = []
+    for i in range(len(query)):
+        ranks = oracle_ranks(i, query_emb, query, gallery_emb, gallery)
+        n = len(ranks)
+        if n == 0:
+            rows.append([0] + [np.nan] * 5)
+            continue
+        ap = ap_market = 0.0
+        for found, rank in enumerate(ranks, 1):
+            ap += found / rank / n
+            before = (found - 1) / (rank - 1) if rank > 1 else 1.0
+            ap_market += (found / rank + before) / 2 / n
+        rows.append([n, ap, ap_market, ranks[0], ranks[-1], n / ranks[-1]])
+    have = [row for row in rows if row[0]]
+    scores = {
+        "mAP": np.mean([row[1] for row in have]),
+        "mAP_market": np.mean([row[2] for row in have]),
+        **{f"top{k}": np.mean([row[3] <= k for row in have]) for k in (1, 2, 5, 10)},
+        "mINP": np.mean([row[5] for row in have]),
+        "queries": len(rows),
+        "queries_without_match": len(rows) - len(have),
+    }
+    columns = ["matches", "AP", "AP_market", "first_rank", "last_rank", "INP"]
+    return scores, pd.DataFrame(rows, columns=columns)
+
+
+def problem(
+    seed, *, kind="integers", cameras=True, queries=12, size=60, dtype=np.float32, dim=None
+):
+    """A random problem with junk, distractors and duplicates; identity 9 is in the query alone."""
+    rng = np.random.default_rng(seed)
+    dim = dim or int(rng.integers(1, 9))
+    query_pids = np.append(rng.integers(1, 6, queries - 1), 9)
+    gallery_pids = np.append(rng.integers(-1, 6, size - 1), 1)
+    query_pids[0] = 1
+    if kind == "integers":  # many different images at the same distance
+        query_emb, gallery_emb = (
+            rng.integers(-2, 3, (queries, dim)),
+            rng.integers(-2, 3, (size, dim)),
+        )
+    else:
+        query_emb, gallery_emb = rng.normal(size=(queries, dim)), rng.normal(size=(size, dim))
+        copies = rng.permutation(size)  # the same image three times and more, all over the gallery
+        gallery_emb[copies[: size // 2]] = gallery_emb[copies[rng.integers(0, 8, size // 2)]]
+    query_camids = rng.integers(0, 3, queries) if cameras else np.full(queries, -1)
+    gallery_camids = rng.integers(0, 3, size) if cameras else np.full(size, -1)
+    gallery_camids[-1] = (query_camids[0] + 1) % 3 if cameras else -1  # query 0 has a match
+    return (
+        query_emb.astype(dtype),
+        table(query_pids, query_camids),
+        gallery_emb.astype(dtype),
+        table(gallery_pids, gallery_camids),
+    )
+
+
+def assert_agrees(args, **kwargs):
+    scores, per_query = oracle(*args)
+    result = evaluate(*args, **kwargs)
+    assert list(result.scores) == list(scores)
+    for name in scores:
+        assert result.scores[name] == pytest.approx(scores[name], abs=1e-12), name
+    for name in per_query:
+        np.testing.assert_allclose(result.per_query[name], per_query[name], rtol=0, atol=1e-12)
+    return result
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["integers", "duplicates"])
+def test_agrees_with_the_definitions(kind, dtype, cameras):
+    for seed in range(12):
+        result = assert_agrees(problem(seed, kind=kind, dtype=dtype, cameras=cameras))
+        assert result.scores["queries_without_match"] >= 1
+        assert 0 < result.scores["mAP"] < 1
+
+
+def test_equal_images_tie_exactly_where_a_matrix_product_would_not():
+    # BLAS rounds an image differently at an edge of its blocks. Copies of one image, each with
+    # its own identity, must rank in gallery order nonetheless.
+    rng = np.random.default_rng(0)
+    pids = table(np.arange(1, 202))
+    for dim in (3, 17, 128, 130):
+        gallery_emb = np.repeat(rng.normal(size=(1, dim)), 201, axis=0)
+        query_emb = rng.normal(size=(201, dim))
+        result = evaluate(query_emb, pids, gallery_emb, pids, block_bytes=8 * 201 * 37)
+        assert result.per_query["first_rank"].tolist() == list(range(1, 202))
+
+
+def test_last_bits_decide_like_the_direct_sum():
+    # Images that differ by a few of the smallest steps of float32, and copies of them.
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=16).astype(np.float32)
+    steps = rng.integers(-1, 2, (80, 16)) * np.spacing(base)
+    gallery_emb = (base + steps * (rng.random((80, 16)) < 0.1)).astype(np.float32)
+    query_emb = rng.normal(size=(9, 16)).astype(np.float32)
+    pids = rng.integers(0, 3, 80)
+    assert_agrees((query_emb, table(np.arange(9) % 2 + 1), gallery_emb, table(pids)))
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(1e6, np.float64), (1e3, np.float32)])
+def test_far_from_the_origin(offset, dtype):
+    for seed in range(5):
+        query_emb, query, gallery_emb, gallery = problem(seed, kind="duplicates", dtype=dtype)
+        far = (query_emb + dtype(offset)), query, (gallery_emb + dtype(offset)), gallery
+        assert far[0].dtype == dtype
+        assert_agrees(far)
+        if dtype == np.float64:  # 1e6 costs six digits of sixteen, too few to change an order
+            near = evaluate(query_emb, query, gallery_emb, gallery)
+            assert evaluate(*far).scores == near.scores
+
+
+def test_one_image_far_out_does_not_blur_the_rest():
+    query_emb, query, gallery_emb, gallery = problem(3, kind="duplicates", dtype=np.float64)
+    gallery_emb[7] = 1e9
+    assert_agrees((query_emb, query, gallery_emb, gallery))
+
+
+def test_blocks_change_nothing():
+    args = problem(5, kind="duplicates", queries=23, size=300, dim=40)
+    whole = evaluate(*args)
+    for block_bytes in (1, 8 * 300 * 4, 10**9):
+        part = evaluate(*args, block_bytes=block_bytes)
+        assert part.scores == whole.scores
+        assert part.protocol == whole.protocol
+        pd.testing.assert_frame_equal(part.per_query, whole.per_query, check_exact=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_takes_tensors(dtype):
+    query_emb, query, gallery_emb, gallery = problem(2, kind="integers")
+    tensors = [
+        torch.tensor(emb, dtype=dtype, requires_grad=True) for emb in (query_emb, gallery_emb)
+    ]
+    expected = evaluate(query_emb, query, gallery_emb, gallery).scores
+    assert evaluate(tensors[0], query, tensors[1], gallery).scores == expected
+
+
+def test_memory_holds_a_block_not_the_whole_matrix():
+    rng = np.random.default_rng(0)
+    query, gallery = table(rng.integers(1, 400, 500)), table(rng.integers(1, 400, 3000))
+    query_emb, gallery_emb = rng.normal(size=(500, 4)), rng.normal(size=(3000, 4))
+    tracemalloc.start()  # counts what NumPy allocates
+    try:
+        evaluate(query_emb, query, gallery_emb, gallery, block_bytes=2**18)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 2**20 < 500 * 3000 * 8 / 5
+
+
+def test_inputs_stay_as_they_were():
+    args = problem(4, dtype=np.float64)
+    before = [arg.copy() for arg in args]
+    evaluate(*args)
+    for arg, old in zip(args, before, strict=True):
+        assert np.array_equal(arg, old)
+
+
+def test_standard_ap_agrees_with_scikit_learn():
+    rng = np.random.default_rng(8)
+    query_emb, gallery_emb = rng.normal(size=(20, 6)), rng.normal(size=(150, 6))  # no ties
+    query, gallery = table(rng.integers(1, 5, 20)), table(rng.integers(0, 5, 150))
+    result = evaluate(query_emb, query, gallery_emb, gallery)
+    for i, ap in enumerate(result.per_query["AP"]):
+        distance = np.linalg.norm(gallery_emb - query_emb[i], axis=1)
+        expected = average_precision_score(gallery["pid"] == query["pid"][i], -distance)
+        assert ap == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_case_by_hand():
+    # Kept, by distance from 0: wrong 1, match 2, distractor 3, match 4. Left out: junk at 0.5 and
+    # the same identity from the same camera at 0.1; another identity from that camera stays.
+    gallery = table([5, -1, 7, 5, 0, 5], [1, 1, 1, 2, 3, 3])
+    gallery_emb = line(0.1, 0.5, 1, 2, 3, 4)
+    result = evaluate(line(0), table([5], [1]), gallery_emb, gallery)
+    assert result.scores == pytest.approx(
+        {
+            "mAP": (1 / 2 + 2 / 4) / 2,
+            "mAP_market": ((1 / 2 + 0) / 2 + (2 / 4 + 1 / 3) / 2) / 2,
+            **{"top1": 0, "top2": 1, "top5": 1, "top10": 1},
+            "mINP": 2 / 4,
+            **{"queries": 1, "queries_without_match": 0},
+        }
+    )
+    assert result.per_query.to_dict("records") == [
+        {
+            **{"query": 0, "pid": 5, "camid": 1, "matches": 2, "AP": 0.5},
+            "AP_market": pytest.approx(1 / 3),
+            **{"first_rank": 2, "last_rank": 4, "INP": 0.5},
+        }
+    ]
+    assert "1 queries against 5 gallery images; 1 junk" in result.protocol
+    assert "same camera: 1." in result.protocol
+    assert "50.0" in str(result) and "33.33" in str(result)
+    assert result.table()["mAP"].item() == 50.0
+
+
+def test_same_camera_stays_in_if_asked():
+    gallery = table([5, 7, 5], [1, 1, 2])
+    result = evaluate(line(0), table([5], [1]), line(0.1, 1, 2), gallery, exclude_same_camera=False)
+    assert result.per_query["matches"].item() == 2
+    assert result.scores["top1"] == 1
+    assert "stay in, as asked" in result.protocol
+
+
+@pytest.mark.parametrize("camids", [None, [-1, -1]])
+def test_without_cameras_a_query_does_not_find_itself(camids):
+    images = table([1, 1], camids, ["a.jpg", "b.jpg"])
+    images = pd.concat([images, images.assign(pid=2, path=["c.jpg", "d.jpg"])], ignore_index=True)
+    emb = line(0, 3, 1.2, 2)
+    result = assert_agrees((emb, images, emb, images))
+    assert (result.per_query["matches"] == 1).all()
+    assert result.scores["top1"] == 0.5
+    assert "Cameras are unknown" in result.protocol
+    assert "the query image itself (path): 4." in result.protocol
+    no_paths = images.drop(columns="path")
+    assert evaluate(emb, no_paths, emb, no_paths).scores["top1"] == 1
+    empty = images.assign(path="")  # a file of embeddings may hold empty paths
+    assert evaluate(emb, empty, emb, empty).scores["top1"] == 1
+
+
+def test_no_image_is_dropped_twice():
+    images = table([1, 1, 1], [1, 1, 2], ["a.jpg", "b.jpg", "c.jpg"])
+    result = assert_agrees((line(0), images[:1], line(0, 1, 2), images))
+    assert "same camera: 2." in result.protocol and "itself" not in result.protocol
+    stays = evaluate(line(0), images[:1], line(0, 1, 2), images, exclude_same_camera=False)
+    assert stays.per_query["matches"].item() == 2
+    assert "the query image itself (path): 1." in stays.protocol
+
+
+def test_cameras_known_on_one_side_only_are_unknown():
+    gallery = table([1, 2], [3, 3])
+    result = evaluate(line(0), table([1]), line(0, 1), gallery)
+    assert result.scores["mAP"] == 1 and "Cameras are unknown" in result.protocol
+
+
+def test_queries_without_match_are_named_and_left_out():
+    query = table([1, 8, 1, 9])
+    result = evaluate(line(0, 0, 0, 0), query, line(0, 1), table([1, 2]))
+    assert result.scores["mAP"] == 1 and result.scores["top1"] == 1
+    assert (result.scores["queries"], result.scores["queries_without_match"]) == (4, 2)
+    assert "2 rows (1, 3)" in result.protocol
+    assert result.per_query["AP"].isna().tolist() == [False, True, False, True]
+    assert result.per_query["matches"].tolist() == [1, 0, 1, 0]
+
+
+def test_row_numbers_are_positions_whatever_the_index():
+    query_emb, query, gallery_emb, gallery = problem(6)
+    expected = evaluate(query_emb, query, gallery_emb, gallery)
+    query.index, gallery.index = query.index[::-1], gallery.index + 100
+    result = evaluate(query_emb, query, gallery_emb, gallery)
+    pd.testing.assert_frame_equal(result.per_query, expected.per_query)
+
+
+def test_average_precision_difference_is_the_identity_of_the_design():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n = int(rng.integers(1, 20))
+        ranks = np.sort(rng.choice(40, n, replace=False) + 1)
+        gap = sum((r - i) / (r * (r - 1)) for i, r in enumerate(ranks, 1) if r > 1) / (2 * n)
+        ap, ap_market = average_precision(ranks)
+        assert ap - ap_market == pytest.approx(gap, abs=1e-14)
+    assert average_precision([1, 2, 3]) == (1, 1)
+    assert average_precision([2]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("ranks", [[], [0, 1], [2, 2], [3, 1], [[1]]])
+def test_average_precision_refuses(ranks):
+    with pytest.raises(ValueError, match="ascending"):
+        average_precision(ranks)
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+@pytest.mark.parametrize("kind", ["integers", "duplicates"])
+def test_ranked_list_shows_what_is_scored(kind, cameras):
+    for seed in range(5):
+        args = problem(seed, kind=kind, cameras=cameras)
+        per_query = evaluate(*args).per_query
+        for i, row in per_query.iterrows():
+            shown = ranked_list(i, *args, topk=None)
+            assert sorted(shown["gallery"]) == list(range(len(args[3])))
+            assert shown["distance"].is_monotonic_increasing
+            ranks = shown.loc[shown["status"] == "match", "rank"].to_numpy(dtype=np.int64)
+            assert len(ranks) == row["matches"]
+            if len(ranks):
+                assert average_precision(ranks) == (row["AP"], row["AP_market"])
+            ranked = shown["rank"].dropna().tolist()
+            assert ranked == list(range(1, len(ranked) + 1))
+            assert (shown["rank"].isna() == shown["status"].isin(["junk", "same camera"])).all()
+
+
+def test_ranked_list_by_hand():
+    gallery = table([5, -1, 7, 5, 0, 5, 5], [1, 1, 1, 2, 3, 3, 1], list("abcdefg"))
+    gallery_emb = line(0.1, 1.5, 1, -2, 3, 4, 9)
+    args = (0, line(0), table([5], [1], ["q"]), gallery_emb, gallery)
+    shown = ranked_list(*args, topk=2)
+    assert list(shown) == ["rank", "gallery", "path", "pid", "camid", "distance", "status"]
+    assert shown["rank"].isna().tolist() == [True, False, True, False]
+    assert shown["rank"].dropna().tolist() == [1, 2] and shown["rank"].dtype == "Int64"
+    assert shown["path"].tolist() == ["a", "c", "b", "d"]
+    assert shown["distance"].tolist() == [0.1, 1, 1.5, 2]
+    assert shown["status"].tolist() == ["same camera", "wrong", "junk", "match"]
+    short = ranked_list(*args, topk=2, show_excluded=False)
+    assert short["gallery"].tolist() == [2, 3] and short["rank"].tolist() == [1, 2]
+    assert len(ranked_list(*args)) == 7  # fewer than ten: all there is
+    stays = ranked_list(*args, topk=1, exclude_same_camera=False)
+    assert stays["status"].tolist() == ["match"]
+    itself = ranked_list(0, line(0), table([5], None, ["a"]), gallery_emb, gallery, topk=1)
+    assert itself["status"].tolist() == ["query itself", "wrong"]
+    with pytest.raises(ValueError, match="query_row is 1"):
+        ranked_list(1, *args[1:])
+    with pytest.raises(ValueError, match="topk"):
+        ranked_list(*args, topk=0)
+
+
+def test_distance_sample():
+    gallery = table([5, -1, 7, 5, 0, 5], [1, 1, 1, 2, 3, 3])
+    gallery_emb = line(0.1, 0.5, 1, 2, 3, 4)
+    args = (line(0, 0), table([5, 8], [1, 1]), gallery_emb, gallery)
+    matches, others = distance_sample(*args)
+    assert matches.tolist() == [2, 4]  # neither the same camera nor junk; query 1 has none
+    assert sorted(others[:2]) == [1, 3] and sorted(others[2:]) == [0.1, 1, 2, 3, 4]
+    few = distance_sample(*args, per_query=1, seed=3)[1]
+    assert len(few) == 2
+    assert np.array_equal(few, distance_sample(*args, per_query=1, seed=3)[1])
+    draws = {distance_sample(*args, per_query=1, seed=seed)[1][0] for seed in range(20)}
+    assert draws == {1, 3}
+
+
+def test_confidence_interval():
+    args = problem(1, kind="duplicates", queries=60, size=90)
+    result = evaluate(*args)
+    interval = confidence_interval(result.per_query, repeats=500)
+    assert list(interval.index) == SCORES
+    for name in SCORES:
+        assert interval["value"][name] == pytest.approx(result.scores[name])
+    assert (interval["low"] < interval["value"]).all()
+    assert (interval["value"] < interval["high"]).all()
+    # Of a mean of n values: 1.96 standard errors on either side.
+    ap = result.per_query["AP"].dropna()
+    half = (interval["high"] - interval["low"])["mAP"] / 2
+    assert half == pytest.approx(1.96 * ap.std() / np.sqrt(len(ap)), rel=0.15)
+    again = confidence_interval(result.per_query, repeats=500)
+    pd.testing.assert_frame_equal(again, interval)
+    narrow = confidence_interval(result.per_query, repeats=500, level=0.5)
+    assert (narrow["high"] - narrow["low"] < interval["high"] - interval["low"]).all()
+
+
+def test_confidence_interval_draws_persons():
+    # Two persons, one always found and one never: half of all draws hold one of them alone.
+    query = table([1] * 30 + [2] * 10)
+    query_emb = np.repeat(line(0, 9), [30, 10], axis=0)
+    per_query = evaluate(query_emb, query, line(0, 9, 8), table([1, 3, 2])).per_query
+    by_pid = confidence_interval(per_query, by="pid").loc["top1"]
+    assert by_pid.tolist() == [0.75, 0, 1]
+    by_query = confidence_interval(per_query).loc["top1"]
+    assert 0.5 < by_query["low"] < by_query["high"] < 0.95
+
+
+def test_paired_difference():
+    args = problem(1, kind="duplicates", queries=60, size=90)
+    a = evaluate(*args).per_query
+    b = a.assign(AP=a["AP"] - 0.01)  # every query a little worse: certain, though small
+    difference = confidence_interval(a, versus=b)
+    assert difference.loc["mAP"].to_numpy() == pytest.approx([0.01] * 3)
+    assert (difference.loc["top1"] == 0).all()
+    with pytest.raises(ValueError, match="same queries"):
+        confidence_interval(a, versus=b.iloc[:-1])
+    with pytest.raises(ValueError, match="two values"):
+        confidence_interval(a.iloc[:1])
+    with pytest.raises(ValueError, match="level"):
+        confidence_interval(a, level=95)
+
+
+E2 = line(0, 1)
+T2 = table([1, 2], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((line(0), T2, E2, T2), "1 query embeddings beside a query table of 2 rows"),
+        ((E2, T2, line(0), T2), "1 gallery embeddings"),
+        ((np.zeros((2, 3)), T2, E2, T2), "3 dimensions, gallery embeddings 1"),
+        ((np.zeros(2), T2, E2, T2), r"must be \(N, D\)"),
+        ((np.zeros((2, 0)), T2, E2, T2), r"must be \(N, D\)"),
+        ((np.array([["a"], ["b"]]), T2, E2, T2), r"must be \(N, D\)"),
+        ((line(0, np.nan), T2, E2, T2), r"query embeddings hold NaN or infinity in 1 row \(1\)"),
+        ((E2, T2, line(np.inf, 1), T2), "gallery embeddings hold NaN"),
+        ((E2, T2, line(-1e300, 1e300), T2), "overflow"),
+        ((E2[:0], T2[:0], E2, T2), "query is empty"),
+        ((E2, T2, E2[:0], T2[:0]), "gallery is empty"),
+        ((E2, T2, E2, table([-1, -1])), "junk"),
+        ((E2, table([0, 1]), E2, T2), r"1 row \(0\) of the query table"),
+        ((E2, table([1, -1]), E2, T2), r"1 row \(1\) of the query table"),
+        ((E2, T2, E2, table([1, -2])), "below -1"),
+        ((E2, T2.drop(columns="pid"), E2, T2), "no column 'pid'"),
+        ((E2, table([1.0, np.nan]), E2, T2), "whole numbers"),
+        ((E2, table(["0001", "0002"]), E2, T2), "whole numbers"),
+        ((E2, T2, E2, table([1, 2], [1, -1])), "1 of 2 images of the gallery table have no camera"),
+        ((E2, table([8, 9]), E2, T2), "share nothing"),
+        ((E2, T2, E2, T2), "2 for the same camera"),
+    ],
+)
+def test_refuses(args, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*args)
+
+
+def test_junk_may_lack_a_camera():
+    gallery = table([1, -1], [2, -1])
+    assert evaluate(line(0), table([1], [1]), line(0, 1), gallery).scores["mAP"] == 1
+
+
+def test_refuses_topk():
+    with pytest.raises(ValueError, match="topk"):
+        evaluate(E2, table([1, 2]), E2, table([1, 2]), topk=[0, 1])
+    assert evaluate(E2, table([1, 2]), E2, table([1, 2]), topk=[3]).scores["top3"] == 1
+
+
+def test_examples():
+    assert doctest.testmod(evaluation).attempted > 0
+    assert doctest.testmod(evaluation).failed == 0

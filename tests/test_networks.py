@@ -1,0 +1,156 @@
+"""The embedding network: shapes, strides, heads, and weights that fit or do not."""
+
+from urllib.error import URLError
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from reidlib.networks import BACKBONES, EmbeddingNet, read_weights
+
+
+def features(net, size=(64, 32)):
+    with torch.no_grad():
+        return net.backbone(torch.rand(2, 3, *size))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_last_stride_1_doubles_the_feature_map_and_keeps_the_weights(backbone):
+    two = EmbeddingNet(backbone, last_stride=2).eval()
+    one = EmbeddingNet(backbone, last_stride=1).eval()
+    assert features(two).shape[2:] == (2, 1)
+    assert features(one).shape[2:] == (4, 2)
+    assert [*one.state_dict()] == [*two.state_dict()]
+    one.load_state_dict(two.state_dict())
+    with torch.no_grad():
+        assert one(torch.rand(2, 3, 64, 32)).shape == (2, 128)
+
+
+def test_the_network_is_trinet():
+    net = EmbeddingNet()
+    assert [type(m) for m in net.head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert (net.head[0].in_features, net.head[0].out_features) == (2048, 1024)
+    assert (net.head[3].in_features, net.head[3].out_features) == (1024, 128)
+    reference = torchvision.models.resnet50()
+    names = [k for k in reference.state_dict() if not k.startswith("fc.")]
+    assert [*net.backbone.state_dict()] == names
+    # the same function as torchvision's own network up to its pooling
+    reference.load_state_dict({**reference.state_dict(), **net.backbone.state_dict()})
+    reference.fc = nn.Identity()
+    x = torch.rand(2, 3, 64, 32)
+    with torch.no_grad():
+        pooled = net.eval().backbone(x).mean((2, 3))
+        torch.testing.assert_close(pooled, reference.eval()(x))
+        torch.testing.assert_close(net(x), net.head(pooled))
+
+
+def test_without_a_head_the_embedding_is_the_pooled_features():
+    net = EmbeddingNet("resnet18", head=False).eval()
+    assert net.dim == 512
+    x = torch.rand(2, 3, 64, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), net.backbone(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18"])
+def test_weights_load_from_a_file(tmp_path, backbone, suffix):
+    source = BACKBONES[backbone][0]()
+    path = tmp_path / f"weights{suffix}"
+    state = source.state_dict()
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:  # as DataParallel training scripts save them
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    net = EmbeddingNet(backbone, weights=path)
+    for key, value in net.backbone.state_dict().items():
+        assert torch.equal(value, state[key])
+    other = EmbeddingNet(backbone)
+    assert not torch.equal(next(other.parameters()), next(net.parameters()))
+
+
+def test_a_file_that_does_not_fit_says_which_keys(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer4.1.conv2.weight"]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"lacks 1 of its .* keys: layer4\.1\.conv2\.weight"):
+        EmbeddingNet("resnet18", weights=tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="do not fit mobilenet_v2: the file lacks"):
+        EmbeddingNet("mobilenet_v2", weights=tmp_path / "a.pth")
+    state = torchvision.models.resnet18().state_dict() | {"layer9.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="unknown 1 .*layer9.weight"):
+        EmbeddingNet("resnet18", weights=tmp_path / "b.pth")
+    state = torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="other shapes in 1 .*conv1.weight"):
+        EmbeddingNet("resnet18", weights=tmp_path / "c.pth")
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return (eval, ("open('/tmp/reidlib_was_here', 'w')",))
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path):
+    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot be read as a file of weights"):
+        read_weights(tmp_path / "evil.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_weights(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_truncated_or_absent_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"short{suffix}"
+    with pytest.raises(FileNotFoundError, match="short"):
+        read_weights(path)
+    state = {"a": torch.rand(100)}
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="short.* cannot be read"):
+        read_weights(path)
+
+
+def test_a_failed_download_says_how_to_give_a_file(monkeypatch):
+    def no_network(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setenv("TORCH_HOME", "/nonexistent")
+    monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match=r"resnet50-.*\.pth.*weights=PATH"):
+        EmbeddingNet("resnet50", weights="imagenet")
+
+
+def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
+    """Up to the download all is real: a file in torch's cache is what "imagenet" loads."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    state = torchvision.models.resnet18().state_dict()
+    url = BACKBONES["resnet18"][1].url
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / url.rsplit("/", 1)[-1])
+    net = EmbeddingNet("resnet18", weights="imagenet")
+    assert torch.equal(net.backbone.conv1.weight, state["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(backbone="resnet51"), "Unknown backbone 'resnet51': choose one of resnet18"),
+        (dict(last_stride=3), "must be 1 or 2"),
+        (dict(dim=0), "at least 1"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EmbeddingNet(**arguments)

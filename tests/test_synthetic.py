@@ -1,0 +1,256 @@
+"""Tests of the drawn data set: names, counts, determinism, protocol, and its folder on disk."""
+
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reidlib import synthetic
+from reidlib.synthetic import draw_dataset, draw_person, look
+
+FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+# The pattern that datasets know Market-1501's files by.
+NAME = re.compile(r"(-1|\d{4})_c([1-6])s(\d)_(\d{6})_(\d{2})\.jpg")
+TINY = dict(train_ids=5, test_ids=6, images_per_camera=2, distractors=8, junk=7)
+
+
+def rows(root, folder):
+    """Return one (pid, camera) a file; fail on a name that is not Market-1501's."""
+    names = sorted(path.name for path in (root / folder).iterdir())
+    found = [NAME.fullmatch(name) for name in names]
+    assert all(found), [n for n, match in zip(names, found, strict=True) if not match]
+    return [(int(match[1]), int(match[2])) for match in found]
+
+
+def files(root):
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return draw_dataset(tmp_path_factory.mktemp("drawn") / "set", **TINY)
+
+
+def test_layout_names_and_counts(root):
+    assert sorted(p.name for p in root.iterdir()) == sorted([*FOLDERS, "dataset.json"])
+    train, query, gallery = (rows(root, folder) for folder in FOLDERS)
+    assert len({pid for pid, _ in train}) == 5
+    assert set(Counter(train).values()) == {2}  # images_per_camera
+    assert len({pid for pid, _ in query}) == 6
+    assert set(Counter(query).values()) == {1}  # one query an identity and camera
+    pids = Counter(pid for pid, _ in gallery)
+    assert pids.pop(0) == 8 and pids.pop(-1) == 7
+    assert set(pids) == {pid for pid, _ in query}
+    assert sum(pids.values()) == 2 * len(query)
+
+
+def test_pictures_are_rgb_jpegs_of_the_asked_size(root, tmp_path):
+    for path in root.rglob("*.jpg"):
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 128))
+    small = draw_dataset(tmp_path / "small", train_ids=1, test_ids=1, images_per_camera=1,
+                         distractors=0, junk=0, size=(64, 48))
+    with Image.open(next(small.rglob("*.jpg"))) as image:
+        assert image.size == (48, 64)
+
+
+def test_train_and_test_identities_are_disjoint(root):
+    train, query, _ = ({pid for pid, _ in rows(root, folder)} for folder in FOLDERS)
+    assert not train & query
+    assert min(train | query) > 0
+
+
+@pytest.mark.parametrize("cameras", [2, 6])
+def test_every_query_has_a_match_in_another_camera(cameras, tmp_path):
+    root = draw_dataset(tmp_path / "set", train_ids=1, test_ids=12, images_per_camera=1,
+                        cameras=cameras, distractors=3, junk=3)
+    query, gallery = rows(root, "query"), rows(root, "bounding_box_test")
+    assert {camera for _, camera in query} == set(range(1, cameras + 1))
+    for pid, camera in query:
+        assert any(p == pid and c != camera for p, c in gallery), (pid, camera)
+
+
+def test_two_drawings_are_equal_to_the_byte(root, tmp_path):
+    assert files(draw_dataset(tmp_path / "again", **TINY)) == files(root)
+
+
+def test_another_seed_draws_other_pictures(root, tmp_path):
+    other = files(draw_dataset(tmp_path / "other", **{**TINY, "seed": 1}))
+    pictures = {v for k, v in files(root).items() if k.endswith(".jpg")}
+    assert not pictures & set(other.values())
+
+
+def test_more_identities_leave_the_others_as_they_are(root, tmp_path):
+    more = draw_dataset(tmp_path / "more", **{**TINY, "train_ids": 7, "test_ids": 8, "junk": 0})
+    before = {k: v for k, v in files(root).items() if not re.search(r"/-1_|json$", k)}
+    after = files(more)
+    assert before.items() <= after.items() and len(after) > len(before)
+
+
+def test_no_two_pictures_are_the_same(root):
+    pictures = [v for k, v in files(root).items() if k.endswith(".jpg")]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_many_distractors_and_junk_keep_their_own_names(tmp_path, monkeypatch):
+    # Without drawing: only the names matter, and one name twice would lose a file in silence.
+    monkeypatch.setattr(synthetic, "draw_person", lambda *a, **k: np.zeros((8, 8, 3), np.uint8))
+    root = draw_dataset(tmp_path / "set", train_ids=1, test_ids=3, cameras=2,
+                        images_per_camera=1, distractors=600, junk=400)
+    pids = Counter(pid for pid, _ in rows(root, "bounding_box_test"))
+    assert (pids[0], pids[-1]) == (600, 400)
+
+
+def test_a_set_drawn_before_is_returned_at_once(root, monkeypatch):
+    monkeypatch.setattr(synthetic, "draw_person", None)  # any drawing would fail
+    assert draw_dataset(root, **TINY) == root
+    assert draw_dataset(str(root), **TINY) == root
+
+
+@pytest.mark.parametrize("change", [dict(seed=3), dict(train_ids=4), dict(size=(96, 48))])
+def test_a_set_of_other_settings_is_an_error(root, change):
+    before = files(root)
+    with pytest.raises(FileExistsError, match="other settings"):
+        draw_dataset(root, **{**TINY, **change})
+    assert files(root) == before
+
+
+def test_an_older_version_is_an_error(root, monkeypatch):
+    monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
+    with pytest.raises(FileExistsError, match="other settings"):
+        draw_dataset(root, **TINY)
+
+
+@pytest.mark.parametrize("marker", [None, "not json", '{"mine": 1}'])
+def test_a_folder_of_someone_else_is_an_error_and_untouched(tmp_path, marker):
+    mine = tmp_path / "mine"
+    (mine / "query").mkdir(parents=True)
+    (mine / "query" / "thesis.txt").write_text("the only copy")
+    if marker:
+        (mine / "dataset.json").write_text(marker)
+    before = files(mine)
+    with pytest.raises(FileExistsError, match="mine"):
+        draw_dataset(mine, **TINY)
+    assert files(mine) == before and list(tmp_path.iterdir()) == [mine]
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError):
+        draw_dataset(tmp_path / "file", **TINY)
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "new").mkdir()
+    root = draw_dataset(tmp_path / "new", train_ids=1, test_ids=1, distractors=0, junk=0)
+    assert json.loads((root / "dataset.json").read_text())["train_ids"] == 1
+
+
+@pytest.mark.parametrize("blow", [KeyboardInterrupt, OSError])
+def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch, blow):
+    real, calls = draw_person, itertools.count()
+
+    def breaks(*args, **kwargs):
+        if next(calls) == 5:
+            raise blow
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(synthetic, "draw_person", breaks)
+    with pytest.raises(blow):
+        draw_dataset(tmp_path / "set", **TINY)
+    assert next(calls) > 5 and list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_give_one_set(tmp_path, monkeypatch):
+    # Another process finishes the same set while this one is about to rename its own.
+    real = synthetic.os.rename
+
+    def late(source, target):
+        if not Path(target).exists():
+            monkeypatch.setattr(synthetic.os, "rename", real)
+            draw_dataset(target, train_ids=1, test_ids=1, distractors=1, junk=1)
+        real(source, target)
+
+    monkeypatch.setattr(synthetic.os, "rename", late)
+    root = draw_dataset(tmp_path / "set", train_ids=1, test_ids=1, distractors=1, junk=1)
+    assert list(tmp_path.iterdir()) == [root] and (root / "dataset.json").is_file()
+
+
+@pytest.mark.parametrize("bad", [
+    dict(cameras=1), dict(cameras=7), dict(train_ids=0), dict(test_ids=0), dict(test_ids=5000),
+    dict(images_per_camera=0), dict(junk=-1), dict(distractors=-1), dict(seed=-1),
+    dict(size=(4, 4)),
+])
+def test_settings_that_make_no_data_set(tmp_path, bad):
+    with pytest.raises(ValueError):
+        draw_dataset(tmp_path / "set", **{**TINY, **bad})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_identities_share_colours_and_differ_otherwise():
+    looks = [look(pid) for pid in range(1, 101)]
+    outfits = Counter((who.top, who.bottom) for who in looks)
+    assert len(outfits) <= 13 and min(outfits.values()) >= 4  # 13 blocks of 8, the last one cut
+    assert len(set(looks)) == len(looks)
+    for block in range(1, 12):
+        family = [look(pid) for pid in range(8 * block, 8 * block + 8)]
+        assert len({(who.top, who.bottom) for who in family}) == 1
+        assert {who.pattern for who in family} == set(synthetic.PATTERNS)
+
+
+def test_draw_person_shape_and_arguments():
+    picture = draw_person(2, 1)
+    assert picture.shape == (128, 64, 3) and picture.dtype == np.uint8
+    assert np.array_equal(picture, draw_person(2, 1))
+    assert draw_person(2, 1, size=(96, 40)).shape == (96, 40, 3)
+    for other in (draw_person(3, 1), draw_person(2, 2), draw_person(2, 1, frame=1),
+                  draw_person(2, 1, seed=1), draw_person(2, 1, bad=True)):
+        assert not np.array_equal(picture, other)
+    assert np.array_equal(draw_person(2, 1, view="back"), draw_person(2, 1, view=180))
+    with pytest.raises(ValueError, match="camera"):
+        draw_person(2, 7)
+    with pytest.raises(ValueError, match="view"):
+        draw_person(2, 1, view="above")
+
+
+def test_a_backpack_shows_from_behind(monkeypatch):
+    who = look(2)._replace(bag="backpack", bag_colour=(222, 196, 84), top=(40, 44, 52),
+                           pattern="plain", cut="long", hair_style="short")
+    monkeypatch.setattr(synthetic, "look", lambda *args: who)
+    yellow = {}
+    for view in ("front", "back"):
+        r, g, b = draw_person(2, 1, view=view, clean=True)[38:56, 24:40].mean((0, 1))
+        yellow[view] = (r + g) / 2 - b
+    assert yellow["back"] > yellow["front"] + 40
+
+
+def test_every_appearance_can_be_drawn_from_every_side(monkeypatch):
+    # Every value of a field changes the picture, but for what the body hides: from behind an open
+    # jacket is a shirt, from the front a ponytail is short hair.
+    hidden = {("cut", "back"): 1, ("hair_style", "front"): 1}
+    base = look(2)
+    fields = dict(pattern=synthetic.PATTERNS, hat=("", "cap", "beanie"),
+                  cut=("tank", "tshirt", "long", "jacket", "hoodie", "coat", "dress"),
+                  legs=("slim", "trousers", "wide", "shorts", "skirt"),
+                  hair_style=("short", "bald", "bob", "long", "ponytail", "bun"),
+                  bag=("", "backpack", "shoulder", "handbag"))
+    for (field, values), view in itertools.product(fields.items(), synthetic.VIEWS):
+        drawn = set()
+        for value in values:
+            who = base._replace(cut="tshirt", pattern="plain", hat="", bag="", legs="trousers")
+            who = who._replace(**{field: value})
+            monkeypatch.setattr(synthetic, "look", lambda *a, who=who: who)
+            drawn.add(draw_person(2, 1, view=view, clean=True).tobytes())
+        assert len(drawn) == len(values) - hidden.get((field, view), 0), (field, view)
+
+
+def test_cameras_differ_more_than_pictures_of_one_camera():
+    means = np.array([[draw_person(pid, camera, clean=True).mean((0, 1)) for pid in range(1, 7)]
+                      for camera in synthetic.CAMERAS])  # (cameras, pictures, 3)
+    hue = means / means.sum(-1, keepdims=True)
+    assert hue.mean(1).std(0).max() > hue.std(1).mean()
