@@ -379,36 +379,57 @@ def check(dataset: Dataset, k=4, *, decode=True, progress=None) -> DataReport:
     unreadable = _unreadable(paths, progress) if decode else {}
     if unreadable:
         named = _some([f"{p} ({c})" for p, c in unreadable.items()], 10)
-        say("error", f"{len(unreadable)} images cannot be read: {named}.",
-            "Replace them, or go on without them: drop_unreadable(dataset, report).")
+        say(
+            "error",
+            f"{len(unreadable)} images cannot be read: {named}.",
+            "Replace them, or go on without them: drop_unreadable(dataset, report).",
+        )
 
     for split, table in dataset.splits.items():
         twice = table.path[table.path.duplicated()]
         if len(twice):
-            say("warning", f"{len(twice)} images are listed twice in {split}: {_some(twice)}.",
-                "Keep one row an image.")
+            say(
+                "warning",
+                f"{len(twice)} images are listed twice in {split}: {_some(twice)}.",
+                "Keep one row an image.",
+            )
         if split != "gallery" and (table.pid == -1).any():
-            say("error", f"{(table.pid == -1).sum()} images in {split} have pid -1, junk.",
-                "Junk belongs in the gallery alone: move or remove them.")
+            say(
+                "error",
+                f"{(table.pid == -1).sum()} images in {split} have pid -1, junk.",
+                "Junk belongs in the gallery alone: move or remove them.",
+            )
         if split != "gallery" and (table.pid == 0).any():
-            say("warning", f"{(table.pid == 0).sum()} images in {split} have pid 0, distractor.",
-                "If 0 is a person, number identities from 1.")
+            say(
+                "warning",
+                f"{(table.pid == 0).sum()} images in {split} have pid 0, distractor.",
+                "If 0 is a person, number identities from 1.",
+            )
 
     sizes = train.pid[train.pid > 0].value_counts().sort_index()
     single, few = sizes.index[sizes == 1], sizes.index[(sizes > 1) & (sizes < k)]
     if len(single):
-        say("warning", f"{len(single)} training identities have one image: {_some(single)}.",
-            "They give no positive pair but the image with itself; add images or remove them.")
+        say(
+            "warning",
+            f"{len(single)} training identities have one image: {_some(single)}.",
+            "They give no positive pair but the image with itself; add images or remove them.",
+        )
     if len(few):
-        say("note", f"{len(few)} training identities have fewer than K = {k} images: "
-            f"{_some(few)}.", "PK batches repeat their images.")
+        say(
+            "note",
+            f"{len(few)} training identities have fewer than K = {k} images: {_some(few)}.",
+            "PK batches repeat their images.",
+        )
     if len(train) and len(sizes) < 2:
         say("error", f"training has {len(sizes)} identities.", "Triplets need two or more.")
 
     both = sorted(set(train.pid[train.pid > 0]) & set(test.pid[test.pid > 0]))
     if both:
-        say("error", f"{len(both)} identities are in training and in test: {_some(both)}.",
-            "Scores would be too good; give each person to one side.")
+        say(
+            "error",
+            f"{len(both)} identities are in training and in test: {_some(both)}.",
+            "Scores would be too good; give each person to one side.",
+        )
     if len(query):
         _check_matches(query, gallery, say)
     for note in dataset.notes:
@@ -440,20 +461,31 @@ def _check_market_counts(dataset, say):
     }
     for split, table in dataset.splits.items():
         if len(table) != MARKET_COUNTS[split]:
-            say("warning", f"{split} has {len(table):,} images, Market-1501 has "
+            say(
+                "warning",
+                f"{split} has {len(table):,} images, Market-1501 has "
                 f"{MARKET_COUNTS[split]:,}: scores do not compare with published ones.",
-                causes.get((split, len(table)), "Unpack the original archive again."))
+                causes.get((split, len(table)), "Unpack the original archive again."),
+            )
 
 
 def _check_matches(query, gallery, say):
     cameras = (query.camid >= 0).all()
     shown = set(query.path) & set(gallery.path)
     if shown and not cameras:
-        say("error", f"{len(shown)} queries are in the gallery too and will find themselves: "
-            f"{_some(sorted(shown))}.", "Take them out of the gallery, or give cameras.")
+        say(
+            "error",
+            f"{len(shown)} queries are in the gallery too and will find themselves: "
+            f"{_some(sorted(shown))}.",
+            "Take them out of the gallery, or give cameras.",
+        )
     if not cameras:
-        say("warning", "Without cameras nothing is excluded by camera: a query may find the next "
-            "frame of the same shot.", "Give cameras by a camid column or a pattern.")
+        say(
+            "warning",
+            "Without cameras nothing is excluded by camera: a query may find the next "
+            "frame of the same shot.",
+            "Give cameras by a camid column or a pattern.",
+        )
     # A match is a gallery image of the same identity that another camera took.
     matches = query.pid.map(gallery.pid.value_counts()).fillna(0)
     if cameras:
@@ -462,9 +494,12 @@ def _check_matches(query, gallery, say):
     lost = query[(matches == 0) & (query.pid > 0)]
     if len(lost):
         where = "in another camera" if cameras else "in the gallery"
-        say("error" if len(lost) == len(query) else "warning",
+        say(
+            "error" if len(lost) == len(query) else "warning",
             f"{len(lost)} of {len(query)} queries have no match {where}; identities: "
-            f"{_some(sorted(lost.pid.unique()))}.", "They are left out of the means.")
+            f"{_some(sorted(lost.pid.unique()))}.",
+            "They are left out of the means.",
+        )
 
 
 def _unreadable(paths, progress):
@@ -525,8 +560,10 @@ def _find_lists(root):
         for split, names in SPLIT_FOLDERS.items():
             if set(words) & set(names):
                 if split in lists:
-                    raise ValueError(f"{lists[split]} and {path.name} are both lists for {split}: "
-                                     "put one data set's lists in a folder of their own.")
+                    raise ValueError(
+                        f"{lists[split]} and {path.name} are both lists for {split}: "
+                        "put one data set's lists in a folder of their own."
+                    )
                 lists[split] = path
     return lists
 
@@ -615,8 +652,9 @@ def _read_list(source, image_root, pattern):
     for number, row in lines:
         cells = dict(zip(wanted, row, strict=False))
         if len(row) != len(wanted) or "" in (cells.get(c) for c in ("pid", "path", "camid")):
-            raise ValueError(f"{source}, line {number}: expected {','.join(wanted)}, "
-                             f"got {','.join(row)!r}.")
+            raise ValueError(
+                f"{source}, line {number}: expected {','.join(wanted)}, got {','.join(row)!r}."
+            )
     rows = pd.DataFrame([row for _, row in lines], columns=wanted)
     if "camid" not in rows:
         names = list(rows.path)
@@ -624,8 +662,10 @@ def _read_list(source, image_root, pattern):
     rows["path"] = [os.path.abspath(base / p) for p in rows.path]
     lost = [p for p in rows.path if not os.path.isfile(p)]
     if lost:
-        raise FileNotFoundError(f"{len(lost)} of {len(rows)} images in {source} do not exist: "
-                                f"{_some(lost, 3)}. Is image_root right? It is {base}.")
+        raise FileNotFoundError(
+            f"{len(lost)} of {len(rows)} images in {source} do not exist: "
+            f"{_some(lost, 3)}. Is image_root right? It is {base}."
+        )
     return rows[["path", "pid", "camid"]]
 
 
@@ -643,12 +683,15 @@ def _groups(names, pattern, place):
     """What the pattern's groups catch in each file name: group -> list of text."""
     regex = _compiled(pattern)
     caught = [regex.search(name.rsplit("/", 1)[-1]) for name in names]
-    wrong = [n for n, m in zip(names, caught, strict=True)
-             if not m or None in m.groupdict().values()]
+    wrong = [
+        n for n, m in zip(names, caught, strict=True) if not m or None in m.groupdict().values()
+    ]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(names)} image names in {place} do not fit "
-                         f"{regex.pattern}: {_some(wrong)}. Rename or remove them, or give "
-                         "another pattern.")
+        raise ValueError(
+            f"{len(wrong)} of {len(names)} image names in {place} do not fit "
+            f"{regex.pattern}: {_some(wrong)}. Rename or remove them, or give "
+            "another pattern."
+        )
     return {"camid": ["-1"] * len(names)} | {
         group: [m[group] for m in caught] for group in regex.groupindex
     }
@@ -690,13 +733,17 @@ def _dataset(name, root, tables, notes):
     for where, splits in (("training", ["train"]), ("query and gallery", ["query", "gallery"])):
         known = pd.concat([tables[split] for split in splits]).camid >= 0
         if known.any() and not known.all():
-            raise ValueError(f"{name}: {known.sum()} of {len(known)} images in {where} have a "
-                             "camera; same-camera exclusion needs all or none.")
+            raise ValueError(
+                f"{name}: {known.sum()} of {len(known)} images in {where} have a "
+                "camera; same-camera exclusion needs all or none."
+            )
     if (pd.concat(tables.values()).camid == -1).all():
         notes.append("No camera is known: camid is -1 everywhere.")
         if all(re.match(MARKET_NAME, os.path.basename(p)) for t in tables.values() for p in t.path):
-            notes.append('The file names look like Market-1501\'s: pattern="market1501" would '
-                         "read the cameras from them.")
+            notes.append(
+                'The file names look like Market-1501\'s: pattern="market1501" would '
+                "read the cameras from them."
+            )
     safe = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-") or "data"  # it names folders of runs
     return Dataset(safe, root, **tables, notes=tuple(notes))
 
@@ -706,8 +753,10 @@ def _split(table, seed):
     people = table[table.pid > 0]
     identities = min(people.pid.nunique() // 2, len(_matchable(people)))
     if not identities:
-        raise ValueError("too few identities to split: two are needed, and one of them with "
-                         "images of two cameras (or two images, with no cameras).")
+        raise ValueError(
+            "too few identities to split: two are needed, and one of them with "
+            "images of two cameras (or two images, with no cameras)."
+        )
     train, query, gallery = hold_out(people.reset_index(drop=True), identities, seed)
     rest = table[table.pid <= 0]
     gallery = pd.concat([gallery, rest], ignore_index=True)

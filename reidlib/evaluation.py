@@ -488,8 +488,8 @@ def _protocol(
     """What was done, as sentences."""
     total, queries = len(problem.gallery.pids), len(problem.query.pids)
     lines = [
-        f"{queries:,} queries against {kept:,} gallery images; {total - kept:,} junk images "
-        "(pid -1) were dropped before.",
+        f"Queries: {queries:,}. Gallery images: {kept:,}, after {total - kept:,} of junk (pid -1) "
+        "were dropped.",
         problem.cameras.format(same_camera),
     ]
     if itself:

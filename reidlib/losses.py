@@ -171,8 +171,8 @@ def batch_all(
     distances = pairwise_distance(emb, squared=squared)
     # (B, B) -> (pairs,), (pairs,): who is whose positive. Waits for the GPU, to count the pairs.
     anchor, positive = _is_positive(pids).nonzero(as_tuple=True)
-    # (B, B) -> (pairs, B). index_select, not [anchor]: on a CPU the latter adds up its gradient in
-    # an order that depends on the threads, so that two runs differ in the last digits.
+    # (B, B) -> (pairs, B). index_select, not [anchor]: torch promises no fixed order for adding up
+    # the gradient of the latter on a CPU. On CUDA, torch.use_deterministic_algorithms fixes it.
     negatives = _to_negatives(distances, pids).index_select(0, anchor)
     gap = distances[anchor, positive][:, None] - negatives
     return _reduce(gap, anchor, margin, mean, emb, distances, pids)

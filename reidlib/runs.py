@@ -250,7 +250,8 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
 def save_weights(path: Path, model: torch.nn.Module, recipe: Recipe) -> None:
     """Write a model alone, with its recipe in the file, so that one file is enough to load it."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    metadata = {"format": "pt", "reidlib_recipe": recipe.model_dump_json()}
+    # One entry: the order of several is not fixed, and equal models shall make equal files.
+    metadata = {"reidlib_recipe": recipe.model_dump_json()}
     write_atomically(path, lambda file: safetensors.torch.save_file(state, file, metadata))
 
 

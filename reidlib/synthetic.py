@@ -12,7 +12,6 @@ soles at 100, z forward), turned by a yaw, clothed with capsules (limbs) and ell
 
 import json
 import math
-import os
 import shutil
 import uuid
 from functools import lru_cache
@@ -28,7 +27,7 @@ FAMILY = 8  # so many neighbouring pids wear the same colours
 
 # Few colours on purpose: many people must share them.
 TOPS = ((40, 44, 52), (225, 222, 214), (178, 42, 44), (45, 72, 140), (58, 112, 72),
-        (214, 168, 52), (128, 128, 132), (150, 92, 128))
+        (214, 168, 52), (128, 128, 132), (150, 92, 128))  # fmt: skip
 BOTTOMS = ((34, 36, 44), (52, 68, 108), (110, 108, 104), (176, 152, 112), (84, 60, 46))
 ACCENTS = ((238, 236, 228), (28, 28, 34), (226, 186, 60), (60, 104, 176), (190, 54, 50))
 SKINS = ((244, 208, 180), (228, 182, 148), (196, 144, 108), (146, 98, 70), (96, 64, 48))
@@ -100,6 +99,7 @@ class Street(NamedTuple):
     # A part is (x, y, width, height, colour or None for any, radius of its corners).
 
 
+# fmt: off
 _MORTAR = (104, 66, 56)
 STREETS = {
     "pavement": Street(54, (172, 166, 156), (196, 188, 172), True, (
@@ -128,6 +128,7 @@ STREETS = {
         (384, ((0, 102, 400, 6, (206, 176, 70), 0),)),  # a guiding line
         (60, ((0, 32, 14, 96, (206, 206, 202), 0),)))),  # mirrored light
 }
+# fmt: on
 
 
 def _rng(*key):
@@ -160,13 +161,15 @@ def look(pid, seed=0):
     # An accent too close to the garment would hide its pattern.
     accents = [c for c in ACCENTS if sum(abs(a - b) for a, b in zip(c, top, strict=True)) > 180]
     cuts = ("tank", "tshirt", "tshirt", "long", "jacket", "hoodie", "coat")
+    styles = ("short", "short", "short", "bald", "bob")
+    if female:
+        styles = ("bob", "long", "ponytail", "bun", "short")
+    # fmt: off
     return Look(
         top=top, bottom=bottom, accent=_pick(rng, accents), pattern=pattern,
         cut=_pick(rng, (*cuts, "dress", "dress") if female else cuts),
         legs=_pick(rng, ("slim", "trousers", "wide", "shorts", *(("skirt",) * 2 * female))),
-        skin=_pick(rng, SKINS), hair=_pick(rng, HAIRS),
-        hair_style=_pick(rng, ("bob", "long", "ponytail", "bun", "short") if female
-                         else ("short", "short", "short", "bald", "bob")),
+        skin=_pick(rng, SKINS), hair=_pick(rng, HAIRS), hair_style=_pick(rng, styles),
         hat=_pick(rng, ("", "", "", "cap", "beanie")), hat_colour=_pick(rng, BAGS),
         bag=_pick(rng, ("", "", "backpack", "backpack", "shoulder", "handbag")),
         bag_colour=_pick(rng, BAGS), bag_side=_pick(rng, (-1, 1)),
@@ -174,6 +177,7 @@ def look(pid, seed=0):
         side_stripe=bool(rng.random() < 0.2),
         build=float(rng.uniform(0.90, 1.14) * (0.93 if female else 1.0)), female=female,
     )
+    # fmt: on
 
 
 # ---------------------------------------------------------------- the pen: body space to pixels
@@ -196,7 +200,10 @@ class _Pen:
 
     def at(self, x, y, z):
         """Turn a point of the body by the yaw and place it."""
-        return self.screen(x * self.cos + z * self.sin, y, self.depth(x, z))
+        return self.screen(self.across(x, z), y, self.depth(x, z))
+
+    def across(self, x, z):
+        return x * self.cos + z * self.sin
 
     def depth(self, x, z):
         return z * self.cos - x * self.sin
@@ -215,8 +222,9 @@ class _Pen:
         self.capsule(p, q, ra + 0.3, rb + 0.3, _shade(colour, 0.68))
         self.capsule(p, q, ra, rb, colour)
         away = -self.light * 0.5 * self.scale
-        self.capsule((p[0] + away * ra, p[1]), (q[0] + away * rb, q[1]), ra * 0.5, rb * 0.5,
-                     (0, 0, 0, 44))
+        self.capsule(
+            (p[0] + away * ra, p[1]), (q[0] + away * rb, q[1]), ra * 0.5, rb * 0.5, (0, 0, 0, 44)
+        )
 
     def disc(self, across, y, depth, rx, ry, fill):
         x, y = self.screen(across, y, depth)
@@ -232,7 +240,7 @@ class _Pen:
         # A cylinder of depth 0.62 of its width, turned by the yaw, is seen under the parameter u:
         # across = width · k · sin u, and it faces us where |u| < π/2.
         k = math.hypot(self.cos, 0.62 * self.sin)
-        mid = (phi - self.front() + math.pi) % (2 * math.pi) - math.pi
+        mid = (phi - self.front() + math.pi) % (2 * math.pi) - math.pi if half < math.pi else 0.0
         ys = [y0 + (y1 - y0) * i / 4 for i in range(5)]
         rs = np.interp(ys, *zip(*widths, strict=True))
 
@@ -241,8 +249,13 @@ class _Pen:
             return self.screen(across, ys[i], depth)
 
         for turn in (-2 * math.pi, 0.0, 2 * math.pi):
-            ends = [[min(_RIGHT, max(-_RIGHT, mid + turn + slant * i / 4 + sign * half))
-                     for sign in (-1, 1)] for i in range(5)]
+            ends = [
+                [
+                    min(_RIGHT, max(-_RIGHT, mid + turn + slant * i / 4 + sign * half))
+                    for sign in (-1, 1)
+                ]
+                for i in range(5)
+            ]
             if any(lo < hi for lo, hi in ends):
                 (a, b), (c, d) = ends[0], ends[4]
                 outline = [point(0, a + (b - a) * s) for s in (0, 0.25, 0.5, 0.75)]
@@ -258,16 +271,15 @@ class _Pen:
     def box(self, middle, sides, colour):
         """Draw a soft bag: a box around a point of the body, with three half sides."""
         (x, y, z), (wx, wy, wz) = middle, sides
-        across, depth = x * self.cos + z * self.sin, self.depth(x, z)
+        across, depth = self.across(x, z), self.depth(x, z)
         half = abs(wx * self.cos) + abs(wz * self.sin)
         left, top = self.screen(across - half, y - wy, depth)
         right, bottom = self.screen(across + half, y + wy, depth)
         r = max(1.0, min(0.35 * (right - left), 1.6 * self.scale))
-        self.draw.rounded_rectangle((left, top, right, bottom), r, colour,
-                                    _shade(colour, 0.6), max(1, int(0.45 * self.scale)))
+        dark, thick = _shade(colour, 0.6), max(1, int(0.45 * self.scale))
+        self.draw.rounded_rectangle((left, top, right, bottom), r, colour, dark, thick)
         mid = top + 0.42 * (bottom - top)
-        self.draw.line((left + r / 2, mid, right - r / 2, mid), _shade(colour, 0.62),
-                       max(1, int(0.5 * self.scale)))
+        self.draw.line((left + r / 2, mid, right - r / 2, mid), dark, thick)
 
 
 _RIGHT = math.pi / 2
@@ -287,19 +299,29 @@ def _paint_person(pen, who, phase):
     pen.crown += 45 * (1 - math.cos(swing)) * pen.scale  # a stride lowers the body
     parts = [(0.0, lambda: _paint_torso(pen, who)), (40.0, lambda: _paint_head(pen, who))]
     for side in (-1, 1):
-        parts.append((-50 + pen.depth(side * 4, 20 * swing * side),
-                      lambda s=side: _paint_leg(pen, who, s, swing * s)))
-        parts.append((pen.depth(side * 9, 0) + 0.5,
-                      lambda s=side: _paint_arm(pen, who, s, -1.2 * swing * s)))
+        parts.append(
+            (
+                -50 + pen.depth(side * 4, 20 * swing * side),
+                lambda s=side: _paint_leg(pen, who, s, swing * s),
+            )
+        )
+        parts.append(
+            (pen.depth(side * 9, 0) + 0.5, lambda s=side: _paint_arm(pen, who, s, -1.2 * swing * s))
+        )
     if who.hair_style in ("long", "ponytail"):  # over the torso only where we see the back
         parts.append((41.0 if pen.cos < 0.25 else -0.5, lambda: _paint_mane(pen, who)))
     if who.bag == "backpack":
-        parts.append((pen.depth(0, -8), lambda: pen.box(
-            (0, 31, -9.0), (6.4 * who.build, 11, 3.6), who.bag_colour)))
+        parts.append(
+            (
+                pen.depth(0, -8),
+                lambda: pen.box((0, 31, -9.0), (6.4 * who.build, 11, 3.6), who.bag_colour),
+            )
+        )
     if who.bag == "shoulder":
         x = who.bag_side * 9.5 * who.build
-        parts.append((pen.depth(x, 0) + 1.5, lambda: pen.box(
-            (x, 50, 0), (2.6, 6.0, 5.6), who.bag_colour)))
+        parts.append(
+            (pen.depth(x, 0) + 1.5, lambda: pen.box((x, 50, 0), (2.6, 6.0, 5.6), who.bag_colour))
+        )
     for _, paint in sorted(parts, key=lambda part: part[0]):
         paint()
 
@@ -357,8 +379,15 @@ def _paint_torso(pen, who):
     b, waist = who.build, (6.9 if who.female else 8.2)
     hem = {"dress": 68.0, "coat": 66.0, "tank": 50.0}.get(who.cut, 52.0)
     flare = 11.5 if who.cut == "dress" else 9.6
-    widths = [(14.5, 3.6), (16.5, 7.0 * b), (19.5, 9.4 * b), (24, 9.6 * b), (40, waist * b),
-              (49, 8.6 * b), (68, flare * b)]
+    widths = [
+        (14.5, 3.6),
+        (16.5, 7.0 * b),
+        (19.5, 9.4 * b),
+        (24, 9.6 * b),
+        (40, waist * b),
+        (49, 8.6 * b),
+        (68, flare * b),
+    ]
     around, front = math.pi, pen.front()
 
     def patch(phi, half, y0, y1, colour, slant=0.0):
@@ -459,8 +488,9 @@ def _paint_head(pen, who):
         if who.hat == "cap" and c > -0.5:
             pen.disc(5.0 * s, 5.3, 5, 3.0 + 1.2 * abs(c), 1.2, _shade(who.hat_colour, 0.72))
         if who.hat == "beanie":
-            pen.draw.rectangle((x - rx, y - 0.16 * ry, x + rx, y + 0.22 * ry),
-                               _shade(who.hat_colour, 0.75))
+            pen.draw.rectangle(
+                (x - rx, y - 0.16 * ry, x + rx, y + 0.22 * ry), _shade(who.hat_colour, 0.75)
+            )
             pen.disc(-0.3 * s, -1.4, 0, 1.5, 1.5, _shade(who.hat_colour, 1.25))
 
 
@@ -516,8 +546,8 @@ def _clutter(draw, rng, camera, h, w):
         for wheel in (x, x + 32 * u):
             rim = (wheel - 12 * u, y - 24 * u, wheel + 12 * u, y)
             draw.ellipse(rim, None, (24, 24, 26), int(1.6 * u))
-        frame = ((0, 12), (12, 28), (16, 12), (0, 12), (16, 12), (28, 28), (12, 28), (28, 28),
-                 (27, 34), (32, 12), (27, 34), (33, 36))
+        frame = [(0, 12), (12, 28), (16, 12), (0, 12), (16, 12), (28, 28), (12, 28), (28, 28)]
+        frame += [(27, 34), (32, 12), (27, 34), (33, 36)]
         draw.line([(x + p * u, y - q * u) for p, q in frame], _pick(rng, BAGS), int(1.8 * u))
         draw.line((x + 8 * u, y - 30 * u, x + 16 * u, y - 30 * u), (30, 30, 30), int(2.4 * u))
     elif kind == 2:  # a bin
@@ -611,8 +641,18 @@ def _expose(image, cam, rng):
 # ---------------------------------------------------------------- the data set
 
 
-def draw_dataset(root, *, train_ids=150, test_ids=50, images_per_camera=3, cameras=6,
-                 distractors=100, junk=75, seed=0, size=(128, 64)):
+def draw_dataset(
+    root,
+    *,
+    train_ids=150,
+    test_ids=50,
+    images_per_camera=3,
+    cameras=6,
+    distractors=100,
+    junk=75,
+    seed=0,
+    size=(128, 64),
+):
     """Draw a whole data set in Market-1501's layout and return its folder.
 
     `root` gets `bounding_box_train`, `query` and `bounding_box_test`, with JPEG files named like
@@ -630,9 +670,17 @@ def draw_dataset(root, *, train_ids=150, test_ids=50, images_per_camera=3, camer
         FileExistsError: `root` is there and is something else; it is left untouched.
     """
     root = Path(root)
-    settings = dict(version=VERSION, train_ids=train_ids, test_ids=test_ids,
-                    images_per_camera=images_per_camera, cameras=cameras, distractors=distractors,
-                    junk=junk, seed=seed, size=list(size))
+    settings = dict(
+        version=VERSION,
+        train_ids=train_ids,
+        test_ids=test_ids,
+        images_per_camera=images_per_camera,
+        cameras=cameras,
+        distractors=distractors,
+        junk=junk,
+        seed=seed,
+        size=list(size),
+    )
     if not 2 <= cameras <= len(CAMERAS):
         raise ValueError(f"cameras must be 2 to {len(CAMERAS)}: a query needs a match in another.")
     if not (1 <= train_ids < 5000 and 1 <= test_ids < 5000 and images_per_camera >= 1):
@@ -663,7 +711,7 @@ def draw_dataset(root, *, train_ids=150, test_ids=50, images_per_camera=3, camer
             _save(part / "bounding_box_test", -1, camera, i, pid, seed, size, bad=True)
         (part / "dataset.json").write_text(json.dumps(settings, indent=1) + "\n")
         try:
-            os.rename(part, root)
+            part.rename(root)
         except OSError:  # someone else drew it meanwhile
             if not _drawn_before(root, settings):
                 raise
@@ -684,8 +732,10 @@ def _drawn_before(root, settings):
     except ValueError:
         found = None
     if found != settings:
-        raise FileExistsError(f"{root} was drawn with other settings, see dataset.json in it: "
-                              "remove it or name another folder.")
+        raise FileExistsError(
+            f"{root} was drawn with other settings, see dataset.json in it: "
+            "remove it or name another folder."
+        )
     return True
 
 

@@ -53,8 +53,15 @@ def test_pictures_are_rgb_jpegs_of_the_asked_size(root, tmp_path):
     for path in root.rglob("*.jpg"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 128))
-    small = draw_dataset(tmp_path / "small", train_ids=1, test_ids=1, images_per_camera=1,
-                         distractors=0, junk=0, size=(64, 48))
+    small = draw_dataset(
+        tmp_path / "small",
+        train_ids=1,
+        test_ids=1,
+        images_per_camera=1,
+        distractors=0,
+        junk=0,
+        size=(64, 48),
+    )
     with Image.open(next(small.rglob("*.jpg"))) as image:
         assert image.size == (48, 64)
 
@@ -67,8 +74,15 @@ def test_train_and_test_identities_are_disjoint(root):
 
 @pytest.mark.parametrize("cameras", [2, 6])
 def test_every_query_has_a_match_in_another_camera(cameras, tmp_path):
-    root = draw_dataset(tmp_path / "set", train_ids=1, test_ids=12, images_per_camera=1,
-                        cameras=cameras, distractors=3, junk=3)
+    root = draw_dataset(
+        tmp_path / "set",
+        train_ids=1,
+        test_ids=12,
+        images_per_camera=1,
+        cameras=cameras,
+        distractors=3,
+        junk=3,
+    )
     query, gallery = rows(root, "query"), rows(root, "bounding_box_test")
     assert {camera for _, camera in query} == set(range(1, cameras + 1))
     for pid, camera in query:
@@ -100,8 +114,15 @@ def test_no_two_pictures_are_the_same(root):
 def test_many_distractors_and_junk_keep_their_own_names(tmp_path, monkeypatch):
     # Without drawing: only the names matter, and one name twice would lose a file in silence.
     monkeypatch.setattr(synthetic, "draw_person", lambda *a, **k: np.zeros((8, 8, 3), np.uint8))
-    root = draw_dataset(tmp_path / "set", train_ids=1, test_ids=3, cameras=2,
-                        images_per_camera=1, distractors=600, junk=400)
+    root = draw_dataset(
+        tmp_path / "set",
+        train_ids=1,
+        test_ids=3,
+        cameras=2,
+        images_per_camera=1,
+        distractors=600,
+        junk=400,
+    )
     pids = Counter(pid for pid, _ in rows(root, "bounding_box_test"))
     assert (pids[0], pids[-1]) == (600, 400)
 
@@ -168,24 +189,34 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch, blow):
 
 def test_two_at_once_give_one_set(tmp_path, monkeypatch):
     # Another process finishes the same set while this one is about to rename its own.
-    real = synthetic.os.rename
+    real = Path.rename
 
     def late(source, target):
         if not Path(target).exists():
-            monkeypatch.setattr(synthetic.os, "rename", real)
+            monkeypatch.setattr(Path, "rename", real)
             draw_dataset(target, train_ids=1, test_ids=1, distractors=1, junk=1)
         real(source, target)
 
-    monkeypatch.setattr(synthetic.os, "rename", late)
+    monkeypatch.setattr(Path, "rename", late)
     root = draw_dataset(tmp_path / "set", train_ids=1, test_ids=1, distractors=1, junk=1)
     assert list(tmp_path.iterdir()) == [root] and (root / "dataset.json").is_file()
 
 
-@pytest.mark.parametrize("bad", [
-    dict(cameras=1), dict(cameras=7), dict(train_ids=0), dict(test_ids=0), dict(test_ids=5000),
-    dict(images_per_camera=0), dict(junk=-1), dict(distractors=-1), dict(seed=-1),
-    dict(size=(4, 4)),
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(cameras=1),
+        dict(cameras=7),
+        dict(train_ids=0),
+        dict(test_ids=0),
+        dict(test_ids=5000),
+        dict(images_per_camera=0),
+        dict(junk=-1),
+        dict(distractors=-1),
+        dict(seed=-1),
+        dict(size=(4, 4)),
+    ],
+)
 def test_settings_that_make_no_data_set(tmp_path, bad):
     with pytest.raises(ValueError):
         draw_dataset(tmp_path / "set", **{**TINY, **bad})
@@ -208,8 +239,13 @@ def test_draw_person_shape_and_arguments():
     assert picture.shape == (128, 64, 3) and picture.dtype == np.uint8
     assert np.array_equal(picture, draw_person(2, 1))
     assert draw_person(2, 1, size=(96, 40)).shape == (96, 40, 3)
-    for other in (draw_person(3, 1), draw_person(2, 2), draw_person(2, 1, frame=1),
-                  draw_person(2, 1, seed=1), draw_person(2, 1, bad=True)):
+    for other in (
+        draw_person(3, 1),
+        draw_person(2, 2),
+        draw_person(2, 1, frame=1),
+        draw_person(2, 1, seed=1),
+        draw_person(2, 1, bad=True),
+    ):
         assert not np.array_equal(picture, other)
     assert np.array_equal(draw_person(2, 1, view="back"), draw_person(2, 1, view=180))
     with pytest.raises(ValueError, match="camera"):
@@ -218,15 +254,25 @@ def test_draw_person_shape_and_arguments():
         draw_person(2, 1, view="above")
 
 
-def test_a_backpack_shows_from_behind(monkeypatch):
-    who = look(2)._replace(bag="backpack", bag_colour=(222, 196, 84), top=(40, 44, 52),
-                           pattern="plain", cut="long", hair_style="short")
+def test_a_backpack_is_worn_behind(monkeypatch):
+    who = look(2)._replace(
+        bag="backpack",
+        bag_colour=(222, 196, 84),
+        top=(40, 44, 52),
+        pattern="plain",
+        cut="long",
+        hair_style="short",
+    )
     monkeypatch.setattr(synthetic, "look", lambda *args: who)
-    yellow = {}
-    for view in ("front", "back"):
-        r, g, b = draw_person(2, 1, view=view, clean=True)[38:56, 24:40].mean((0, 1))
-        yellow[view] = (r + g) / 2 - b
-    assert yellow["back"] > yellow["front"] + 40
+
+    def yellow(view, columns):
+        r, g, b = draw_person(2, 1, view=view, clean=True)[36:58, columns].mean((0, 1))
+        return (r + g) / 2 - b
+
+    middle, left, right = slice(24, 40), slice(10, 27), slice(37, 54)
+    assert yellow("back", middle) > yellow("front", middle) + 40
+    assert yellow("right", left) > yellow("right", right) + 20  # it walks right, the bag trails
+    assert yellow("left", right) > yellow("left", left) + 20
 
 
 def test_every_appearance_can_be_drawn_from_every_side(monkeypatch):
@@ -234,11 +280,14 @@ def test_every_appearance_can_be_drawn_from_every_side(monkeypatch):
     # jacket is a shirt, from the front a ponytail is short hair.
     hidden = {("cut", "back"): 1, ("hair_style", "front"): 1}
     base = look(2)
-    fields = dict(pattern=synthetic.PATTERNS, hat=("", "cap", "beanie"),
-                  cut=("tank", "tshirt", "long", "jacket", "hoodie", "coat", "dress"),
-                  legs=("slim", "trousers", "wide", "shorts", "skirt"),
-                  hair_style=("short", "bald", "bob", "long", "ponytail", "bun"),
-                  bag=("", "backpack", "shoulder", "handbag"))
+    fields = dict(
+        pattern=synthetic.PATTERNS,
+        hat=("", "cap", "beanie"),
+        cut=("tank", "tshirt", "long", "jacket", "hoodie", "coat", "dress"),
+        legs=("slim", "trousers", "wide", "shorts", "skirt"),
+        hair_style=("short", "bald", "bob", "long", "ponytail", "bun"),
+        bag=("", "backpack", "shoulder", "handbag"),
+    )
     for (field, values), view in itertools.product(fields.items(), synthetic.VIEWS):
         drawn = set()
         for value in values:
@@ -250,7 +299,11 @@ def test_every_appearance_can_be_drawn_from_every_side(monkeypatch):
 
 
 def test_cameras_differ_more_than_pictures_of_one_camera():
-    means = np.array([[draw_person(pid, camera, clean=True).mean((0, 1)) for pid in range(1, 7)]
-                      for camera in synthetic.CAMERAS])  # (cameras, pictures, 3)
+    means = np.array(
+        [
+            [draw_person(pid, camera, clean=True).mean((0, 1)) for pid in range(1, 7)]
+            for camera in synthetic.CAMERAS
+        ]
+    )  # (cameras, pictures, 3)
     hue = means / means.sum(-1, keepdims=True)
     assert hue.mean(1).std(0).max() > hue.std(1).mean()

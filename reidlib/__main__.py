@@ -1,0 +1,318 @@
+"""`python -m reidlib`: a thin door to the library, for a shell.
+
+Standard output carries results alone; all else goes to standard error. Status 0: done, 1: an error
+that is told in a line or two (REID_DEBUG=1 shows where), 2: a wrong command line, 130: Ctrl-C.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+# Each command imports what it needs: torch takes seconds, and --help does without.
+
+
+def say(text: str) -> None:
+    """Print for the person, not for the next program."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- the commands
+
+
+def data(args) -> int:
+    """Print what is in a data set and what is wrong with it; status 1 where that is an error."""
+    from reidlib.datasets import check, load
+    from reidlib.progress import progress
+
+    bar = partial(progress, desc="read images", unit="img")
+    dataset = load(args.dataset, pattern=args.pattern, image_root=args.image_root)
+    report = check(dataset, args.k, decode=not args.no_decode, progress=bar)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def train(args) -> int:
+    """Train one run and print its folder."""
+    from reidlib.notebooks import from_text, value_types
+    from reidlib.recipes import Recipe, make_recipe
+
+    changes = {
+        name: from_text(text, value_types(field.annotation))
+        for name, field in Recipe.model_fields.items()
+        if (text := getattr(args, name)) is not None
+    }
+    recipe = make_recipe(args.recipe, **changes)
+
+    from reidlib.training import Trainer
+
+    folder = Trainer(recipe, args.tag, args.resume, args.device).fit()
+    print(folder)
+    say(f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
+    return 0
+
+
+def embed(args) -> int:
+    """Write the embeddings of a folder or list of images."""
+    from reidlib import embedding
+    from reidlib.datasets import image_list
+    from reidlib.runs import load_model
+
+    out = Path(args.out).expanduser()
+    if out.is_dir():  # said now, not after an hour
+        raise ValueError(f"{out} is a folder: give the name of a file, such as gallery.h5.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table = image_list(args.images, pattern=args.pattern, image_root=args.image_root)
+    model = load_model(args.model, embedding.pick_device(args.device))
+    pixels, table = embedding.load_images(table, model.recipe)
+    emb = embedding.embed(model, pixels, model.recipe, flip=args.flip)
+    embedding.write_embeddings(out, emb, table)
+    say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
+    if (table["pid"] == -1).all():
+        say(
+            "No identities are known (pid -1): enough to search, not to evaluate. "
+            "--pattern market1501 reads them from file names like Market-1501's."
+        )
+    return 0
+
+
+def evaluate(args) -> int:
+    """Print the scores as JSON."""
+    from reidlib import evaluation
+    from reidlib.embedding import read_embeddings
+
+    query = read_embeddings(args.query, args.query_csv)
+    gallery = read_embeddings(args.gallery, args.gallery_csv)
+    evaluated = evaluation.evaluate(*query, *gallery)
+    print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
+    say(evaluated.protocol)
+    return 0
+
+
+def search(args) -> int:
+    """Print the gallery images nearest to one image, as CSV: rank, distance, path."""
+    import numpy as np
+
+    from reidlib import embedding
+    from reidlib.datasets import image_list, read_image
+    from reidlib.runs import load_model
+
+    if not Path(args.query).is_file():
+        raise FileNotFoundError(f"There is no image {args.query}.")
+    image = read_image(args.query)[None]  # (1, H, W, 3)
+    model = load_model(args.model, embedding.pick_device(args.device))
+    recipe = model.recipe
+    if args.gallery.endswith(".h5"):
+        emb, table = embedding.read_embeddings(args.gallery)
+    else:
+        pixels, table = embedding.load_images(image_list(args.gallery), recipe)
+        emb = embedding.embed(model, pixels, recipe)
+    query_emb = embedding.embed(model, image, recipe, show_progress=False)  # (1, D)
+    if emb.shape[1] != query_emb.shape[1]:
+        raise ValueError(
+            f"{args.gallery} has embeddings of {emb.shape[1]} numbers, {args.model} gives "
+            f"{query_emb.shape[1]}: embed the gallery with this model."
+        )
+    # Summed directly, as the evaluation does: the dot-product form loses digits near 0.
+    distance = np.linalg.norm(emb.astype(np.float64) - query_emb, axis=1)  # (G,)
+    nearest = np.argsort(distance, kind="stable")[: args.top]
+    found = table[["path"]].iloc[nearest]
+    found.insert(0, "rank", range(1, len(found) + 1))
+    found.insert(1, "distance", distance[nearest])
+    print(found.to_csv(index=False, float_format="%.6f"), end="")
+    return 0
+
+
+def run(args) -> int:
+    """Run notebooks."""
+    from reidlib import notebooks
+
+    parameters = dict(args.parameters)
+    notebooks.run(args.notebooks, parameters, output=args.output, timeout=args.timeout)
+    return 0
+
+
+SCORES = ("mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP")
+
+
+def scores(args) -> int:
+    """Print a table of the runs' scores in per cent."""
+    import pandas as pd
+
+    from reidlib.paths import outputs_dir
+    from reidlib.runs import find_run, read_json
+
+    names = args.runs or sorted(path.parent.name for path in outputs_dir().glob("*/config.json"))
+    if not names:
+        raise FileNotFoundError(
+            f"There are no runs in {outputs_dir()} yet. Make one: "
+            f"python -m reidlib run 03_train 04_evaluate -p dataset synthetic"
+        )
+    rows, notes = {}, []
+    for folder in map(find_run, names):
+        file = folder / "metrics.json"
+        metrics = read_json(file) if file.is_file() else {}
+        rows[folder.name] = metrics
+        if "mAP" in metrics:
+            notes.append(
+                f"{folder.name}: {metrics['queries']} queries"
+                f" ({metrics['queries_without_match']} without a match, left out)"
+            )
+        else:
+            notes.append(
+                f"{folder.name}: not evaluated yet; python -m reidlib run 04_evaluate "
+                f"-p run {folder.name}"
+            )
+        baselines = metrics.get("baselines", {}) if args.baselines else {}
+        for name, found in baselines.items():
+            # One index for the table: the run's name keeps the rows of two runs apart.
+            rows[f"{folder.name}: {name.replace('_', ' ')}"] = found
+        if (picture := folder / "ranked_lists.jpg").is_file():
+            notes.append(f"ranked lists: {picture}")
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(SCORES))
+    table = 100 * table.astype(float)
+    print(table.to_string(float_format="{:.2f}".format, na_rep="-"))
+    print("\nPer cent; higher is better. mAP: mean average precision over all matches of a query;")
+    print("topk: share of queries with a match among the k nearest; mINP: how early the last comes.")
+    print("\n" + "\n".join(notes))
+    return 0
+
+
+# --- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong command line leaves two lines, not the whole usage."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str):
+        """Leave with status 2."""
+        say(f"{self.prog}: {message}")
+        say(f"See {self.prog} --help")
+        raise SystemExit(2)
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    top = Parser(prog="python -m reidlib", description="Person re-identification, from a shell.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(function, text: str) -> Parser:
+        parser = commands.add_parser(function.__name__, help=text, description=f"{text}.")
+        parser.set_defaults(function=function)
+        return parser
+
+    def add_source(parser):
+        parser.add_argument(
+            "--pattern", help='names to pid and camid: a regular expression, or "market1501"'
+        )
+        parser.add_argument("--image-root", help="where the relative paths of CSV lists start")
+
+    def add_device(parser):
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, …")
+
+    a = command(data, "check a data set and print its counts")
+    a.add_argument("--dataset", required=True, help="market1501, synthetic, or a path")
+    a.add_argument("--k", type=int, default=4, help="the K of PK batches (4)")
+    a.add_argument("--no-decode", action="store_true", help="do not read the images themselves")
+    add_source(a)
+
+    a = command(train, "train one run and print its folder")
+    a.add_argument("--recipe", default="trinet", help="plain, trinet (the default) or demo")
+    a.add_argument("--tag", default="", help="appended to the run's name")
+    a.add_argument(
+        "--resume",
+        default="auto",
+        choices=("auto", "previous", "never", "restart"),
+        help="with a run of this name: go on (auto), from the checkpoint before the last "
+        "(previous), refuse (never), or delete it and start again (restart)",
+    )
+    add_device(a)
+    _add_settings(a)
+
+    a = command(embed, "write the embeddings of images into an HDF5 file")
+    a.add_argument("--model", required=True, help="a run, or a weights.safetensors")
+    a.add_argument("--images", required=True, help="a folder, or a CSV list")
+    a.add_argument("--out", required=True, help="the file to write, such as gallery.h5")
+    a.add_argument("--flip", action="store_true", help="mean of each image and its mirror image")
+    add_source(a)
+    add_device(a)
+
+    a = command(evaluate, "print the scores as JSON")
+    for side in ("query", "gallery"):
+        a.add_argument(f"--{side}", required=True, help=f"HDF5 file of the {side} embeddings")
+        a.add_argument(f"--{side}-csv", help="its list of images, if it holds embeddings alone")
+
+    a = command(search, "print the images nearest to one image as CSV")
+    a.add_argument("--model", required=True, help="a run, or a weights.safetensors")
+    a.add_argument("--gallery", required=True, help="a folder, a CSV list, or embeddings (.h5)")
+    a.add_argument("--query", required=True, help="an image")
+    a.add_argument("--top", type=_count, default=10, help="how many (10)")
+    add_device(a)
+
+    a = command(run, "run notebooks, headless, one after another")
+    a.add_argument("notebooks", nargs="+", help="03_train, 03, or a path")
+    a.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the notebooks; repeat it",
+    )
+    a.add_argument("--output", help="folder of the executed copies (outputs/notebooks)")
+    a.add_argument("--timeout", type=float, help="seconds that a cell may take (no limit)")
+
+    a = command(scores, "print a table of scores in per cent")
+    a.add_argument("runs", nargs="*", metavar="RUN", help="by default all under outputs/")
+    a.add_argument("--baselines", action="store_true", help="show what the runs compare with, too")
+    return top, commands.choices
+
+
+def _add_settings(parser: Parser) -> None:
+    """Add an option for every setting of a recipe."""
+    from reidlib.recipes import Recipe
+
+    group = parser.add_argument_group("settings of the recipe (defaults are trinet's)")
+    for name, field in Recipe.model_fields.items():
+        text = f"{field.description} ({field.default})".replace("%", "%%")
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="…", help=text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    top, commands = _parser()
+    args, unknown = top.parse_known_args(argv)
+    if unknown:
+        parser = commands[args.command]
+        options = [o for action in parser._actions for o in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
+        parser.error(f"unknown {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+    try:
+        return args.function(args)
+    except KeyboardInterrupt:
+        say("Stopped.")
+        return 130
+    except BrokenPipeError:  # `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("REID_DEBUG"):
+            raise
+        say(str(error).strip() or type(error).__name__)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

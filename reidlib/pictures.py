@@ -1,0 +1,481 @@
+"""Every figure that two notebooks share: one style, right and wrong by colour and sign, alt text.
+
+No figure here goes through pyplot, so none is left open behind and none shows up twice. A function
+returns a matplotlib `Figure`; `show(figure, alt)` puts it into the notebook, `save` into a file.
+
+>>> figure = curves({"a": ([1, 2], [3, 4])}, x_label="rank", y_label="share")
+>>> [line.get_label() for line in figure.axes[0].lines]
+['a']
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from reidlib.datasets import read_image
+from reidlib.recipes import Recipe
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = "osD^vP*Xhd"
+
+
+class Mark(NamedTuple):
+    """How one kind of thing is drawn: never by its colour alone."""
+
+    colour: str
+    sign: str
+    line: str
+
+
+RIGHT = Mark(PALETTE[0], "✓", "-")
+WRONG = Mark(PALETTE[1], "✗", "--")
+EXCLUDED = Mark("#6E6E6E", "–", ":")
+QUERY = Mark("#000000", "?", "-")
+PLAIN = Mark("#FFFFFF", "", "-")
+STATUS = {"match": RIGHT, "wrong": WRONG}  # of `evaluation.ranked_list`; all others: EXCLUDED
+
+STYLE = {
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE, linestyle=LINES),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.facecolor": "white",  # readable in JupyterLab's dark theme too
+    "figure.titlesize": 11,
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+}
+
+
+def use_style() -> None:
+    """Set the one style of all figures, for this process."""
+    matplotlib.rcParams.update(STYLE)
+
+
+# --- out of here: into a notebook, into a file
+
+
+def encode(figure: Figure, photo: bool = False, density: float = 1.5) -> bytes:
+    """Return a figure as JPEG (photo) or PNG; `density` is pixels for one of the screen's."""
+    buffer = io.BytesIO()
+    options = {"pil_kwargs": {"quality": 85, "optimize": True}} if photo else {}
+    figure.savefig(buffer, format="jpeg" if photo else "png", dpi=100 * density, **options)
+    return buffer.getvalue()
+
+
+def show(figure: Figure, alt: str, photo: bool = False) -> None:
+    """Show a figure in the notebook, with a text for those who cannot see it.
+
+    The picture goes into the notebook as an `<img>` with its data inside: JupyterLab shows alt text
+    only there, not on images of their own type. `photo` makes it a JPEG, some ten times smaller for
+    photographs; curves stay PNG.
+
+    Raises:
+        ValueError: no alt text.
+    """
+    from IPython.display import display
+
+    if not alt.strip():
+        raise ValueError("A figure needs alt text: one sentence on what it shows.")
+    data = base64.b64encode(encode(figure, photo)).decode()
+    kind, width = "jpeg" if photo else "png", round(100 * figure.get_figwidth())
+    image = (
+        f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" width="{width}" '
+        f'style="max-width: 100%; height: auto">'
+    )
+    display({"text/html": image, "text/plain": f"[Figure: {alt}]"}, raw=True)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure to a file: `.jpg` for photographs, `.png` for curves."""
+    Path(path).write_bytes(encode(figure, Path(path).suffix.lower() in (".jpg", ".jpeg")))
+
+
+# --- photographs. The axes of these figures are in inches, from the upper left corner.
+
+
+def _sheet(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure with one axes over all of it, its coordinates inches from the upper left."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    axes.set_axis_off()
+    return figure, axes
+
+
+def _photo(
+    axes: Axes, image: np.ndarray, x: float, y: float, w: float, h: float, mark: Mark = PLAIN
+) -> None:
+    """Draw one photograph, as large as fits into the box in its own proportions, and its frame."""
+    rows, columns = image.shape[:2]
+    scale = min(w / columns, h / rows)
+    x, y = x + (w - columns * scale) / 2, y + (h - rows * scale) / 2
+    w, h = columns * scale, rows * scale
+    alpha = 0.35 if mark == EXCLUDED else 1
+    axes.imshow(
+        image, extent=(x, x + w, y + h, y), aspect="auto", alpha=alpha, interpolation="antialiased"
+    )
+    if mark != PLAIN:
+        frame = Rectangle((x, y), w, h, fill=False, ec=mark.colour, ls=mark.line, lw=2.5)
+        axes.add_patch(frame)
+
+
+def photo_grid(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str] | None = None,
+    columns: int = 8,
+    marks: Sequence[Mark] | None = None,
+    row_titles: Sequence[str] | None = None,
+    height: float = 1.4,
+) -> Figure:
+    """Draw photographs in rows, read like text.
+
+    Args:
+        images: N arrays (H, W, 3) uint8, of any sizes; a photograph keeps its proportions.
+        titles: N short lines, one over each photograph; "" for none.
+        columns: photographs in a row.
+        marks: N of `RIGHT`, `WRONG`, `EXCLUDED`, `QUERY`, `PLAIN`: the frame, and the sign that
+            goes before the title.
+        row_titles: one line left of each row.
+        height: of a photograph, inches.
+
+    Raises:
+        ValueError: no images, or lists that do not fit them.
+    """
+    n, rows = len(images), math.ceil(len(images) / columns)
+    if n == 0:
+        raise ValueError("There are no photographs to draw.")
+    for name, given, wanted in (
+        ("titles", titles, n),
+        ("marks", marks, n),
+        ("row_titles", row_titles, rows),
+    ):
+        if given is not None and len(given) != wanted:
+            raise ValueError(f"photo_grid needs {wanted} {name}, not {len(given)}.")
+    marks = marks or [PLAIN] * n
+    width = max(height * min(image.shape[1] / image.shape[0], 2) for image in images)
+    gap, head = 0.08, 0.18 if titles or any(mark.sign for mark in marks) else 0.0
+    left = 0.1 + 0.075 * max(map(len, row_titles)) if row_titles else 0.0
+    figure, axes = _sheet(
+        left + gap + min(n, columns) * (width + gap), gap + rows * (height + head + gap)
+    )
+    for i, (image, mark) in enumerate(zip(images, marks, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = left + gap + column * (width + gap), gap + row * (height + head + gap)
+        title = f"{mark.sign} {titles[i] if titles else ''}".strip()
+        colour = mark.colour if mark.sign else "black"
+        axes.text(x + width / 2, y + head - 0.04, title, ha="center", size=8, color=colour)
+        _photo(axes, image, x, y + head, width, height, mark)
+        if row_titles and column == 0:
+            axes.text(0.08, y + head + height / 2, row_titles[row], va="center", size=9)
+    return figure
+
+
+class RankedRow(NamedTuple):
+    """One query and what the gallery answered, for `ranked_lists`."""
+
+    title: str
+    """Over the row: who asks, and its AP."""
+    query: np.ndarray | str
+    """The query image (H, W, 3) uint8, or its path."""
+    results: pd.DataFrame
+    """What `evaluation.ranked_list` returned, with `path`."""
+
+
+def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
+    """Draw ranked lists, one a row: the query, then the gallery from the nearest on.
+
+    ✓ and a full frame: the same identity; ✗ and a dashed frame: another one, under it whose. Images
+    that the protocol leaves out stand in their place, pale and smaller, with the reason; where
+    several follow each other the nearest is drawn and all are counted.
+
+    Raises:
+        ValueError: no rows, or a list without results.
+    """
+    if len(rows) == 0 or any(len(row.results) == 0 for row in rows):
+        raise ValueError("There is nothing to draw: no rows, or a ranked list without results.")
+    full, small, gap, head, foot = height / 2 + 0.1, 0.62, 0.08, 0.5, 0.36
+    laid_out = [_tiles(row.results) for row in rows]
+    widths = [sum((small if s else full) + gap for s, *_ in tiles) for tiles in laid_out]
+    legend = 0.3
+    band = head + height + foot
+    figure, axes = _sheet(full + 5 * gap + max(widths), legend + len(rows) * band)
+    axes.text(
+        gap,
+        0.17,
+        f"{RIGHT.sign} full frame: same person     {WRONG.sign} dashed frame: somebody else     "
+        f"{EXCLUDED.sign} pale: left out of the ranking     "
+        f"c: camera, id: identity, last line: distance",
+        size=8.5,
+        va="center",
+        color="#444444",
+    )
+    for i, (row, tiles) in enumerate(zip(rows, laid_out, strict=True)):
+        top = legend + i * band
+        y = top + head
+        axes.text(gap, top + 0.17, row.title, size=10, va="center", weight="bold")
+        query = row.query if isinstance(row.query, np.ndarray) else read_image(row.query)
+        _photo(axes, query, gap, y, full, height, QUERY)
+        axes.text(gap + full / 2, y - 0.05, "query", size=8.5, ha="center")
+        x = full + 4 * gap
+        axes.plot([x - 1.5 * gap] * 2, [y, y + height], "-", color="#BBBBBB", lw=1)
+        for excluded, path, mark, over, under in tiles:
+            w, h = (small, height * small / full) if excluded else (full, height)
+            _photo(axes, read_image(path), x, y + height - h, w, h, mark)
+            over_y = y + height - h - 0.05
+            text = {"size": 7 if excluded else 8.5, "ha": "center", "color": mark.colour}
+            weight = "normal" if excluded else "bold"
+            axes.text(x + w / 2, over_y, over, va="bottom", weight=weight, **text)
+            axes.text(x + w / 2, y + height + 0.04, under, va="top", **text | {"size": 7.5})
+            x += w + gap
+    return figure
+
+
+def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
+    """Return what a ranked list shows: (excluded?, path, mark, text over it, text under it).
+
+    A run of excluded images becomes one tile.
+    """
+    tiles, run = [], []
+
+    def end_run() -> None:
+        if run:
+            reasons = pd.Series([r.status for r in run]).value_counts(sort=False)
+            lines = [
+                f"{reason.replace(' ', chr(10))}{f' ×{n}' if n > 1 else ''}"
+                for reason, n in reasons.items()
+            ]
+            over = "\n".join([EXCLUDED.sign, *lines])
+            tiles.append((True, run[0].path, EXCLUDED, over, f"c{run[0].camid}"))
+            run.clear()
+
+    for result in results.itertuples():
+        if result.status not in STATUS:
+            run.append(result)
+            continue
+        end_run()
+        mark = STATUS[result.status]
+        who = f"id {result.pid}" if result.pid > 0 else "distractor"
+        camera = f"c{result.camid} " if result.camid >= 0 else ""
+        under = f"{camera}{who}\n{result.distance:#.3g}"
+        tiles.append((False, result.path, mark, f"{mark.sign} {result.rank}", under))
+    end_run()
+    return tiles
+
+
+# --- curves
+
+
+def subplots(rows: int = 1, columns: int = 1, width: float = 9, height: float = 3):
+    """Return a figure of that many inches and its axes, as pyplot's function of this name does."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence, Sequence]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    width: float = 6,
+    height: float = 3.2,
+    y_limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw one line for each name, (x, y), each with a colour and a line style of its own."""
+    figure, axes = subplots(width=width, height=height)
+    for i, (name, (x, y)) in enumerate(series.items()):
+        few = {"marker": MARKERS[i % 10], "ms": 4} if len(x) <= 30 else {}
+        style = {"color": PALETTE[i % 7], "ls": LINES[(i + i // 7) % 7]}  # a pair repeats after 49
+        axes.plot(x, y, label=name, **style, **few)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title, ylim=y_limits)
+    if len(series) > 1:
+        axes.legend()
+    return figure
+
+
+def cmc_curve(first_ranks: Mapping[str, Sequence[float]], up_to: int = 20) -> Figure:
+    """Draw CMC curves: the share of queries whose first match is at rank k or before.
+
+    Args:
+        first_ranks: by name, `per_query["first_rank"]` of an evaluation; queries without match
+            (NaN) do not count.
+        up_to: the largest k.
+    """
+    k = np.arange(1, up_to + 1)
+    series = {}
+    for name, ranks in first_ranks.items():
+        ranks = np.asarray(ranks, dtype=float)
+        ranks = ranks[~np.isnan(ranks)]
+        series[name] = (k, 100 * (ranks[:, None] <= k).mean(axis=0))  # (Q, K) -> (K,)
+    figure = curves(series, "rank k", "queries with a match by rank k, %")
+    figure.axes[0].set(xlim=(0.5, up_to + 0.5), ylim=(0, 101))
+    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def training_curves(history: pd.DataFrame, recipe: Recipe | None = None) -> Figure:
+    """Draw what tells whether a training is healthy, from the columns of `history.csv`.
+
+    Six panels: loss, with the line where a collapsed network sits (needs `recipe`); share of active
+    triplets; distances within and between identities, median in a band from the 5th to the 95th
+    percentile; embedding norm; learning rate; retrieval on held-out identities, or the speed where
+    none were held out.
+
+    Raises:
+        ValueError: an empty history.
+    """
+    if len(history) == 0:
+        raise ValueError("The history is empty: the run has not logged a step yet.")
+    figure, axes = subplots(2, 3, width=10, height=5.2)
+    step, few = history["step"], {"marker": "o", "ms": 3} if len(history) <= 30 else {}
+    for panel, column, title in (
+        (axes[0, 0], "loss", "loss"),
+        (axes[0, 1], "active", "share of active triplets"),
+        (axes[1, 0], "norm", "embedding norm"),
+        (axes[1, 1], "lr", "learning rate"),
+    ):
+        panel.plot(step, history[column], color=PALETTE[0], ls="-", **few)
+        panel.set(title=title, ylim=(0, None))
+    axes[0, 1].set(ylim=(-0.03, 1.03))
+    if history["lr"].max() > 5 * history["lr"].min():
+        axes[1, 1].set(ylim=(0.5 * history["lr"].min(), 2 * history["lr"].max()), yscale="log")
+    if recipe is not None:
+        collapsed = math.log(2) if recipe.margin == "soft" else recipe.margin
+        name = "ln 2" if recipe.margin == "soft" else f"margin {recipe.margin:g}"
+        line = {"color": PALETTE[1], "ls": "--", "lw": 1.2}
+        axes[0, 0].axhline(collapsed, label=f"collapsed: {name}", **line)
+        axes[0, 0].legend()
+    for name, mark in (("positive", RIGHT), ("negative", WRONG)):
+        p5, p50, p95 = (history[f"{name}_p{p}"] for p in (5, 50, 95))
+        axes[0, 2].fill_between(step, p5, p95, color=mark.colour, alpha=0.18, lw=0)
+        axes[0, 2].plot(step, p50, color=mark.colour, ls=mark.line, label=f"{name}s", **few)
+    axes[0, 2].set(title="distances: median, 5–95 %", ylim=(0, None))
+    axes[0, 2].legend()
+    last = axes[1, 2]
+    if "held_out_mAP" in history and history["held_out_mAP"].notna().any():
+        scored = history.dropna(subset="held_out_mAP")
+        for i, key in enumerate(("mAP", "top1")):
+            style = {"color": PALETTE[i], "ls": LINES[i], "marker": MARKERS[i], "label": key}
+            last.plot(scored["step"], 100 * scored[f"held_out_{key}"], **style)
+        last.set(title="held-out identities, %", ylim=(0, 100))
+        last.legend(loc="lower right")
+    else:
+        last.plot(step, history["images_per_s"], color=PALETTE[0], ls="-", **few)
+        last.set(title="images per second", ylim=(0, None))
+    for panel in axes.flat:
+        panel.set_xlim(0, None)
+    for panel in axes[1]:
+        panel.set_xlabel("step")
+    return figure
+
+
+def distance_histograms(
+    matches: Sequence[float],
+    non_matches: Sequence[float],
+    names: tuple[str, str] = ("same person", "somebody else"),
+    x_label: str = "distance",
+    bins: int = 40,
+) -> Figure:
+    """Draw how distances of matches and of non-matches spread; where they overlap, ranks go wrong.
+
+    Both are densities over common bins, so their areas are 1 however many pairs there are.
+    """
+    values = [np.asarray(v, dtype=float) for v in (matches, non_matches)]
+    edges = np.histogram_bin_edges(np.concatenate(values), bins=bins)
+    densities = [np.histogram(v, edges, density=True)[0] for v in values]
+    figure, axes = subplots(width=7, height=3)
+    for density, name, mark in zip(densities, names, (RIGHT, WRONG), strict=True):
+        axes.stairs(density, edges, color=mark.colour, alpha=0.2, fill=True)
+        axes.stairs(density, edges, color=mark.colour, ls=mark.line, lw=1.8, label=name)
+    both = np.minimum(*densities)
+    overlap = (both * np.diff(edges)).sum()
+    hatched = {"fill": True, "fc": "none", "ec": "#555555", "lw": 0, "hatch": "///"}
+    axes.stairs(both, edges, label=f"overlap: {overlap:.0%} of the area", **hatched)
+    axes.set(xlabel=x_label, ylabel="density", yticks=[])
+    axes.legend()
+    return figure
+
+
+def embedding_map(
+    points: np.ndarray,
+    pids: Sequence[int],
+    images: Sequence[np.ndarray] | None = None,
+    highlight: Sequence[int] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw a map of embeddings: grey dots, and some identities by colour, marker and photograph.
+
+    Args:
+        points: (N, 2), t-SNE's or PCA's.
+        pids: (N,) identities.
+        images: N arrays (H, W, 3) uint8, for one photograph an identity in the legend; or None.
+        highlight: up to ten identities; by default the ten with most points (ties: smallest pid).
+        title: over the figure.
+
+    Raises:
+        ValueError: shapes that do not fit, more than ten identities, or one without a point.
+    """
+    points, pids = np.asarray(points), np.asarray(pids)
+    if points.shape != (len(pids), 2) or (images is not None and len(images) != len(pids)):
+        raise ValueError(f"{points.shape} points do not fit {len(pids)} pids, or the images.")
+    if highlight is None:
+        counts = pd.Series(pids[pids > 0]).value_counts().sort_index()
+        highlight = counts.sort_values(ascending=False, kind="stable").index[:10]
+    if len(highlight) > len(MARKERS) or not np.isin(highlight, pids).all():
+        raise ValueError(f"highlight must be up to {len(MARKERS)} identities of the map.")
+    figure, legend = _sheet(9.2, 6.6)
+    axes = figure.add_axes((0.02, 0.02, 0.78, 0.93))
+    axes.plot(*points.T, ls="", marker="o", color="#B8B8B8", ms=2.5, alpha=0.6)
+    style = {"mec": "white", "mew": 0.5, "ms": 8, "ls": ""}
+    for i, pid in enumerate(highlight):
+        style |= {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i]}
+        axes.plot(*points[pids == pid].T, **style)
+        x, y = 7.55 + 0.85 * (i // 5), 0.35 + 1.25 * (i % 5)  # the legend: five rows, two columns
+        legend.plot(x + 0.05, y, **style)
+        legend.text(x + 0.17, y, f"id {pid}", va="center", size=8)
+        if images is not None:  # the image nearest to the middle of its identity
+            away = np.abs(points - np.median(points[pids == pid], axis=0)).sum(axis=1)
+            nearest = np.where(pids == pid, away, np.inf).argmin()
+            _photo(legend, images[nearest], x, y + 0.1, 0.6, 1)
+    axes.set(xticks=[], yticks=[], title=title)
+    axes.grid(False)
+    return figure
+
+
+def heat_map(table: pd.DataFrame, title: str = "", form: str = "{:.0f}") -> Figure:
+    """Draw a table of numbers as colours, each number in its cell; NaN cells stay white.
+
+    Rows and columns are labelled by index and columns of the table, axes by their names.
+    """
+    values = table.to_numpy(dtype=float)
+    rows, columns = values.shape
+    figure, axes = subplots(width=1.6 + 0.62 * columns, height=0.9 + 0.42 * rows)
+    axes.imshow(values, cmap="Blues", vmin=min(0, np.nanmin(values)), aspect="auto")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if value > middle else "black"
+            text = {"ha": "center", "va": "center", "color": colour}
+            axes.text(column, row, form.format(value), **text)
+    axes.set(xticks=range(columns), yticks=range(rows), title=title)
+    axes.set(xticklabels=table.columns, yticklabels=table.index)
+    axes.set(xlabel=table.columns.name, ylabel=table.index.name)
+    axes.grid(False)
+    return figure
