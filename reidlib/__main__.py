@@ -11,6 +11,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 # Each command imports what it needs: torch takes seconds, and --help does without.
 
@@ -281,7 +282,20 @@ def _add_settings(parser: Parser) -> None:
     group = parser.add_argument_group("settings of the recipe (defaults are trinet's)")
     for name, field in Recipe.model_fields.items():
         text = f"{field.description} ({field.default})".replace("%", "%%")
-        group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="…", help=text)
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, dest=name, metavar=_values(field.annotation), help=text)
+
+
+def _values(annotation) -> str:
+    """Return what the help shows for a value: `batch_hard|batch_all`, `NUMBER|soft`."""
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return _values(get_args(annotation)[0])
+    if get_args(annotation):
+        return "|".join(map(_values, get_args(annotation)))
+    words = {bool: "true|false", str: "TEXT", int: "N", float: "NUMBER"}
+    return words.get(annotation, "none")
 
 
 def _count(text: str) -> int:

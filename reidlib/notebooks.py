@@ -407,7 +407,7 @@ def _execute(
                     start_timeout=120,
                     execution_timeout=timeout,
                     kernel_manager_class=_Kernel,
-                    extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it shares our stderr
+                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr
                     on_cell_start=unless_stopped,
                 )
                 problem = _never_run(notebook)

@@ -216,7 +216,7 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     widths = [sum((small if s else full) + gap for s, *_ in tiles) for tiles in laid_out]
     legend = 0.3
     band = head + height + foot
-    figure, axes = _sheet(full + 5 * gap + max(widths), legend + len(rows) * band)
+    figure, axes = _sheet(max(8.5, full + 5 * gap + max(widths)), legend + len(rows) * band)
     axes.text(
         gap,
         0.17,
@@ -255,6 +255,9 @@ def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
     """
     tiles, run = [], []
 
+    def camera(result) -> str:
+        return f"c{result.camid} " if result.camid >= 0 else ""
+
     def end_run() -> None:
         if run:
             reasons = pd.Series([r.status for r in run]).value_counts(sort=False)
@@ -263,7 +266,7 @@ def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
                 for reason, n in reasons.items()
             ]
             over = "\n".join([EXCLUDED.sign, *lines])
-            tiles.append((True, run[0].path, EXCLUDED, over, f"c{run[0].camid}"))
+            tiles.append((True, run[0].path, EXCLUDED, over, camera(run[0])))
             run.clear()
 
     for result in results.itertuples():
@@ -273,8 +276,7 @@ def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
         end_run()
         mark = STATUS[result.status]
         who = f"id {result.pid}" if result.pid > 0 else "distractor"
-        camera = f"c{result.camid} " if result.camid >= 0 else ""
-        under = f"{camera}{who}\n{result.distance:#.3g}"
+        under = f"{camera(result)}{who}\n{result.distance:#.3g}"
         tiles.append((False, result.path, mark, f"{mark.sign} {result.rank}", under))
     end_run()
     return tiles
@@ -455,7 +457,7 @@ def embedding_map(
             nearest = np.where(pids == pid, away, np.inf).argmin()
             _photo(legend, images[nearest], x, y + 0.1, 0.6, 1)
     axes.set(xticks=[], yticks=[], title=title)
-    axes.grid(False)
+    axes.spines[:].set_color("#CCCCCC")
     return figure
 
 

@@ -65,6 +65,18 @@ def find_run(run: str | Path) -> Path:
     )
 
 
+def newest_run() -> Path:
+    """Return the folder of the run under `outputs/` whose training ended last.
+
+    Raises:
+        FileNotFoundError: no run has ended yet.
+    """
+    finished = [p for p in outputs_dir().glob("*/weights.safetensors") if p.parent.is_dir()]
+    if not finished:
+        raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
+    return max(finished, key=lambda path: path.stat().st_mtime).parent.resolve()
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file beside `path`, flush it to disk, and rename it to `path`.
 

@@ -1,0 +1,359 @@
+"""Figures hold what they should: looked at as matplotlib's objects, and as the bytes that leave."""
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from reidlib import pictures
+from reidlib.pictures import EXCLUDED, PLAIN, QUERY, RIGHT, WRONG
+from reidlib.recipes import make_recipe
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    with matplotlib.rc_context():
+        pictures.use_style()
+        yield
+
+
+@pytest.fixture
+def photos():
+    """Twelve smooth pictures with a little noise, as photographs are."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 200, 128)[:, None, None] + np.zeros((1, 64, 3))
+    return [(ramp + rng.integers(0, 40, (128, 64, 3))).astype(np.uint8) for _ in range(12)]
+
+
+def frames(axes):
+    """The frames of photographs: (colour, line style) in the order they were drawn."""
+    found = [p for p in axes.patches if isinstance(p, Rectangle) and not p.get_fill()]
+    return [(to_hex(p.get_edgecolor()), p.get_linestyle()) for p in found]
+
+
+def texts(axes):
+    return [t.get_text() for t in axes.texts if t.get_text()]
+
+
+def photographs(axes):
+    return [child for child in axes.get_children() if isinstance(child, AxesImage)]
+
+
+def inside(figure):
+    """Whether all texts of a sheet lie inside the figure."""
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text()]
+    return all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= figure.bbox.x1 + 1 for b in boxes)
+
+
+# --- marks
+
+
+def test_marks_differ_in_more_than_colour():
+    for field in ("colour", "sign", "line"):
+        assert len({getattr(mark, field) for mark in (RIGHT, WRONG, EXCLUDED)}) == 3
+    assert len(set(pictures.PALETTE)) == len(pictures.LINES) == 7
+
+
+# --- leaving
+
+
+class _Displayed(list):
+    def __call__(self, data, raw):
+        assert raw
+        self.append(data)
+
+
+def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
+    import IPython.display
+
+    shown = _Displayed()
+    monkeypatch.setattr(IPython.display, "display", shown)
+    pictures.show(pictures.photo_grid(photos), 'A "grid" of <12> & more', photo=True)
+    page = shown[0]["text/html"]
+    assert 'alt="A &quot;grid&quot; of &lt;12&gt; &amp; more"' in page
+    assert page.startswith('<img src="data:image/jpeg;base64,/9j/') and page.count("<") == 1
+    assert '"grid"' in shown[0]["text/plain"]
+    pictures.show(pictures.photo_grid(photos), "PNG")
+    assert "data:image/png;base64,iVBOR" in shown[1]["text/html"]
+    with pytest.raises(ValueError, match="alt text"):
+        pictures.show(pictures.photo_grid(photos), " ")
+
+
+def test_photographs_are_small_as_jpeg_and_white_behind(photos):
+    figure = pictures.photo_grid(photos)
+    jpeg, png = pictures.encode(figure, photo=True), pictures.encode(figure)
+    assert len(jpeg) < 0.4 * len(png)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        assert image.format == "JPEG"
+        width, height = 150 * figure.get_size_inches()
+        assert image.size == (pytest.approx(width, abs=1), pytest.approx(height, abs=1))
+        assert image.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_save_chooses_the_format_by_name(tmp_path, photos):
+    for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG")):
+        pictures.save(pictures.photo_grid(photos[:1]), tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            assert image.format == kind
+
+
+def test_runs_without_a_screen_and_without_pyplot():
+    code = (
+        "import sys, numpy as np; from reidlib import pictures; pictures.use_style();"
+        "f = pictures.photo_grid([np.zeros((8, 4, 3), np.uint8)]);"
+        "print(len(pictures.encode(f)), 'matplotlib.pyplot' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split()[1] == "False"
+
+
+# --- photographs
+
+
+def test_photo_grid_draws_each_photograph_once_in_reading_order(photos):
+    marks = [RIGHT] * 3 + [WRONG] * 2 + [EXCLUDED] + [PLAIN] * 6
+    figure = pictures.photo_grid(
+        photos, [f"t{i}" for i in range(12)], columns=5, marks=marks, row_titles=["a", "b", "c"]
+    )
+    axes = figure.axes[0]
+    drawn = photographs(axes)
+    assert [np.array_equal(d.get_array(), p) for d, p in zip(drawn, photos, strict=True)] == [
+        True
+    ] * 12
+    lefts = [d.get_extent()[0] for d in drawn]
+    tops = [d.get_extent()[3] for d in drawn]
+    assert lefts[:5] == sorted(lefts[:5]) and lefts[5] == lefts[0]
+    assert tops[0] == tops[4] < tops[5] < tops[10]
+    wanted = [(m.colour.lower(), m.line) for m in marks if m != PLAIN]
+    assert frames(axes) == wanted
+    assert {"✓ t0", "✗ t3", "– t5", "t6", "a", "c"} <= set(texts(axes))
+    assert drawn[5].get_alpha() < 0.5 and drawn[0].get_alpha() == 1
+    assert inside(figure)
+
+
+def test_photographs_keep_their_proportions():
+    wide, tall = np.zeros((50, 100, 3), np.uint8), np.zeros((100, 25, 3), np.uint8)
+    for photo in photographs(pictures.photo_grid([wide, tall], height=1).axes[0]):
+        x0, x1, y1, y0 = photo.get_extent()
+        rows, columns = photo.get_array().shape[:2]
+        assert (x1 - x0) / (y1 - y0) == pytest.approx(columns / rows)
+
+
+@pytest.mark.parametrize("wrong", [{"titles": ["a"]}, {"marks": [RIGHT]}, {"row_titles": ["a"]}])
+def test_photo_grid_refuses_lists_that_do_not_fit(photos, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        pictures.photo_grid(photos, **wrong)
+
+
+def test_no_photographs_is_an_error():
+    with pytest.raises(ValueError, match="no photographs"):
+        pictures.photo_grid([])
+
+
+@pytest.fixture
+def row(tmp_path, photos):
+    """A ranked list: one match, two wrong ones, and three excluded, two of them side by side."""
+    statuses = ["same camera", "match", "junk", "same camera", "wrong", "wrong"]
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for path, photo in zip(paths, photos[1:], strict=False):
+        Image.fromarray(photo).save(path)
+    results = pd.DataFrame(
+        {
+            "rank": pd.array([None, 1, None, None, 2, 3], dtype="Int64"),
+            "gallery": range(6),
+            "path": [str(p) for p in paths],
+            "pid": [7, 7, -1, 7, 9, 0],
+            "camid": [1, 2, 3, 1, 4, 5],
+            "distance": [0.1, 0.25, 0.3, 0.4, 1.0, 12.345],
+            "status": statuses,
+        }
+    )
+    return pictures.RankedRow("Query 3: AP 61.2 %", photos[0], results)
+
+
+def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
+    figure = pictures.ranked_lists([row, row])
+    axes = figure.axes[0]
+    order = [QUERY, EXCLUDED, RIGHT, EXCLUDED, WRONG, WRONG]
+    assert frames(axes) == 2 * [(m.colour.lower(), m.line) for m in order]
+    drawn = photographs(axes)
+    assert len(drawn) == 12
+    # query, then the images in their order; of two excluded ones side by side the nearer
+    for photo, wanted in zip(
+        drawn, [photos[0], *(photos[i] for i in (1, 2, 3, 5, 6))], strict=False
+    ):
+        assert np.array_equal(photo.get_array(), wanted)
+    assert [d.get_alpha() < 0.5 for d in drawn[:6]] == [m == EXCLUDED for m in order]
+    words = texts(axes)
+    assert words.count("Query 3: AP 61.2 %") == 2
+    assert {"✓ 1", "✗ 2", "✗ 3", "query"} <= set(words)
+    assert {"c2 id 7\n0.250", "c4 id 9\n1.00", "c5 distractor\n12.3"} <= set(words)
+    assert {"–\nsame\ncamera", "–\njunk\nsame\ncamera"} <= set(words)
+    assert inside(figure)
+
+
+def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
+    results = pd.concat([row.results.iloc[[2, 2, 2]], row.results.iloc[[4]]], ignore_index=True)
+    results["camid"] = -1
+    words = texts(pictures.ranked_lists([row._replace(results=results)]).axes[0])
+    assert "–\njunk ×3" in words and "id 9\n1.00" in words
+    assert not any("c-1" in word for word in words)
+
+
+def test_ranked_lists_read_a_query_from_its_path(row):
+    path = row.results.path[2]
+    figure = pictures.ranked_lists([row._replace(query=path)])
+    first = photographs(figure.axes[0])[0].get_array()
+    assert np.array_equal(first, np.asarray(Image.open(path)))
+
+
+def test_ranked_lists_refuse_emptiness(row):
+    for rows in ([], [row._replace(results=row.results.iloc[:0])]):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            pictures.ranked_lists(rows)
+
+
+# --- curves
+
+
+@pytest.fixture
+def history():
+    step = np.array([1, 20, 40, 60])
+    columns = {"step": step, "loss": 1 / step, "active": 0.5, "lr": [1e-3, 1e-3, 1e-4, 1e-5]}
+    columns |= {"norm": 3.0, "images_per_s": 90.0}
+    columns |= {f"positive_p{p}": float(p) for p in (5, 50, 95)}
+    columns |= {f"negative_p{p}": 2.0 * p for p in (5, 50, 95)}
+    columns |= {
+        "held_out_mAP": [np.nan, 0.3, np.nan, 0.5],
+        "held_out_top1": [np.nan, 0.4, np.nan, 0.6],
+    }
+    return pd.DataFrame(columns)
+
+
+def test_training_curves_show_every_sign_of_health(history):
+    figure = pictures.training_curves(history, make_recipe("demo"))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert len(panels) == 6
+    loss, collapse = panels["loss"].lines
+    assert np.array_equal(loss.get_ydata(), history.loss)
+    assert collapse.get_ydata()[0] == pytest.approx(math.log(2))
+    assert "ln 2" in collapse.get_label() and collapse.get_linestyle() == "--"
+    positives, negatives = panels["distances: median, 5–95 %"].lines
+    assert (positives.get_ydata() == 50).all() and (negatives.get_ydata() == 100).all()
+    assert positives.get_linestyle() != negatives.get_linestyle()
+    assert len(panels["distances: median, 5–95 %"].collections) == 2  # the bands
+    assert panels["learning rate"].get_yscale() == "log"
+    held_out = panels["held-out identities, %"].lines
+    assert [list(line.get_ydata()) for line in held_out] == [[30, 50], [40, 60]]
+    assert list(held_out[0].get_xdata()) == [20, 60]
+
+
+def test_training_curves_of_a_margin_and_without_held_out_identities(history):
+    history = history.drop(columns=["held_out_mAP", "held_out_top1"]).assign(lr=1e-3)
+    figure = pictures.training_curves(history, make_recipe("demo", margin=0.2))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert panels["loss"].lines[1].get_ydata()[0] == 0.2
+    assert (panels["images per second"].lines[0].get_ydata() == 90).all()
+    assert panels["learning rate"].get_yscale() == "linear"
+    assert len(pictures.training_curves(history).axes[0].lines) == 1  # no recipe, no line
+    with pytest.raises(ValueError, match="empty"):
+        pictures.training_curves(history.iloc[:0])
+
+
+def test_curves_differ_in_colour_and_line(history):
+    figure = pictures.curves({str(i): ([0, 1], [i, i]) for i in range(20)}, "x", "y")
+    looks = {
+        (
+            line.get_color(),
+            line.get_linestyle(),
+            line._dash_pattern[1] and tuple(line._dash_pattern[1]),
+        )
+        for line in figure.axes[0].lines
+    }
+    assert len(looks) == 20
+    assert len(figure.axes[0].get_legend().get_texts()) == 20
+
+
+def test_cmc_counts_first_matches_and_leaves_out_queries_without():
+    figure = pictures.cmc_curve({"a": [1, 1, 3, np.nan, 30]}, up_to=4)
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [1, 2, 3, 4]
+    assert list(line.get_ydata()) == [50, 50, 75, 75]
+
+
+def test_distance_histograms_are_densities_and_name_their_overlap():
+    figure = pictures.distance_histograms(
+        [0, 1, 1, 2], np.repeat([0.0, 2.0, 3.0, 4.0], 100), bins=4
+    )
+    filled_a, line_a, _, line_b, both = figure.axes[0].patches
+    for stairs in (filled_a, line_b):
+        values, edges, _ = stairs.get_data()
+        assert (values * np.diff(edges)).sum() == pytest.approx(1)
+    # bins of width 1: (¼, ½, ¼, 0) and (¼, 0, ¼, ½)
+    assert both.get_label() == "overlap: 50% of the area"
+    assert line_a.get_linestyle() != line_b.get_linestyle()
+    assert line_a.get_edgecolor() != line_b.get_edgecolor()
+
+
+def test_embedding_map_highlights_the_largest_identities(photos):
+    pids = np.repeat([-1, 0, 5, 6, 7], [3, 3, 2, 1, 3])
+    points = np.random.default_rng(0).normal(size=(12, 2))
+    figure = pictures.embedding_map(points, pids, photos, title="here")
+    legend, axes = figure.axes
+    everything, *identities = axes.lines
+    assert len(everything.get_xdata()) == 12
+    assert texts(legend) == ["id 7", "id 5", "id 6"]
+    assert [len(line.get_xdata()) for line in identities] == [3, 2, 1]
+    assert len({(line.get_color(), line.get_marker()) for line in identities}) == 3
+    for photo, pid in zip(photographs(legend), (7, 5, 6), strict=True):
+        assert any(
+            np.array_equal(photo.get_array(), photos[i]) for i in np.flatnonzero(pids == pid)
+        )
+    assert len(pictures.embedding_map(points, pids, highlight=[6]).axes[1].lines) == 2
+    for wrong in ({"points": points[:5]}, {"images": photos[:2]}, {"highlight": [99]}):
+        with pytest.raises(ValueError):
+            pictures.embedding_map(**({"points": points, "pids": pids} | wrong))
+
+
+def test_heat_map_writes_each_number_in_its_cell():
+    table = pd.DataFrame([[1, 2], [np.nan, 40]], index=["a", "b"], columns=["c", "d"])
+    table.columns.name = "camera"
+    axes = pictures.heat_map(table).axes[0]
+    assert {(t.get_position(), t.get_text()) for t in axes.texts} == {
+        ((0, 0), "1"),
+        ((1, 0), "2"),
+        ((1, 1), "40"),
+    }
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["c", "d"]
+    assert axes.get_xlabel() == "camera"
+    dark, pale = (next(t for t in axes.texts if t.get_text() == n) for n in ("40", "1"))
+    assert (dark.get_color(), pale.get_color()) == ("white", "black")
+
+
+def test_everything_shown_is_valid_in_a_notebook(monkeypatch, photos):
+    """The bundle goes through JSON and its image decodes: what an executed notebook stores."""
+    import base64
+
+    import IPython.display
+
+    shown = _Displayed()
+    monkeypatch.setattr(IPython.display, "display", shown)
+    figure = pictures.curves({"a": ([1, 2], [1, 2])}, "x", "y")
+    pictures.show(figure, "A line that rises from 1 to 2.")
+    page = json.loads(json.dumps(shown[0]))["text/html"]
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "PNG" and image.size == (900, 480)
+    assert 'width="600"' in page
