@@ -150,17 +150,19 @@ def scores(args) -> int:
     if not names:
         raise FileNotFoundError(
             f"There are no runs in {outputs_dir()} yet. Make one: "
-            f"python -m reidlib run 03_train 04_evaluate -p dataset synthetic"
+            f"python -m reidlib run 03_train 04_evaluate"
         )
-    rows, notes = {}, []
+    labels, rows, notes = [], [], []
     for folder in map(find_run, names):
         file = folder / "metrics.json"
         metrics = read_json(file) if file.is_file() else {}
-        rows[folder.name] = metrics
+        labels.append(folder.name)
+        rows.append(metrics)
         if "mAP" in metrics:
+            lost = metrics["queries_without_match"]
             notes.append(
                 f"{folder.name}: {metrics['queries']} queries"
-                f" ({metrics['queries_without_match']} without a match, left out)"
+                + (f", {lost} of them without a match and left out" if lost else "")
             )
         else:
             notes.append(
@@ -168,16 +170,16 @@ def scores(args) -> int:
                 f"-p run {folder.name}"
             )
         baselines = metrics.get("baselines", {}) if args.baselines else {}
-        for name, found in baselines.items():
-            # One index for the table: the run's name keeps the rows of two runs apart.
-            rows[f"{folder.name}: {name.replace('_', ' ')}"] = found
+        labels += [f"  {name.replace('_', ' ')}" for name in baselines]
+        rows += baselines.values()
         if (picture := folder / "ranked_lists.jpg").is_file():
             notes.append(f"ranked lists: {picture}")
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(SCORES))
-    table = 100 * table.astype(float)
+    table = 100 * pd.DataFrame(rows, index=labels).reindex(columns=list(SCORES)).astype(float)
     print(table.to_string(float_format="{:.2f}".format, na_rep="-"))
     print("\nPer cent; higher is better. mAP: mean average precision over all matches of a query;")
-    print("topk: share of queries with a match among the k nearest; mINP: how early the last comes.")
+    print(
+        "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
+    )
     print("\n" + "\n".join(notes))
     return 0
 

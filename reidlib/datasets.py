@@ -201,15 +201,16 @@ def csv_lists(
     return _dataset(name or lists.name, root, tables, notes)
 
 
-def image_list(source, *, pattern=None, image_root=None) -> pd.DataFrame:
+def image_list(source, *, pattern=None, image_root=None, must_exist=True) -> pd.DataFrame:
     """One table from a folder (all images in it, at any depth) or a CSV list, to embed or search.
 
     Identities and cameras of a folder come from `pattern` alone; without it both are -1.
-    Identities that are names raise ValueError: numbered list by list they would not agree.
+    Identities that are names raise ValueError: numbered list by list they would not agree. With
+    `must_exist=False` a list's images need not be here: it may belong to embeddings from elsewhere.
     """
     path = _existing(source)
     if path.is_file():
-        rows = _read_list(path, image_root, pattern)
+        rows = _read_list(path, image_root, pattern, must_exist)
     elif pattern and "pid" in _compiled(pattern).groupindex:
         rows, _ = _read_folder(path, pattern)
     else:
@@ -635,8 +636,8 @@ def _read_folder(place, pattern):
     return pd.DataFrame({"path": paths, "pid": groups["pid"], "camid": camid}), notes
 
 
-def _read_list(source, image_root, pattern):
-    """Rows (path, pid, camid as text) of one CSV list; every file must exist."""
+def _read_list(source, image_root, pattern, must_exist=True):
+    """Rows (path, pid, camid as text) of one CSV list."""
     source = _existing(source)
     base = _existing(image_root) if image_root else source.parent
     with open(source, newline="", encoding="utf-8-sig") as file:
@@ -660,7 +661,7 @@ def _read_list(source, image_root, pattern):
         names = list(rows.path)
         rows["camid"] = _groups(names, pattern, source)["camid"] if pattern else "-1"
     rows["path"] = [os.path.abspath(base / p) for p in rows.path]
-    lost = [p for p in rows.path if not os.path.isfile(p)]
+    lost = [p for p in rows.path if must_exist and not os.path.isfile(p)]
     if lost:
         raise FileNotFoundError(
             f"{len(lost)} of {len(rows)} images in {source} do not exist: "

@@ -101,8 +101,10 @@ def embed(
 def colour_histogram(pixels: np.ndarray, stripes: int = 6, bins: int = 8) -> np.ndarray:
     """Return the baseline that needs no network: colour histograms of horizontal stripes.
 
-    Each channel of each stripe has a histogram of its own, its bins the shares of the stripe's
-    pixels. Their square roots make Euclidean distance the Hellinger distance.
+    Only the middle half of the width counts, where the person stands: with the margins, images of
+    one camera find each other by their background. Each channel of each stripe has a histogram of
+    its own, its bins the shares of the stripe's pixels. Their square roots make Euclidean distance
+    the Hellinger distance.
 
     Returns:
         (N, stripes · 3 · bins) float32.
@@ -110,7 +112,8 @@ def colour_histogram(pixels: np.ndarray, stripes: int = 6, bins: int = 8) -> np.
     >>> colour_histogram(np.zeros((2, 128, 64, 3), np.uint8)).shape
     (2, 144)
     """
-    n, height = pixels.shape[:2]
+    n, height, width = pixels.shape[:3]
+    pixels = pixels[:, :, width // 4 : width - width // 4]
     edges = np.linspace(0, height, stripes + 1).astype(int)
     out = np.empty((n, stripes, 3, bins), np.float32)
     for row, image in enumerate(pixels):
@@ -177,7 +180,7 @@ def read_embeddings(
             f"'emb' in {path} must be (N, D) floating point, not {emb.shape} {emb.dtype}."
         )
     if csv is not None:
-        table = image_list(csv)
+        table = image_list(csv, must_exist=False)
     elif "pid" in content:
         n = len(content["pid"])
         paths = [

@@ -23,6 +23,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
 from reidlib.paths import ROOT, outputs_dir
+from reidlib.progress import in_notebook
 
 RESULT = "application/vnd.reidlib.result+json"  # what `result` shows and `run` reads
 INJECTED = "# Parameters"  # the first line of the cell that papermill injects
@@ -69,7 +70,7 @@ def result(**values: str | float | bool | None) -> None:
     """
     values = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
     text = "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    if "ipykernel" in sys.modules:
+    if in_notebook():
         from IPython.display import display
 
         display({RESULT: values, "text/plain": text}, raw=True)
@@ -374,6 +375,7 @@ def _execute(
 ) -> dict[str, Any]:
     """Run one notebook into `copy` and return what it gave by `result`."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     def say(text: str) -> None:
@@ -387,11 +389,12 @@ def _execute(
     running = copy.with_name(f"{copy.stem}.running-{os.getpid()}.ipynb")
     failed = copy.with_name(f"{copy.stem}.failed.ipynb")
     say(f"{path.stem}: started")
-    begun, problem, notebook = time.monotonic(), "", None
+    begun, problem, notebook, source = time.monotonic(), "", None, [""]
     try:
         with _stop_signals() as stop:
 
-            def unless_stopped(**_):
+            def unless_stopped(cell, **_):
+                source.append(cell.source)
                 if stop.signal is not None:  # a kernel between two cells ignores an interrupt
                     raise NotebookFailed("stopped")
 
@@ -416,8 +419,11 @@ def _execute(
                 problem += f":\n{error.ename}: {error.evalue}".rstrip(": ")
             except KeyboardInterrupt:
                 stop.signal = stop.signal or signal.SIGINT
-            except Exception as error:  # nbclient's: a dead kernel, a timeout
-                problem = f": {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            except DeadKernelError:
+                problem = f"{_place(None, source[-1])}:\nThe kernel died. Out of memory?"
+            except Exception as error:  # nbclient's timeout, and what goes wrong before any cell
+                message = str(error).strip().split("\n")[0]
+                problem = f"{_place(None, source[-1])}:\n{type(error).__name__}: {message}"
         took = _duration(time.monotonic() - begun)
         if notebook is not None and not problem:
             notebook.metadata.papermill["output_path"] = str(copy)
@@ -447,8 +453,10 @@ def _literal(path: Path) -> str:
 
 
 def _place(count: int | None, source: str) -> str:
+    """Say which cell: by its number, where it has one, and by its first line of code."""
     lines = [s for line in source.splitlines() if (s := line.strip()) and not s.startswith("#")]
-    return f", cell In [{count}], {lines[0] if lines else ''!r}"
+    number = "" if count is None else f" In [{count}]"
+    return f", cell{number} {lines[0]!r}" if lines else ""
 
 
 def _never_run(notebook) -> str:

@@ -138,7 +138,7 @@ def _photo(
 
 
 def photo_grid(
-    images: Sequence[np.ndarray],
+    images: Sequence[np.ndarray | None],
     titles: Sequence[str] | None = None,
     columns: int = 8,
     marks: Sequence[Mark] | None = None,
@@ -148,7 +148,8 @@ def photo_grid(
     """Draw photographs in rows, read like text.
 
     Args:
-        images: N arrays (H, W, 3) uint8, of any sizes; a photograph keeps its proportions.
+        images: N arrays (H, W, 3) uint8, of any sizes; a photograph keeps its proportions. None
+            leaves its place empty.
         titles: N short lines, one over each photograph; "" for none.
         columns: photographs in a row.
         marks: N of `RIGHT`, `WRONG`, `EXCLUDED`, `QUERY`, `PLAIN`: the frame, and the sign that
@@ -160,7 +161,8 @@ def photo_grid(
         ValueError: no images, or lists that do not fit them.
     """
     n, rows = len(images), math.ceil(len(images) / columns)
-    if n == 0:
+    shapes = [image.shape for image in images if image is not None]
+    if not shapes:
         raise ValueError("There are no photographs to draw.")
     for name, given, wanted in (
         ("titles", titles, n),
@@ -170,21 +172,25 @@ def photo_grid(
         if given is not None and len(given) != wanted:
             raise ValueError(f"photo_grid needs {wanted} {name}, not {len(given)}.")
     marks = marks or [PLAIN] * n
-    width = max(height * min(image.shape[1] / image.shape[0], 2) for image in images)
-    gap, head = 0.08, 0.18 if titles or any(mark.sign for mark in marks) else 0.0
+    width = max(height * min(shape[1] / shape[0], 2) for shape in shapes)
+    lines = [f"{m.sign} {titles[i] if titles else ''}".strip() for i, m in enumerate(marks)]
+    heads = [0.18 if any(lines[i * columns : (i + 1) * columns]) else 0.0 for i in range(rows)]
+    gap = 0.11
     left = 0.1 + 0.075 * max(map(len, row_titles)) if row_titles else 0.0
     figure, axes = _sheet(
-        left + gap + min(n, columns) * (width + gap), gap + rows * (height + head + gap)
+        left + gap + min(n, columns) * (width + gap), gap + rows * (height + gap) + sum(heads)
     )
     for i, (image, mark) in enumerate(zip(images, marks, strict=True)):
         row, column = divmod(i, columns)
-        x, y = left + gap + column * (width + gap), gap + row * (height + head + gap)
-        title = f"{mark.sign} {titles[i] if titles else ''}".strip()
-        colour = mark.colour if mark.sign else "black"
-        axes.text(x + width / 2, y + head - 0.04, title, ha="center", size=8, color=colour)
-        _photo(axes, image, x, y + head, width, height, mark)
+        x = left + gap + column * (width + gap)
+        y = gap + row * (height + gap) + sum(heads[: row + 1])  # of the photograph itself
         if row_titles and column == 0:
-            axes.text(0.08, y + head + height / 2, row_titles[row], va="center", size=9)
+            axes.text(0.08, y + height / 2, row_titles[row], va="center", size=9)
+        if image is None:
+            continue
+        colour = mark.colour if mark.sign else "black"
+        axes.text(x + width / 2, y - 0.04, lines[i], ha="center", size=7.5, color=colour)
+        _photo(axes, image, x, y, width, height, mark)
     return figure
 
 

@@ -291,7 +291,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
     try:
         with safetensors.safe_open(path, "pt") as file:
             recipe = Recipe.model_validate_json((file.metadata() or {})["reidlib_recipe"])
-            state = {key: file.get_tensor(key).float() for key in file.keys()}
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except KeyError as error:
         raise ValueError(
             f"{path} has no recipe inside, so it is not a model of this library. "

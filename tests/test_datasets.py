@@ -243,7 +243,8 @@ def test_broken_zip_is_named_and_leaves_nothing(damage, data):
     middle = len(whole) // 2
     changed = {
         "short": whole[:-200],
-        "flipped": whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 20])
+        "flipped": whole[:middle]
+        + bytes(b ^ 255 for b in whole[middle : middle + 20])
         + whole[middle + 20 :],
         "text": b"<html>please sign in</html>",
     }

@@ -157,6 +157,15 @@ def test_photo_grid_refuses_lists_that_do_not_fit(photos, wrong):
         pictures.photo_grid(photos, **wrong)
 
 
+def test_photo_grid_leaves_gaps(photos):
+    figure = pictures.photo_grid([None, photos[0], photos[1]], ["a", "b", "c"], columns=2)
+    drawn = photographs(figure.axes[0])
+    assert len(drawn) == 2 and texts(figure.axes[0]) == ["b", "c"]
+    assert drawn[0].get_extent()[0] > drawn[1].get_extent()[0]
+    with pytest.raises(ValueError, match="no photographs"):
+        pictures.photo_grid([None])
+
+
 def test_no_photographs_is_an_error():
     with pytest.raises(ValueError, match="no photographs"):
         pictures.photo_grid([])

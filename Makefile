@@ -1,0 +1,55 @@
+# Two commands are enough: `make demo` and `make test`. Both make the environment if it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate
+
+# Threads that wait sleep instead of spinning: several times faster where other programs share the
+# cores, and no slower where none does.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help demo test setup lab tensorboard notebooks lint format clean
+
+help:           ## this list
+	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: setup     ## train and evaluate on the embedded data; scores and a ranked-list picture
+	$(PY) -m reidlib run 03_train 04_evaluate -p recipe demo -p tag demo -p resume restart
+	@$(PY) -m reidlib scores --baselines synthetic_batchhard_softplus_demo
+
+test: setup     ## the whole test suite
+	$(PY) -m pytest -q
+
+setup: $(READY) ## the environment alone, in .venv
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 setup"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV): on Linux this downloads about 3 GB once, for torch with CUDA."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $(READY)
+
+lab: setup      ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+tensorboard: setup ## all runs side by side
+	$(PY) -m tensorboard.main --logdir outputs
+
+notebooks: setup ## every notebook headless, with the small parameters of the tests
+	$(PY) -m reidlib run $(NOTEBOOKS) $$(cat tests/small_parameters.txt)
+
+lint: setup     ## ruff on code and notebooks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: setup   ## ruff's formatter, and notebooks stripped of their outputs
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/nbstripout notebooks/*.ipynb
+
+clean:          ## remove the environment, caches and the embedded data; runs stay
+	rm -rf $(VENV) data/synthetic data/.cache .pytest_cache .ruff_cache *.egg-info

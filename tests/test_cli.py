@@ -1,0 +1,289 @@
+"""`python -m reidlib`: what a person types, and what the next program reads."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import reidlib
+from reidlib import training
+from reidlib.__main__ import main
+from reidlib.datasets import load
+from reidlib.embedding import read_embeddings, write_embeddings
+from reidlib.evaluation import evaluate
+from reidlib.recipes import Recipe, make_recipe
+from reidlib.training import reproduce_command
+
+TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 --dim 8"
+
+
+@pytest.fixture(scope="module")
+def trained(data_root, tmp_path_factory):
+    """An outputs folder with one run, made from the shell's side, and what that printed."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REID_DATA", str(data_root))
+        patch.setenv("REID_CACHE", str(data_root / ".cache"))
+        patch.setenv("REID_OUTPUTS", str(outputs))
+        patch.setattr(sys, "stdout", printed)
+        assert main(["train", *TINY.split(), "--tag", "tiny"]) == 0
+    return outputs / "synthetic_batchhard_softplus_tiny", printed.getvalue()
+
+
+@pytest.fixture
+def model(trained, monkeypatch):
+    """The name of a trained run."""
+    monkeypatch.setenv("REID_OUTPUTS", str(trained[0].parent))
+    return trained[0].name
+
+
+# --- the command line itself
+
+
+def test_help_is_quick_to_import_and_pure():
+    code = "import sys, reidlib.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print({'torch', 'pandas', 'papermill', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert "search" in done.stdout
+
+
+def test_load_model_is_there_when_it_is_asked_for():
+    assert reidlib.load_model is reidlib.runs.load_model
+    with pytest.raises(AttributeError, match="no attribute 'lode_model'"):
+        _ = reidlib.lode_model
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("fly", "invalid choice: 'fly'"),
+        ("train --marign 0.2", "unknown --marign; did you mean --margin?"),
+        ("train --marg 0.2", "unknown --marg; did you mean --margin?"),  # no abbreviations
+        ("evaluate --query q.h5", "required: --gallery"),
+        ("search --model m --gallery g --query q --top 0", "must be 1 or more"),
+        ("run 03 -p lr", "expected 2 arguments"),
+    ],
+)
+def test_a_wrong_command_line_is_status_2_in_two_lines(line, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(line.split())
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and out == ""
+    assert message in err and len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("data --dataset nowhere", "nowhere"),
+        ("train --recipe nothing", "Unknown recipe 'nothing'"),
+        ("train --lr fast --k 1", "lr = 'fast'"),
+        ("train --recipe demo --device warp", "no device 'warp'"),
+        ("evaluate --query q.h5 --gallery g.h5", "no embedding file q.h5"),
+        ("search --model m --gallery g --query q.jpg", "no image q.jpg"),
+        ("run 03_nothing", "no notebook '03_nothing'"),
+        ("scores nobody", "no run 'nobody'"),
+        ("scores", "python -m reidlib run 03_train"),
+    ],
+)
+def test_what_a_user_can_mend_is_status_1_without_traceback(line, message, capsys, monkeypatch):
+    monkeypatch.delenv("REID_DEBUG", raising=False)
+    assert main(line.split()) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.splitlines()) <= 2
+    monkeypatch.setenv("REID_DEBUG", "1")
+    with pytest.raises((ValueError, OSError)):
+        main(line.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (training.TrainingFailed("NaN"), 1),
+        (FileExistsError("The run exists."), 1),
+        (RuntimeError("Another process is writing it."), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_of_training(error, status, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(training, "Trainer", fail)
+    assert main(["train"]) == status
+    assert capsys.readouterr().err == (f"{error}\n" if str(error) else "Stopped.\n")
+    error = KeyError("a bug is not hidden")
+    with pytest.raises(KeyError):
+        main(["train"])
+
+
+# --- the commands
+
+
+def test_data_prints_the_report(capsys, tmp_path):
+    assert main(["data", "--dataset", "synthetic", "--no-decode"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("synthetic: ") and "OK (errors: 0" in out and "decoded" not in out
+    for pid in ("a", "b"):
+        (tmp_path / "mine" / pid).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 32)).save(tmp_path / "mine" / pid / f"{i}.png")
+    assert main(["data", "--dataset", str(tmp_path / "mine")]) == 1
+    assert "NOT OK" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        make_recipe("demo", seed=3),
+        make_recipe("plain", margin=0.0, lr=3e-05, loss="batch_all", mean="valid"),
+        make_recipe("trinet", epochs=7, head=False, flip=False, squared=True, last_stride=1),
+        make_recipe("trinet", margin=1, weights="none", precision="bfloat16", decay_to=1),
+    ],
+)
+def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatch):
+    seen = []
+
+    class Trainer:
+        def __init__(self, *args):
+            seen.append(args)
+
+        def fit(self):
+            return training.outputs_dir()
+
+    monkeypatch.setattr(training, "Trainer", Trainer)
+    words = shlex.split(reproduce_command(recipe, "seed1"))
+    assert words[:3] == ["python", "-m", "reidlib"]
+    assert main(words[3:]) == 0
+    assert seen == [(recipe, "seed1", "auto", "auto")]
+
+
+def test_every_setting_is_an_option_and_text_stays_text(monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "Trainer", lambda *args: seen.append(args) or pytest.skip())
+    values = Recipe().model_dump() | {"dataset": "2024", "steps": None, "epochs": 3, "margin": 0.5}
+    words = []
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    with pytest.raises(pytest.skip.Exception):
+        main(["train", *words, "--resume", "never", "--device", "cpu"])
+    assert seen[0][0] == Recipe(**values)
+    assert seen[0][1:] == ("", "never", "cpu")
+
+
+def test_train_prints_the_folder_alone(trained):
+    folder, printed = trained
+    assert printed == f"{folder}\n"
+    recipe = json.loads((folder / "config.json").read_text())
+    assert (recipe["steps"], recipe["dim"], recipe["hold_out"]) == (2, 8, 0)
+
+
+def test_embed_evaluate_and_search(model, data_root, tmp_path, capsys):
+    folder = data_root / "synthetic"
+    for split, images in (("query", "query"), ("gallery", "bounding_box_test")):
+        line = f"embed --model {model} --images {folder / images} --out {tmp_path / split}.h5"
+        assert main([*line.split(), "--pattern", "market1501", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and "No identities" not in err
+
+    assert (
+        main(f"evaluate --query {tmp_path}/query.h5 --gallery {tmp_path}/gallery.h5".split()) == 0
+    )
+    out, err = capsys.readouterr()
+    query, gallery = (read_embeddings(tmp_path / f"{s}.h5") for s in ("query", "gallery"))
+    expected = evaluate(*query, *gallery)
+    assert json.loads(out) == expected.scores
+    names = ["mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"]
+    assert set(json.loads(out)) == {*names, "queries", "queries_without_match"}
+    assert expected.protocol in err
+    dataset = load("synthetic")
+    assert list(query[1]["path"]) == list(dataset.query["path"])
+    assert list(gallery[1]["camid"]) == list(dataset.gallery["camid"])
+
+    image = gallery[1]["path"][5]
+    line = f"search --model {model} --query {image} --top 3 --gallery "
+    assert main([*line.split(), str(folder / "bounding_box_test")]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(table.columns) == ["rank", "distance", "path"]
+    assert list(table["rank"]) == [1, 2, 3]
+    assert table["path"][0] == image and table["distance"][0] == pytest.approx(0, abs=1e-5)
+    expected = np.sort(np.linalg.norm(gallery[0] - gallery[0][5], axis=1))[:3]
+    np.testing.assert_allclose(table["distance"], expected, atol=1e-5)
+    assert main([*line.split(), str(tmp_path / "gallery.h5")]) == 0
+    again = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(again["path"]) == list(table["path"])
+
+
+def test_embed_and_search_say_what_does_not_fit(model, data_root, tmp_path, capsys):
+    images = data_root / "synthetic/query"
+    assert main(f"embed --model {model} --images {images} --out {tmp_path}".split()) == 1
+    assert "is a folder" in capsys.readouterr().err
+    out = tmp_path / "new/E.h5"
+    assert main(f"embed --model {model} --images {images} --out {out} --flip".split()) == 0
+    assert "No identities are known" in capsys.readouterr().err
+    emb, table = read_embeddings(out)
+    write_embeddings(out, np.ones((len(emb), 5)), table)
+    line = f"search --model {model} --gallery {out} --query {table['path'][0]}"
+    assert main(line.split()) == 1
+    assert "embeddings of 5 numbers" in capsys.readouterr().err
+
+
+def test_evaluate_alone_on_standard_output(model, tmp_path, data_root):
+    """In a process of its own: nothing that an import or a library prints gets in between."""
+    table = pd.DataFrame({"path": list("abcd"), "pid": [1, 2, 1, 2], "camid": [0, 0, 1, 1]})
+    emb = np.eye(4, dtype=np.float32)[[0, 1, 0, 1]]
+    write_embeddings(tmp_path / "q.h5", emb[:2], table[:2])
+    write_embeddings(tmp_path / "g.h5", emb[2:], table[2:])
+    done = subprocess.run(
+        [sys.executable, "-m", "reidlib", "evaluate", "--query", "q.h5", "--gallery", "g.h5"],
+        capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["mAP"] == 1.0
+    assert done.stderr
+
+
+def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
+    def make(name, metrics, picture=False):
+        folder = tmp_path / "outputs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(Recipe().model_dump_json())
+        if metrics:
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+        if picture:
+            (folder / "ranked_lists.jpg").touch()
+
+    counts = {"queries": 40, "queries_without_match": 1}
+    ours = {"mAP": 0.5, "mAP_market": 0.4875, "top1": 0.625, "mINP": 0.25} | counts
+    base = {"untrained": {"mAP": 0.125}, "colour_histogram": {"mAP": 0.75}}
+    make("a_run", ours | {"baselines": base}, picture=True)
+    make("b_run", {"held_out": {}})
+    make("c_run", None)
+    assert main(["scores"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"]
+    assert lines[1].split() == ["a_run", "50.00", "48.75", "62.50", "-", "-", "-", "25.00"]
+    assert lines[2].split() == ["b_run", *"-------"] and lines[3].split()[0] == "c_run"
+    text = "\n".join(lines)
+    assert "40 queries, 1 of them without a match" in text and "colour" not in text
+    assert "-p run b_run" in text and "-p run c_run" in text and "-p run a_run" not in text
+    assert str(tmp_path / "outputs/a_run/ranked_lists.jpg") in text
+
+    assert main(["scores", "--baselines", "a_run"]) == 0
+    text = capsys.readouterr().out
+    assert "b_run" not in text
+    assert [line.split("  - ")[0].split() for line in text.splitlines()[1:4]] == [
+        ["a_run", "50.00", "48.75", "62.50"],
+        ["untrained", "12.50"],
+        ["colour", "histogram", "75.00"],
+    ]

@@ -1,0 +1,147 @@
+"""Every notebook runs headless, from any folder, and leaves what it says; sources are clean."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from reidlib import runs
+from reidlib.embedding import read_embeddings
+from reidlib.evaluation import evaluate
+from reidlib.paths import ROOT
+
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMALL = shlex.split((ROOT / "tests" / "small_parameters.txt").read_text())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_sources_are_stripped_and_portable(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0] is code[0]
+    for line in tagged[0].source.splitlines():
+        assert re.fullmatch(r"\w+: [\w| ]+ = .+  # .+", line), "typed literal, and a comment"
+    assert "check_parameters(In)" in code[1].source
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert not re.search(r"""["'](/|~|[A-Z]:\\)\w+/""", text), "an absolute path"
+    for heading in (
+        "**Question:**",
+        "| reads |",
+        "| writes |",
+        "| takes |",
+        "Takeaways",
+        "### Exercises",
+    ):
+        assert heading in text
+
+
+def execute(arguments, folder, outputs, data):
+    environment = os.environ | {"REID_OUTPUTS": str(outputs), "REID_DATA": str(data)}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, data_root):
+    """All notebooks in one chain, as `make notebooks` runs them."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    names = [path.stem for path in SOURCES]
+    done = execute(["reidlib", "run", *names, *SMALL], ROOT / "notebooks", outputs, data_root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return outputs
+
+
+def texts(notebook):
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                yield output.text
+            else:
+                yield "".join(output.get("data", {}).get("text/plain", ""))
+                yield "".join(output.get("data", {}).get("text/markdown", ""))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_every_notebook_runs(chain, path):
+    executed = nbformat.read(chain / "notebooks" / path.name, as_version=4)
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code if cell.source.strip())
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = "".join(o.get("data", {}).get("text/html", "") for o in outputs if "data" in o)
+    images = re.findall(r"<img [^>]*>", pictures)
+    assert images and all(re.search(r'alt="[^"]{10,}"', image) for image in images)
+    assert "application/vnd.jupyter.widget-view+json" not in str(outputs), "a dead widget"
+    for text in texts(executed):
+        assert "Warning:" not in text and text.count("\r") <= 1, text
+    assert (chain / "notebooks" / path.name).stat().st_size < 5e6
+
+
+def test_training_and_evaluation_leave_a_whole_run(chain):
+    folder = chain / "synthetic_batchhard_softplus_small"
+    expected = {
+        *("config.json", "manifest.json", "metrics.json", "history.csv", "checkpoint.pt"),
+        *("checkpoint.pt.sha256", "weights.safetensors", "embeddings_query.h5"),
+        *("embeddings_gallery.h5", "per_query.csv", "ranked_lists.jpg"),
+    }
+    assert expected <= {path.name for path in folder.iterdir()}
+    metrics = runs.read_json(folder / "metrics.json")
+    query, gallery = (read_embeddings(folder / f"embeddings_{s}.h5") for s in ("query", "gallery"))
+    again = evaluate(*query, *gallery)
+    for key, value in again.scores.items():
+        assert metrics[key] == pytest.approx(value, abs=1e-12), key
+    table = pd.read_csv(folder / "per_query.csv")
+    assert table["AP"].mean() == pytest.approx(metrics["mAP"], abs=1e-12)
+    assert {*metrics["baselines"]} == {"untrained", "colour_histogram"}
+    assert metrics["held_out"]["best"]["mAP"] > 0
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
+def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
+    source = os.path.relpath(ROOT / "notebooks" / "03_train.ipynb", folder)
+    arguments = ["papermill", source, str(tmp_path / "out.ipynb"), *SMALL]
+    # papermill itself refuses none of the parameters that 03_train does not have; the notebook does
+    unknown = {"repeats"}
+    for name in unknown:
+        at = arguments.index(name)
+        del arguments[at - 1 : at + 2]
+    arguments += ["-p", "loss", "batch_hard", "-p", "margin", "soft", "-p", "steps", "2"]
+    done = execute(arguments, folder, tmp_path / "outputs", data_root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "outputs" / "synthetic_batchhard_softplus_small"
+    assert runs.read_json(run / "manifest.json")["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "marginn", "0.3"], "There is no parameter 'marginn'; did you mean 'margin'?"),
+        (["-y", "lr: 1e-3"], "lr = '1e-3': should be a valid number. It came as text"),
+    ],
+    ids=["misspelt", "ill-typed"],
+)
+def test_plain_papermill_with_a_wrong_parameter_fails_and_names_it(
+    tmp_path, data_root, arguments, message
+):
+    source = str(ROOT / "notebooks" / "03_train.ipynb")
+    out = tmp_path / "out.ipynb"
+    done = execute(["papermill", source, str(out), *arguments], tmp_path, tmp_path / "o", data_root)
+    assert done.returncode != 0 and message in done.stderr
+    assert not Path(tmp_path / "o").exists()

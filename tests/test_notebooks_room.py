@@ -1,0 +1,287 @@
+"""The notebook runner, on tiny notebooks in real kernels (seven starts in all)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import papermill
+import pytest
+
+from reidlib import notebooks
+from reidlib.__main__ import main
+from reidlib.notebooks import check_parameters, find_notebook, from_text, read_parameters, run
+
+
+def write(path, *cells, parameters=""):
+    """Make a notebook of code cells; `parameters` is the source of its tagged cell."""
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "-", "language": "python"}}
+    )
+    if parameters:
+        tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+        notebook.cells.append(tagged)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in cells]
+    nbformat.write(notebook, path)
+    return path
+
+
+def shown(copy):
+    """Return what the last cell that shows something in an executed copy says."""
+    outputs = [o for c in nbformat.read(copy, 4).cells for o in c.get("outputs", [])]
+    return outputs[-1]["data"]["text/plain"]
+
+
+# --- what needs no kernel
+
+
+@pytest.mark.parametrize(
+    ("history", "unknown"),
+    [
+        (["", "a = 1\nb: int = 2", "# Parameters\nb = 3\n", "import os"], None),
+        (["", "a = 1", "import os"], None),  # nothing injected
+        (["", "# Parameters\na = 1", "b = 2"], None),  # the notebook's own cell may be headed so
+        (["", "import os\n%pylab", "a = 1", "# Parameters\nc = 1"], "'c'"),
+        (["", "margin = 1", "# Parameters\nmarign = 2\nlr = 3"], "'marign'; did you mean 'margin'"),
+        # run again, after a cell that assigns other names
+        (["", "a = 1", "# Parameters\na = 2", "z = 1", "# Parameters\na = 2"], None),
+    ],
+)
+def test_check_parameters(history, unknown):
+    if unknown is None:
+        check_parameters(history)
+    else:
+        with pytest.raises(ValueError, match=unknown):
+            check_parameters(history)
+
+
+def test_parameters_are_read_with_their_types(tmp_path):
+    source = (
+        "# all of it\n"
+        'margin: float | str = "soft"  # m = 0: hinge\n'  # papermill's own reader loses this line
+        "steps: int | None = None\n"
+        'epoch: Literal["identities", "images"] = "images"\n'
+        "lr = 3e-4\n"
+        "seeds: list[int] = [0,\n  1]\n"
+        "anything = None\n"
+        "odd: Unknown = 1\n"
+    )
+    found = read_parameters(write(tmp_path / "a.ipynb", parameters=source))
+    assert {name: p.types for name, p in found.items()} == {
+        "margin": {float, str},
+        "steps": {int, type(None)},
+        "epoch": {str},
+        "lr": {float},
+        "seeds": {list},
+        "anything": set(),
+        "odd": {int},
+    }
+    assert found["seeds"].default == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "types", "value"),
+    [
+        ("1e-3", {float}, 0.001),
+        ("3", {float}, 3.0),
+        ("1e3", {int}, 1000),
+        ("18", {int, float}, 18),
+        ("1.5", {int}, "1.5"),  # refused later, by its type
+        ("0.2", {float, str}, 0.2),
+        ("soft", {float, str}, "soft"),
+        ("7", {str}, "7"),
+        ("true", {bool}, True),
+        ("False", {bool, type(None)}, False),
+        ("true", {str}, "true"),
+        ("none", {int, type(None)}, None),
+        ("null", {float, type(None)}, None),
+        ("none", {str, type(None)}, "none"),  # weights="none" is no None
+        ("[0, 1]", {list}, [0, 1]),
+        ("2", set(), 2),
+        ("x", set(), "x"),
+    ],
+)
+def test_text_is_read_as_the_declared_type(text, types, value):
+    got = from_text(text, types)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A repository with two notebooks that cannot run: nothing here may start a kernel."""
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "_execute", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "notebooks").mkdir()
+    write(tmp_path / "notebooks/03_train.ipynb", parameters="lr: float = 0.1\nflip = True\np = 18")
+    write(tmp_path / "notebooks/04_evaluate.ipynb", parameters='run = ""\ntop = 5')
+    return tmp_path / "notebooks"
+
+
+def test_notebooks_are_found_by_name_number_and_path(folder):
+    train = folder / "03_train.ipynb"
+    for name in ("03_train", "03", "03_train.ipynb", train, str(train)):
+        assert find_notebook(name) == train
+    with pytest.raises(FileNotFoundError, match="did you mean '03_train'.*04_evaluate"):
+        find_notebook("03_trian")
+    with pytest.raises(FileNotFoundError, match="03_train, 04_evaluate"):
+        find_notebook("0")
+    (folder / "03_other.ipynb").write_text("{}")
+    with pytest.raises(ValueError, match="03_other or 03_train"):
+        find_notebook("03")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            {"flop": "true", "lr": 1},
+            "'flop'; did you mean 'flip'.* run, top.*03_train, 04_evaluate",
+        ),
+        ({"lr": "fast"}, r"lr = 'fast': 03_train wants a number \(its default is 0.1\)"),
+        ({"flip": 1}, "flip = 1: 03_train wants true or false"),
+        ({"p": 1.5}, "p = 1.5: 03_train wants a whole number"),
+        ({"p": True}, "p = True"),
+        ({"run": 3}, "run = 3: 04_evaluate wants text"),
+        ({"top": None}, "top = None"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_runs(folder, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        run(["03", "04"], parameters)
+
+
+def test_wrong_places_are_refused_before_anything_runs(folder):
+    with pytest.raises(ValueError, match="would overwrite"):
+        run("03", output=folder)
+    with pytest.raises(ValueError, match="give a folder"):
+        run(["03", "04"], output=folder / "x.ipynb")
+    with pytest.raises(ValueError, match="no notebooks"):
+        run([])
+    (folder / "05_broken.ipynb").write_text("not JSON")
+    with pytest.raises(ValueError, match="05_broken.ipynb is not a Jupyter notebook"):
+        run(["03", "05"])
+
+
+# --- real kernels
+
+
+def test_a_chain_passes_parameters_and_results(tmp_path, monkeypatch, capfd):
+    # A python3 of somebody else that Jupyter would take first.
+    spec = tmp_path / "jupyter/kernels/python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "wrong"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    place = tmp_path / "{copies}"  # papermill would format it
+    place.mkdir()
+    (place / "a.failed.ipynb").write_text("of an earlier attempt")
+    a = write(
+        tmp_path / "a.ipynb",
+        "from reidlib.notebooks import check_parameters, result\ncheck_parameters(In)",
+        "import pathlib\nresult(run=pathlib.Path(f'demo_{margin}_{steps}'), top=7, unused=1)",
+        parameters='margin: float | str = "soft"\nsteps: int = 3',
+    )
+    b = write(
+        tmp_path / "b.ipynb",
+        "import sys\nprint(end='noise')\n(run, top, sys.executable)",
+        parameters='run: str = ""\ntop: int = 0',
+    )
+    copies = run([a, b], {"margin": "0.2", "steps": "1e2", "top": 2}, output=place)
+    assert copies == [place / "a.ipynb", place / "b.ipynb"]
+    assert sorted(path.name for path in place.iterdir()) == ["a.ipynb", "b.ipynb"]
+    assert shown(copies[1]) == repr(("demo_0.2_100", 2, sys.executable))
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == [
+        "a: started",
+        "a: done",
+        "b: started",
+        "b: done",
+    ]
+    assert str(copies[0]) in lines[1]
+
+
+def test_plain_papermill_with_an_unknown_parameter_fails_in_the_notebook(tmp_path):
+    a = write(
+        tmp_path / "a.ipynb",
+        "from reidlib.notebooks import check_parameters\ncheck_parameters(In)",
+        parameters="margin = 0.2\nlr = 1",
+    )
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'margin'"):
+        papermill.execute_notebook(
+            a, tmp_path / "out.ipynb", {"marign": 0.5, "lr": 2}, progress_bar=False
+        )
+
+
+def test_a_failure_keeps_the_earlier_good_copy_and_ends_with_its_error(tmp_path, capfd):
+    a = write(tmp_path / "a.ipynb", "1 + 1", "# why\nraise OSError('disk full')", "2 + 2")
+    good = tmp_path / "copies/a.ipynb"
+    good.parent.mkdir()
+    good.write_text("good")
+    assert main(["run", str(a), "--output", str(good.parent)]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and "Traceback" not in err
+    lines = err.splitlines()
+    assert len(lines) == 4  # started, failed, and the error:
+    assert str(tmp_path / "copies/a.failed.ipynb") in lines[1]
+    assert lines[2:] == ["a, cell In [2] \"raise OSError('disk full')\":", "OSError: disk full"]
+    assert good.read_text() == "good"
+    assert shown_counts(good.with_name("a.failed.ipynb")) == [1, 2, None]
+    assert len(list(good.parent.iterdir())) == 2
+
+
+def shown_counts(copy):
+    return [c.execution_count for c in nbformat.read(copy, 4).cells if c.cell_type == "code"]
+
+
+def test_a_notebook_that_exits_early_has_failed(tmp_path):
+    a = write(tmp_path / "a.ipynb", "import sys\nsys.exit()", "2 + 2")
+    with pytest.raises(notebooks.NotebookFailed, match=r"In \[1\].*SystemExit"):
+        run(a, show_progress=False)
+    copies = tmp_path / "outputs/notebooks"
+    assert [path.name for path in copies.iterdir()] == ["a.failed.ipynb"]
+
+
+def test_a_dead_kernel_and_its_cell_are_named(tmp_path, capfd):
+    a = write(tmp_path / "a.ipynb", "import os\nos.kill(os.getpid(), 9)")
+    assert main(["run", str(a)]) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[2:] == ["a, cell 'import os':", "The kernel died. Out of memory?"]
+
+
+def test_a_signal_lets_the_running_cell_end_by_itself_and_leaves_no_kernel(tmp_path):
+    # As a training does: the first interrupt ends the step, a checkpoint is written.
+    a = write(
+        tmp_path / "a.ipynb",
+        "import os, pathlib, signal, time\n"
+        "place, asked = pathlib.Path(place), []\n"
+        "signal.signal(signal.SIGINT, lambda number, _: asked.append(number))\n"
+        "place.write_text(str(os.getpid()))\n"
+        "while not asked: time.sleep(0.02)\n"
+        "time.sleep(4)\n"  # longer than jupyter_client waits before it kills
+        "place.write_text('checkpoint')",
+        "place.write_text('went on')",
+        parameters='place: str = ""\nother: int = 1',
+    )
+    place = tmp_path / "place"
+    command = [sys.executable, "-m", "reidlib", "run", str(a), "-p", "place", str(place)]
+    runner = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (place.exists() and place.read_text()):
+            assert runner.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        kernel = int(place.read_text())
+        runner.send_signal(signal.SIGTERM)
+        _, err = runner.communicate(timeout=60)
+    finally:
+        runner.kill()
+    assert runner.returncode == 128 + signal.SIGTERM
+    assert place.read_text() == "checkpoint"
+    assert "Stopping" in err and "a: stopped" in err and "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+    assert [p.name for p in (tmp_path / "outputs/notebooks").iterdir()] == ["a.failed.ipynb"]

@@ -1,0 +1,89 @@
+"""Recipes: the design's settings, and errors that name what is wrong."""
+
+import pytest
+from pydantic import ValidationError
+
+from reidlib.recipes import RECIPES, Recipe, make_recipe
+
+
+def test_trinet_is_the_papers():
+    r = RECIPES["trinet"]
+    assert (r.backbone, r.weights, r.hidden, r.dim) == ("resnet50", "imagenet", 1024, 128)
+    assert (round(r.height * r.enlarge), round(r.width * r.enlarge)) == (288, 144)
+    assert (r.height, r.width, r.flip, r.normalise) == (256, 128, True, "imagenet")
+    assert (r.p, r.k, r.loss, r.margin, r.steps, r.lr) == (
+        18,
+        4,
+        "batch_hard",
+        "soft",
+        25_000,
+        3e-4,
+    )
+    rates = [r.learning_rate(t, 25_000) for t in (0, 15_000, 25_000)]
+    assert rates == pytest.approx([3e-4, 3e-4, 3e-7])
+
+
+def test_plain_is_the_small_repositories():
+    r = RECIPES["plain"]
+    assert (r.height, r.width, r.enlarge, r.flip, r.normalise) == (128, 64, 1.0, True, "unit")
+    assert (r.lr, r.epochs, r.steps, r.margin, r.p, r.k) == (3e-5, 50, None, 0.2, 18, 4)
+    assert r.learning_rate(0, 100) == r.learning_rate(100, 100) == 3e-5
+
+
+def test_recipes_are_immutable():
+    with pytest.raises(ValidationError, match="frozen"):
+        RECIPES["demo"].lr = 1.0
+
+
+def test_changes_and_none():
+    r = make_recipe("plain", loss="batch_all", margin="soft", lr=None, steps=100)
+    assert (r.loss, r.margin, r.lr, r.steps, r.epochs) == ("batch_all", "soft", 3e-5, 100, None)
+    assert make_recipe("trinet", epochs=3).steps is None
+    assert make_recipe("trinet", margin=1).margin == 1.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "margin", "variant"),
+    [
+        ("batch_all", 0.2, "batchall"),
+        ("batch_all", "soft", "batchall_softplus"),
+        ("batch_hard", 0.2, "batchhard"),
+        ("batch_hard", "soft", "batchhard_softplus"),
+    ],
+)
+def test_the_variants_have_the_names_their_users_know(loss, margin, variant):
+    assert make_recipe("trinet", loss=loss, margin=margin).variant == variant
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(lr="1e-3"), r"lr = '1e-3'.*came as text; write the number as 0\.001"),
+        (dict(margin="hard"), "margin = 'hard': should be a valid number or 'soft'"),
+        (dict(margin=True), "margin = True"),
+        (dict(margin=-0.1), "margin = -0.1: should be greater than or equal to 0"),
+        (dict(marginn=1), "Unknown setting 'marginn': there are dataset,"),
+        (dict(p=2.5), "p = 2.5: should be a valid integer"),
+        (dict(flip="yes"), "flip = 'yes'"),
+        (dict(lr=float("nan")), "lr = nan: should be a finite number"),
+        (dict(steps=1, epochs=1), "either steps or epochs"),
+        (dict(steps=0), "steps = 0"),
+        (dict(backbone=50), "backbone = 50: should be a valid string"),
+    ],
+)
+def test_errors_name_the_setting(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe("demo", **changes)
+
+
+def test_all_errors_are_named_at_once():
+    with pytest.raises(ValueError, match=r"(?s)p = 2\.5.*k = 1.*Unknown setting 'x'"):
+        make_recipe("demo", p=2.5, k=1, x=3)
+    with pytest.raises(
+        ValueError, match="Unknown recipe 'best': choose one of plain, trinet, demo"
+    ):
+        make_recipe("best")
+
+
+def test_every_setting_is_described():
+    assert all(field.description for field in Recipe.model_fields.values())
