@@ -7,6 +7,7 @@ numbers, are numbered 1, 2, … over all splits together, and keep the name in a
 
 import csv
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -533,11 +534,18 @@ def _existing(source):
 
 
 def _synthetic():
-    root = data_dir() / "synthetic"
-    if not (root / "bounding_box_train").is_dir():
-        from reidlib.synthetic import draw_dataset
+    """Draw the embedded data if it is missing; any size drawn there before is taken as it is."""
+    from reidlib.synthetic import VERSION, draw_dataset
 
+    root = data_dir() / "synthetic"
+    if not root.exists():
         draw_dataset(root)
+    marker = root / "dataset.json"
+    if not marker.is_file() or json.loads(marker.read_text()).get("version") != VERSION:
+        raise ValueError(
+            f"{root} was not drawn by this version of reidlib: remove that folder, and it is drawn "
+            "again."
+        )
     return replace(folder(root), name="synthetic")
 
 

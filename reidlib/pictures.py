@@ -399,7 +399,7 @@ def distance_histograms(
     non_matches: Sequence[float],
     names: tuple[str, str] = ("same person", "somebody else"),
     x_label: str = "distance",
-    bins: int = 40,
+    bins: int = 30,
 ) -> Figure:
     """Draw how distances of matches and of non-matches spread; where they overlap, ranks go wrong.
 

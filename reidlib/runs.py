@@ -315,7 +315,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pillow", "safetensors", 
 def environment(device: torch.device) -> dict:
     """Return what the manifest says of the machine and the software."""
     return {
-        "command": " ".join(sys.argv),
+        "command": "(in a notebook)" if "ipykernel" in sys.argv[0] else " ".join(sys.argv),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -66,7 +66,8 @@ class Trainer:
         table, self.held_out = dataset.train, None
         if recipe.hold_out:
             # The same identities whatever the run's seed, so that runs can be compared on them.
-            table, *self.held_out = hold_out(table, recipe.hold_out, seed=0)
+            table, *held_out = hold_out(table, recipe.hold_out, seed=0)
+            self.held_out = [load_images(t, recipe, show_progress) for t in held_out]
         self.pixels, self.table = load_images(table, recipe, show_progress)
         self.fingerprint = fingerprint(self.table)
         self.sampler = PKSampler(self.table["pid"], recipe.p, recipe.k, recipe.epoch, recipe.seed)
@@ -85,6 +86,7 @@ class Trainer:
         with runs.lock(self.folder):
             checkpoint = self._existing_checkpoint()
             if checkpoint and checkpoint["step"] >= self.steps and self._finished():
+                print(f"{self.folder.name} was trained before, with these settings and data.")
                 return self.folder
             self._start(checkpoint)
             with (
@@ -101,8 +103,8 @@ class Trainer:
 
     def _existing_checkpoint(self) -> dict | None:
         """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
-        config = self.folder / "config.json"
-        if not config.exists():
+        # The manifest is written last: without it the run was killed before its first step.
+        if not (self.folder / "manifest.json").exists():
             return None
         if self.resume == "never":
             raise FileExistsError(f"The run {self.folder} exists. Give another tag.")

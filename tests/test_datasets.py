@@ -199,10 +199,13 @@ def test_duke_like_names_by_pattern(data):
 def test_synthetic_is_drawn_once(data, monkeypatch):
     from reidlib import synthetic
 
-    drawn = []
-    monkeypatch.setattr(
-        synthetic, "draw_dataset", lambda root, **_: drawn.append(small_market(root)) or root
-    )
+    drawn, draw = [], synthetic.draw_dataset
+
+    def draw_few(root):
+        drawn.append(root)
+        return draw(root, train_ids=2, test_ids=2, images_per_camera=1, distractors=1, junk=1)
+
+    monkeypatch.setattr(synthetic, "draw_dataset", draw_few)
     assert ds.load("synthetic").name == ds.load("synthetic").name == "synthetic"
     assert drawn == [data / "synthetic"]
 
@@ -674,3 +677,15 @@ def test_fingerprint_compares_across_machines_and_sees_changes(data):
     assert ds.fingerprint(table) == before and ds.fingerprint(table, mtime=True) != dated
     path.write_bytes(path.read_bytes() + b"x")
     assert ds.fingerprint(table) != before
+
+
+def test_embedded_data_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("REID_DATA", str(tmp_path))
+    (tmp_path / "synthetic" / "bounding_box_train").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="not drawn by this version of reidlib: remove that folder"
+    ):
+        ds.load("synthetic")
+    (tmp_path / "synthetic" / "dataset.json").write_text('{"version": 0}')
+    with pytest.raises(ValueError, match="not drawn by this version"):
+        ds.load("synthetic")
