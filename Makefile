@@ -49,7 +49,7 @@ lint: setup     ## ruff on code and notebooks
 format: setup   ## ruff's formatter, and notebooks stripped of their outputs
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/nbstripout notebooks/*.ipynb
+	$(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb
 
 clean:          ## remove the environment, caches and the embedded data; runs stay
 	rm -rf $(VENV) data/synthetic data/.cache .pytest_cache .ruff_cache *.egg-info

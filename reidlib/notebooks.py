@@ -408,6 +408,7 @@ def _execute(
                     progress_bar=show_progress
                     and {"desc": path.stem, "leave": False, "disable": not sys.stderr.isatty()},
                     start_timeout=120,
+                    iopub_timeout=60,  # by default 4 s, which a busy machine exceeds
                     execution_timeout=timeout,
                     kernel_manager_class=_Kernel,
                     extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr

@@ -123,18 +123,18 @@ RECIPES = {
     ),
     # arXiv 1703.07737, sections 4.3 and 4.4: every default above.
     "trinet": Recipe(),
-    # Small enough to learn the embedded data from random weights on two CPU cores in a minute or two.
+    # Small enough to learn the embedded data from random weights on two CPU cores in two minutes.
     "demo": Recipe(
         dataset="synthetic",
         backbone="resnet18",
         weights="none",
         height=64,
         width=32,
-        steps=600,
+        steps=400,
         lr=1e-3,
         decay_to=0.01,
         checkpoint_every=100,
-        evaluate_every=150,
+        evaluate_every=100,
         hold_out=20,
     ),
 }

@@ -1,6 +1,7 @@
 """The training loop: one run in one folder, stopped and resumed without a trace."""
 
 import math
+import shlex
 import signal
 import time
 from contextlib import contextmanager
@@ -266,23 +267,14 @@ class Trainer:
 
     def _score_held_out(self) -> None:
         """Score retrieval among the held-out identities; remember the best."""
-        query, gallery = self.held_out
+        options = {"precision": self.recipe.precision, "show_progress": False}
         embedded = []
-        for table in (query, gallery):
-            pixels, table = load_images(table, self.recipe, self.show_progress)
-            emb = embed(
-                self.model,
-                pixels,
-                self.recipe,
-                precision=self.recipe.precision,
-                show_progress=False,
-            )
-            embedded += [emb, table]
+        for pixels, table in self.held_out:
+            embedded += [embed(self.model, pixels, self.recipe, **options), table]
         scores = evaluate(*embedded).scores
         for key in ("mAP", "top1"):
             self.history[-1][f"held_out_{key}"] = scores[key]
             self.board.add_scalar(f"held_out/{key}", scores[key], self.step)
-        self.held_out_scores = {"step": self.step} | scores
         if self.best is None or scores["mAP"] > self.best["mAP"]:
             self.best = {"step": self.step, "mAP": scores["mAP"], "top1": scores["top1"]}
             runs.save_checkpoint(
@@ -358,10 +350,21 @@ def train(recipe: Recipe, tag: str = "", **options) -> Path:
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
-    """Replace precision "auto" by what the device is fast at.
+    """Replace precision "auto" by what the device is fast at, and right.
 
     bfloat16 on CUDA from Ampere on, and on CPUs with instructions for it; others emulate it slowly.
+
+    Raises:
+        ValueError: bfloat16 was asked for on a CPU with an input too small for it.
     """
+    # On the CPU, the bfloat16 gradient of a strided convolution on a map of 2×1 reads memory that
+    # was never written (seen in torch 2.14): now and then a NaN. Larger maps are right.
+    too_small = device.type == "cpu" and (recipe.height < 64 or recipe.width < 32)
+    if recipe.precision == "bfloat16" and too_small:
+        raise ValueError(
+            f"On the CPU bfloat16 needs an input of 64×32 at least, not {recipe.height}×"
+            f'{recipe.width}: use precision = "float32".'
+        )
     if recipe.precision != "auto":
         return recipe
     if device.type == "cuda":
@@ -370,7 +373,8 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
         # Public from torch 2.14 on; without it float32 is the safe answer.
         can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
-    return recipe.model_copy(update={"precision": "bfloat16" if fast else "float32"})
+    chosen = "bfloat16" if fast and not too_small else "float32"
+    return recipe.model_copy(update={"precision": chosen})
 
 
 def collapse(history: list[dict], recipe: Recipe) -> str:
@@ -398,7 +402,7 @@ def reproduce_command(recipe: Recipe, tag: str = "") -> str:
     words = ["python -m reidlib train"]
     for key, value in recipe.model_dump().items():
         if value != getattr(default, key) and value is not None:
-            words.append(f"--{key.replace('_', '-')} {value}")
+            words.append(f"--{key.replace('_', '-')} {shlex.quote(str(value))}")
     return " ".join(words + ([f"--tag {tag}"] if tag else []))
 
 

@@ -21,7 +21,7 @@ from reidlib.evaluation import evaluate
 from reidlib.recipes import Recipe, make_recipe
 from reidlib.training import reproduce_command
 
-TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 --dim 8"
+TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 --dim 8 --precision float32"
 
 
 @pytest.fixture(scope="module")

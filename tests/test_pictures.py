@@ -149,6 +149,7 @@ def test_photographs_keep_their_proportions():
         x0, x1, y1, y0 = photo.get_extent()
         rows, columns = photo.get_array().shape[:2]
         assert (x1 - x0) / (y1 - y0) == pytest.approx(columns / rows)
+        assert y1 - y0 <= 1.001 and x1 - x0 <= 2.001  # no larger than its place
 
 
 @pytest.mark.parametrize("wrong", [{"titles": ["a"]}, {"marks": [RIGHT]}, {"row_titles": ["a"]}])

@@ -254,6 +254,16 @@ def test_a_collapse_is_said_in_plain_words(monkeypatch, capsys, margin, sits):
     assert warning in capsys.readouterr().out
 
 
+def test_precision_follows_the_device_and_the_input():
+    cpu = torch.device("cpu")
+    choose = lambda **changes: training.resolve_precision(make_recipe("demo", **changes), cpu)
+    assert choose(height=64, width=16).precision == "float32"
+    assert choose().precision in ("float32", "bfloat16")
+    assert choose(precision="bfloat16").precision == "bfloat16"
+    with pytest.raises(ValueError, match='64×32 at least, not 64×16: use precision = "float32"'):
+        choose(precision="bfloat16", width=16)
+
+
 def test_a_healthy_run_is_not_called_collapsed():
     history = [{"step": s, "negative_p95": 4.0} for s in (60, 80)]
     assert collapse(history, small()) == ""
@@ -289,9 +299,10 @@ def test_every_loss_trains(loss, margin):
 
 
 def test_the_loss_goes_down():
-    folder = fit("learns", backbone="resnet18", p=8, k=4, steps=40, margin=1.0, hold_out=0)
+    settings = dict(backbone="resnet18", p=8, k=4, steps=60, loss="batch_all", mean="valid")
+    folder = fit("learns", **settings, margin=1.0, hold_out=0)
     loss = pd.read_csv(folder / "history.csv")["loss"]
-    assert loss[-5:].mean() < 0.6 * loss[:5].mean()
+    assert loss[-5:].mean() < 0.7 * loss[:5].mean()
 
 
 def test_too_few_identities_are_an_error_before_anything_is_written():
