@@ -1,5 +1,6 @@
 """A progress bar that is seen live and leaves one line in an executed notebook."""
 
+import io
 import sys
 
 from tqdm import tqdm
@@ -36,6 +37,7 @@ def progress(iterable=None, *, total=None, desc="", show=True, unit="it", initia
     live = bar is _NotebookBar or sys.stderr.isatty()
     return bar(
         iterable,
+        file=io.StringIO() if bar is _NotebookBar else None,  # its last newline belongs nowhere
         total=total,
         desc=desc,
         unit=unit,
