@@ -33,18 +33,19 @@ from reidlib.paths import ROOT, data_dir, outputs_dir
 from reidlib.recipes import Recipe
 
 
-def run_name(recipe: Recipe, tag: str = "") -> str:
-    """Return `<dataset>_<variant>[_<tag>]`; a data set given by path is named by its last part.
+def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:
+    """Return `<dataset>_<variant>[_<tag>]`, with the data set's own name.
 
-    >>> run_name(Recipe(dataset="market1501", margin="soft"), "seed1")
+    Raises:
+        ValueError: the name would not do for a folder on every system.
+
+    >>> run_name("market1501", Recipe(margin="soft"), "seed1")
     'market1501_batchhard_softplus_seed1'
     """
-    dataset = Path(recipe.dataset).stem if os.sep in recipe.dataset else recipe.dataset
     name = "_".join(part for part in (dataset, recipe.variant, tag) if part)
     if not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
         raise ValueError(
-            f"The run would be named {name!r}: use letters, digits, '.', '_' and '-' in the tag "
-            f"and the data set's name alone."
+            f"The run would be named {name!r}: use letters, digits, '.', '_' and '-' alone in its tag."
         )
     return name
 

@@ -62,8 +62,8 @@ class Trainer:
         self.device = pick_device(device)
         self.recipe = recipe = resolve_precision(recipe, self.device)
         self.tag, self.resume, self.show_progress = tag, resume, show_progress
-        self.folder = outputs_dir() / runs.run_name(recipe, tag)
         dataset = dataset or load(recipe.dataset)
+        self.folder = outputs_dir() / runs.run_name(dataset.name, recipe, tag)
         table, self.held_out = dataset.train, None
         if recipe.hold_out:
             # The same identities whatever the run's seed, so that runs can be compared on them.

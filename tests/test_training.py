@@ -305,6 +305,18 @@ def test_the_loss_goes_down():
     assert loss[-5:].mean() < 0.7 * loss[:5].mean()
 
 
+def test_any_folder_of_identities_trains_and_names_its_run(tmp_path, data_root):
+    from PIL import Image
+
+    for path in (data_root / "synthetic" / "bounding_box_train").iterdir():
+        place = tmp_path / "my people" / f"person {path.name[:4]}" / f"é {path.name}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((50 + len(place.parent.name), 90)).save(place)
+    folder = fit(dataset=str(tmp_path / "my people"), steps=2, p=3, hold_out=0)
+    assert folder.name == "my-people_batchhard_softplus"
+    assert runs.read_json(folder / "manifest.json")["train_identities"] == 6
+
+
 def test_too_few_identities_are_an_error_before_anything_is_written():
     with pytest.raises(ValueError, match="P = 10 identities, the data has 9"):
         fit("few", p=10)
