@@ -45,5 +45,5 @@ def progress(iterable=None, *, total=None, desc="", show=True, unit="it", initia
         disable=not show,
         mininterval=0.5 if live else 60,  # a log file keeps every line
         dynamic_ncols=bar is tqdm,
-        ncols=None if bar is tqdm else 90,
+        **({"ncols": 90, "ascii": False} if bar is _NotebookBar else {}),
     )
