@@ -58,11 +58,21 @@ def load_pixels(
     key = {"data": fingerprint(table, mtime=True), "size": size, "skip": unreadable == "skip"}
     key = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
     file, kept_file = cache_dir() / f"{key}.npy", cache_dir() / f"{key}.kept.npy"
-    if not file.exists():
+    cached = _read_cache(file, kept_file)
+    if cached is None:
         _decode_all(table, size, unreadable, file, kept_file, show_progress)
-    pixels = np.load(file, mmap_mode="c")  # copy on write: torch wants writable memory
-    kept = np.load(kept_file)
+        cached = _read_cache(file, kept_file)
+    pixels, kept = cached
     return pixels, table.iloc[kept].reset_index(drop=True)
+
+
+def _read_cache(file: Path, kept_file: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Map a cache file into memory; None where it is missing or cut short, to be made again."""
+    try:
+        # Copy on write: torch wants memory that it could write to.
+        return np.load(file, mmap_mode="c"), np.load(kept_file)
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progress) -> None:

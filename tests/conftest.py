@@ -19,6 +19,14 @@ def data_root(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """Make every test's random tensors the same in every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def places(data_root, tmp_path, monkeypatch):
     """Point data, cache and outputs into temporary folders."""
     monkeypatch.setenv("REID_DATA", str(data_root))

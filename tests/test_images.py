@@ -60,6 +60,23 @@ def test_decoded_once_and_again_when_a_file_changes(table, monkeypatch):
     assert calls  # other rows are another cache
 
 
+def test_a_broken_cache_is_made_again(table):
+    before, _ = load_quietly(table)
+    before = before.copy()
+    for suffix in (".npy", ".kept.npy"):
+        for content in (b"", b"garbage", None):
+            (file,) = (
+                p
+                for p in cache_dir().iterdir()
+                if p.name.endswith(suffix) and (suffix == ".kept.npy" or ".kept" not in p.name)
+            )
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+            again, kept = load_quietly(table)
+            assert np.array_equal(again, before) and len(kept) == 6
+
+
 def test_what_is_written_to_the_pixels_does_not_reach_the_cache(table):
     pixels, _ = load_quietly(table)
     before = pixels[0].copy()
@@ -201,7 +218,7 @@ def test_plain_resizes_and_normalises_only():
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     torch.testing.assert_close(out, (resized / 255 - mean) / std)
-    # and the same as Pillow's, to its rounding
+    # and the same as Pillow's, which rounds to whole numbers twice, once each way
     pillow = Image.fromarray(pixels[0].numpy()).resize((10, 15), Image.Resampling.BILINEAR)
     pillow = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
-    assert (resized[0] - pillow).abs().max() < 1.0
+    assert (resized[0] - pillow).abs().max() < 2.0
