@@ -232,7 +232,8 @@ def image_list(source, *, pattern=None, image_root=None, must_exist=True) -> pd.
 def hold_out(train: pd.DataFrame, identities=100, seed=0):
     """Take identities out of training for validation: (train, query, gallery).
 
-    Settings chosen on the result never see the test split. Only identities that can be matched
+    Settings chosen on the result never see the test split. `identities` is how many, drawn with
+    `seed`, or a file that names them, see `split_file`. Only identities that can be matched
     are taken: with two cameras or more, or two images or more where cameras are unknown. Of each,
     one image a camera becomes a query, drawn with `seed`, from cameras with two images or more;
     where no camera has two, one image alone. So every query has a match in another camera.
@@ -242,13 +243,23 @@ def hold_out(train: pd.DataFrame, identities=100, seed=0):
     train = train.reset_index(drop=True)
     matchable = _matchable(train)
     total = train.loc[train.pid > 0, "pid"].nunique()
-    if not 0 < identities <= len(matchable) or identities >= total:
+    named = None if isinstance(identities, int) else split_file(identities)
+    count = identities if named is None else len(named)
+    if named is not None and not np.isin(named, matchable).all():
+        wrong = named[~np.isin(named, matchable)]
         raise ValueError(
-            f"cannot hold out {identities} of {total} identities: {len(matchable)} have images of "
+            f"{identities} names {len(wrong)} identities, first {wrong[0]}, that are not in the "
+            "training split with images of two cameras: is it the split of another data set?"
+        )
+    if not 0 < count <= len(matchable) or count >= total:
+        raise ValueError(
+            f"cannot hold out {count} of {total} identities: {len(matchable)} have images of "
             "two cameras (or two images, with no cameras), and some must stay for training."
         )
     rng = np.random.default_rng(seed)
-    held = train.pid.isin(rng.choice(matchable, size=identities, replace=False))
+    if named is None:
+        named = rng.choice(matchable, size=count, replace=False)
+    held = train.pid.isin(named)
     test = train[held]
     mixed = test.iloc[rng.permutation(len(test))]
     group = mixed.groupby(["pid", "camid"]).pid
@@ -259,6 +270,24 @@ def hold_out(train: pd.DataFrame, identities=100, seed=0):
     picked |= lone & ~mixed.pid.duplicated()
     query = test.index.isin(mixed.index[picked])
     return tuple(t.reset_index(drop=True) for t in (train[~held], test[query], test[~query]))
+
+
+def split_file(name) -> np.ndarray:
+    """Read the identities (pids) that a file names, one a line; `#` starts a comment.
+
+    `name` is "market1501", the split of this repository on which settings are chosen (101 of the
+    751 training identities), or the path of a file. Raises FileNotFoundError or ValueError.
+    """
+    path = Path(__file__).parent / "splits" / f"{name}.txt"
+    path = path if path.is_file() else _existing(name)
+    words = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        pids = np.array([int(word) for word in words if word])
+    except ValueError as error:
+        raise ValueError(f"{path} must hold one identity (a number) a line: {error}.") from None
+    if len(pids) == 0 or len(set(pids)) < len(pids):
+        raise ValueError(f"{path} names no identity, or one of them twice.")
+    return pids
 
 
 def drop_unreadable(dataset: Dataset, report: "DataReport") -> Dataset:

@@ -20,8 +20,10 @@ class Recipe(BaseModel):
     dataset: str = Field(
         "market1501", description="market1501, synthetic, or a path (see datasets)"
     )
-    hold_out: int = Field(
-        0, ge=0, description="training identities set aside to choose settings on"
+    hold_out: Annotated[int, Field(ge=0)] | str = Field(
+        0,
+        description="training identities set aside to choose settings on: how many, "
+        'or a file that names them; "market1501" is this repository\'s own',
     )
     unreadable: Literal["fail", "skip"] = Field("fail", description="what to do with broken images")
 

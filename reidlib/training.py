@@ -271,7 +271,9 @@ class Trainer:
         embedded = []
         for pixels, table in self.held_out:
             embedded += [embed(self.model, pixels, self.recipe, **options), table]
-        scores = evaluate(*embedded).scores
+        evaluation = evaluate(*embedded)
+        scores, table = evaluation.scores, evaluation.per_query.to_csv(index=False)
+        runs.write_text(self.folder / "per_query_held_out.csv", table)
         for key in ("mAP", "top1"):
             self.history[-1][f"held_out_{key}"] = scores[key]
             self.board.add_scalar(f"held_out/{key}", scores[key], self.step)

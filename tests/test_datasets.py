@@ -662,6 +662,35 @@ def test_hold_out_of_too_many_is_refused(identities):
         ds.hold_out(train, identities)
 
 
+def test_a_file_names_the_held_out_identities(tmp_path):
+    train = pd.DataFrame([(f"/{p}{c}{i}", p, c) for p in (1, 2, 3) for c in (1, 2) for i in (1, 2)],
+                         columns=["path", "pid", "camid"])  # fmt: skip
+    file = tmp_path / "mine.txt"
+    file.write_text("# two people\n3\n1  # and one more\n")
+    rest, query, gallery = ds.hold_out(train, str(file))
+    assert set(rest.pid) == {2} and set(query.pid) == set(gallery.pid) == {1, 3}
+    for text, message in (("7", "names 1 identities, first 7"), ("x", "one identity"),
+                          ("1\n1", "twice"), ("# none", "no identity")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ds.hold_out(train, str(file))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ds.hold_out(train, "nowhere")
+
+
+def test_the_split_of_market1501_is_fixed():
+    pids = ds.split_file("market1501")
+    assert (len(pids), pids.min(), pids.max(), pids.sum()) == (101, 10, 1496, 75903)
+
+
+@needs_market
+def test_the_split_of_market1501_gives_the_same_images_everywhere():
+    train = ds.market1501(MARKET).train
+    rest, query, gallery = ds.hold_out(train, "market1501")
+    assert (len(rest), rest.pid.nunique(), len(query), len(gallery)) == (11265, 650, 380, 1291)
+    assert ds.fingerprint(query).startswith("9cb2cb45c873365e")
+
+
 def test_fingerprint_compares_across_machines_and_sees_changes(data):
     one = ds.load(str(small_market(data / "one")))
     two = ds.load(str(small_market(data / "two" / "deeper")))
