@@ -6,12 +6,15 @@ its own camera are dropped, for they are nearly the same picture; so is the quer
 where the gallery holds it (the same path), which matters when no camera is known. Queries with no
 match left are counted, named and left out of every mean. Equal distances rank in gallery order.
 
+`Retrieval` is one set of queries against one gallery under this protocol: what it scores and what
+it lists come from the same ranking. `evaluate` is its short form.
+
 Tables are pandas tables with the columns ``pid`` and, if known, ``camid`` and ``path``; a row
 number is a position in the table, whatever its index. A ``camid`` of -1 in every row, or no such
 column, says that cameras are unknown. Embeddings are (N, D) NumPy arrays or tensors beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +22,10 @@ import numpy as np
 import pandas as pd
 
 TOPK = (1, 2, 5, 10)
+
+# What a ranked list says of an image; those after "unknown" are dropped from the ranking.
+STATUSES = ("match", "wrong", "unknown", "same camera", "junk", "query itself")
+MATCH, WRONG, UNKNOWN, SAME_CAMERA, JUNK, ITSELF = range(len(STATUSES))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -81,6 +88,394 @@ def average_precision(ranks: Sequence[int] | np.ndarray) -> tuple[float, float]:
     return float(at_match.mean()), float((at_match + before).mean() / 2)
 
 
+class Retrieval:
+    """One set of queries against one gallery: the one ranking that is scored and drawn.
+
+    Args:
+        query_emb: (Q, D) floats.
+        query: Q rows, pids from 1; a pid of 0 or -1 can be listed, not scored.
+        gallery_emb: (G, D) floats.
+        gallery: G rows, pids from -1; -1 in all rows says that nobody is known there.
+        exclude_same_camera: False keeps matches from the query's own camera.
+
+    Attributes:
+        query, gallery: the tables, as given.
+
+    Raises:
+        ValueError: arrays and tables do not fit each other, embeddings are not finite, or query or
+            gallery is empty.
+    """
+
+    def __init__(
+        self,
+        query_emb: Any,
+        query: pd.DataFrame,
+        gallery_emb: Any,
+        gallery: pd.DataFrame,
+        *,
+        exclude_same_camera: bool = True,
+    ):
+        self.query, self.gallery = query, gallery
+        self._asked = _side(query_emb, query, "query")
+        self._shown = _side(gallery_emb, gallery, "gallery")
+        self._given: np.ndarray | None = None  # (Q, G) distances that came ready
+        if self._asked.emb.shape[1] != self._shown.emb.shape[1]:
+            raise ValueError(
+                f"query embeddings have {self._asked.emb.shape[1]} dimensions, gallery embeddings "
+                f"{self._shown.emb.shape[1]}: they must come from the same network"
+            )
+        self.exclude_same_camera = exclude_same_camera
+        known = (self._asked.camids != -1).any() and (self._shown.camids != -1).any()
+        self._cameras = exclude_same_camera and bool(known)  # drop matches of the query's camera?
+        self._unlabelled = bool((self._shown.pids == -1).all())
+        self._rows_of = pd.Series(self._shown.pids).groupby(self._shown.pids).indices
+
+    @classmethod
+    def from_distances(
+        cls,
+        distances: Any,
+        query: pd.DataFrame,
+        gallery: pd.DataFrame,
+        *,
+        exclude_same_camera: bool = True,
+    ) -> "Retrieval":
+        """Rank by (Q, G) distances that came ready, as from re-ranking.
+
+        Raises:
+            ValueError: they do not fit the tables, or are not finite.
+        """
+        distances = np.asarray(distances)
+        if distances.shape != (len(query), len(gallery)) or distances.dtype.kind not in "fiu":
+            raise ValueError(
+                f"distances must be numbers, ({len(query)}, {len(gallery)}) for these tables, not "
+                f"{distances.shape} {distances.dtype}"
+            )
+        broken = np.flatnonzero(~np.isfinite(distances).all(axis=1))
+        if len(broken):
+            raise ValueError(f"distances hold NaN or infinity in {_listed(broken)}")
+        # Embeddings of one number, never looked at, for the checks of the tables.
+        blank = [np.zeros((len(table), 1)) for table in (query, gallery)]
+        made = cls(blank[0], query, blank[1], gallery, exclude_same_camera=exclude_same_camera)
+        made._given = distances
+        return made
+
+    def ask(self, gallery_rows: Sequence[int] | np.ndarray) -> "Retrieval":
+        """Return the retrieval that has these gallery images as its queries.
+
+        Raises:
+            ValueError: no such rows; or this one was made from distances, which do not say how
+                far gallery images are from each other.
+        """
+        if self._given is not None:
+            raise ValueError("distances alone do not say how far gallery images are apart")
+        rows = self._checked(gallery_rows, len(self.gallery), "gallery")
+        return Retrieval(
+            self._shown.emb[rows],
+            self.gallery.iloc[rows],
+            self._shown.emb,
+            self.gallery,
+            exclude_same_camera=self.exclude_same_camera,
+        )
+
+    def evaluate(self, topk: Sequence[int] = TOPK, *, block_bytes: int = 32 * 2**20) -> Evaluation:
+        """Score the ranking.
+
+        Nothing is sorted but near ties: a match's rank is one more than the number of kept gallery
+        images before it. Ranks are those of distances summed directly in float64, so equal images
+        tie exactly and results do not depend on ``block_bytes``. Beyond the inputs, memory holds
+        a float64 copy of query and gallery embeddings, and ``block_bytes`` of distances (at least
+        one query's). Many exact ties (binary codes, a dead network) are right but slower.
+
+        Args:
+            topk: the k of the reported CMC values.
+            block_bytes: bytes of distances held at one time.
+
+        Raises:
+            ValueError: the whole gallery is junk, a query is junk or distractor, or no query at
+                all has a match.
+        """
+        if not topk or min(topk) < 1:
+            raise ValueError(f"topk must name ranks from 1, not {topk!r}")
+        nobody = np.flatnonzero(self._asked.pids <= 0)
+        if len(nobody):
+            raise ValueError(
+                f"{_listed(nobody)} of the query table have a pid of 0 (distractor) or -1 (junk) "
+                "and ask for nobody: drop them, and number identities from 1"
+            )
+        if self._unlabelled:
+            raise ValueError(f"all {len(self.gallery)} gallery images are junk (pid -1)")
+        kept = np.flatnonzero(self._shown.pids != -1)
+        column = np.cumsum(self._shown.pids != -1) - 1  # gallery row -> its place among the kept
+        rows, same_camera, itself = [], 0, 0
+        for i, near, slack in self._near(np.arange(len(self.query)), kept, block_bytes):
+            split = self._split(i)
+            near[column[split.same_camera]] = np.inf
+            near[column[split.itself]] = np.inf
+            same_camera += len(split.same_camera)
+            itself += len(split.itself)
+            ranks = self._ranks(i, near, slack, kept, column[split.matches])
+            rows.append(_scores(np.sort(ranks)))
+
+        per_query = pd.concat([_labels(self._asked, "query"), pd.DataFrame(rows)], axis=1)
+        without = np.flatnonzero(per_query["matches"] == 0)
+        if len(without) == len(self.query):
+            raise ValueError(self._why_no_match(same_camera, itself))
+        scores = {name: float(value) for name, value in _values(per_query, topk).mean().items()}
+        scores |= {"queries": len(self.query), "queries_without_match": len(without)}
+        protocol = self._protocol(len(kept), same_camera, itself, without)
+        return Evaluation(scores, per_query, protocol)
+
+    def ranked_lists(
+        self,
+        queries: Sequence[int] | np.ndarray | None = None,
+        *,
+        topk: int | None = 10,
+        show_excluded: bool = True,
+        show_missed: bool = False,
+    ) -> pd.DataFrame:
+        """The gallery as each query sees it, nearest first: the very order that is scored.
+
+        Args:
+            queries: row numbers; None for all.
+            topk: how many ranked images of each; None for all of them.
+            show_excluded: show dropped images too, each where its distance would put it. They do
+                not count towards ``topk``; those beyond the topk-th ranked image are left out.
+            show_missed: show the matches that rank beyond ``topk`` too, after all others: then the
+                list holds all that its AP is made of.
+
+        Returns:
+            One table, list after list: ``query`` (row number), ``rank`` (from 1, ``<NA>`` for
+            dropped images), ``gallery`` (row number), ``path`` if known, ``pid``, ``camid``,
+            ``distance`` and ``status``: "match", "wrong"; "unknown" where the query is nobody
+            (pid 0 or -1) or nobody is known in the gallery; and for dropped images "same camera",
+            "junk" or "query itself".
+
+        Raises:
+            ValueError: no such query row, or ``topk`` below 1.
+        """
+        if topk is not None and topk < 1:
+            raise ValueError(f"topk must be 1 or more, or None for all, not {topk}")
+        everyone = np.arange(len(self.query))
+        asked = everyone if queries is None else self._checked(queries, len(everyone), "query")
+        parts = [self._list(*near, topk, show_missed) for near in self._near(asked)]
+        lengths = [len(rows) for rows, *_ in parts]
+        rows, rank, key, status = (np.concatenate(column) for column in zip(*parts, strict=True))
+        table = pd.DataFrame({"query": np.repeat(asked, lengths), "rank": rank, "gallery": rows})
+        table["rank"] = table["rank"].astype("Int64").mask(rank == 0)
+        if self._shown.paths is not None:
+            table["path"] = self._shown.paths[rows]
+        table["pid"], table["camid"] = self._shown.pids[rows], self._shown.camids[rows]
+        table["distance"] = key if self._given is not None else np.sqrt(key)
+        table["status"] = np.array(STATUSES, dtype=object)[status]
+        return table if show_excluded else table.dropna(subset="rank").reset_index(drop=True)
+
+    def ranked_list(self, query_row: int, **options) -> pd.DataFrame:
+        """One list of `ranked_lists`, with its options, without the column ``query``."""
+        return self.ranked_lists([query_row], **options).drop(columns="query")
+
+    def distances(self, query_row: int, gallery_rows: Sequence[int] | None = None) -> np.ndarray:
+        """Distances of a query to gallery images (None: all), (n,): Euclidean, or as given.
+
+        Raises:
+            ValueError: no such rows.
+        """
+        everyone = np.arange(len(self.gallery))
+        (i,) = self._checked([query_row], len(self.query), "query")
+        if gallery_rows is not None:
+            everyone = self._checked(gallery_rows, len(everyone), "gallery")
+        key = self._key(i, everyone)
+        return key if self._given is not None else np.sqrt(key)
+
+    # --- what a query may see
+
+    def _split(self, i: int) -> "_Split":
+        """What the gallery holds of the identity of query ``i``; nothing of nobody's."""
+        pid = int(self._asked.pids[i])
+        rows = self._rows_of.get(pid, np.empty(0, np.int64)) if pid > 0 else np.empty(0, np.int64)
+        same_camera = np.zeros(len(rows), bool)
+        if self._cameras:
+            same_camera = self._shown.camids[rows] == self._asked.camids[i]
+        itself = np.zeros(len(rows), bool)
+        if self._asked.paths is not None and self._shown.paths is not None:
+            path = self._asked.paths[i]
+            itself = (self._shown.paths[rows] == path) & ~same_camera & bool(path)
+        return _Split(rows[~(same_camera | itself)], rows[same_camera], rows[itself])
+
+    # --- how far, and in which order
+
+    def _key(self, i: int, rows: np.ndarray) -> np.ndarray:
+        """What orders gallery ``rows`` for query ``i``, (len(rows),): the distance if it was given,
+        else its square, summed directly in float64.
+
+        The one measure that decides order. A row's value does not depend on its neighbours: each
+        step rounds by itself, unlike in a BLAS, whose edge blocks round differently.
+        """
+        if self._given is not None:
+            return self._given[i, rows]
+        squared = np.empty(len(rows))
+        step = max(1, 2**18 // self._shown.emb.shape[1])  # 2 MB at a time, at home in the cache
+        for start in range(0, len(rows), step):
+            # (n, D)
+            difference = self._shown.emb[rows[start : start + step]].astype(np.float64)
+            difference -= self._asked.emb[i]
+            squared[start : start + step] = np.square(difference, out=difference).sum(axis=1)
+        return squared
+
+    def _near(
+        self, queries: np.ndarray, kept: np.ndarray | None = None, block_bytes: int = 32 * 2**20
+    ) -> Iterator[tuple[int, np.ndarray, float]]:
+        """Yield (i, near, slack) for each query: near (len(kept),) orders as `_key` does the gallery
+        rows ``kept`` (None: all), but for pairs closer than ``slack``. The caller may write to it.
+        """
+        if self._given is not None:
+            for i in queries:
+                row = self._given[i] if kept is None else self._given[i, kept]
+                yield i, row.astype(np.float64), 0.0
+            return
+        # Squared distances by matrix product lose their digits far from the origin, so both sets
+        # are centred on the gallery first, in float64.
+        shown = self._shown.emb if kept is None else self._shown.emb[kept]
+        with np.errstate(over="ignore", invalid="ignore"):
+            shown = shown.astype(np.float64)
+            centre = shown.mean(axis=0)
+            shown -= centre
+            asked = self._asked.emb[queries].astype(np.float64) - centre
+            shown_norms = np.einsum("gd,gd->g", shown, shown)
+            asked_norms = np.einsum("qd,qd->q", asked, asked)
+            reach = np.sqrt(asked_norms) + np.sqrt(shown_norms.max())  # (Q,)
+            # A bound on twice what rounding can add, here and in the direct sum, whatever the
+            # order in which a BLAS adds up: Higham, Accuracy and Stability, section 3.1.
+            slack = 4 * (shown.shape[1] + 8) * np.finfo(np.float64).eps * reach**2
+        if not np.isfinite(slack).all():
+            raise ValueError(
+                "embeddings are so large that their squared distances overflow float64"
+            )
+        asked *= -2
+        step = max(1, block_bytes // (8 * len(shown)))
+        block = np.empty((min(step, len(asked)), len(shown)))
+        for start in range(0, len(asked), step):
+            part = asked[start : start + step]
+            # (B, D) @ (D, G) -> (B, G), |g|^2 - 2 q.g; |q|^2, the same along a row, is left out.
+            near = np.matmul(part, shown.T, out=block[: len(part)])
+            near += shown_norms
+            yield from zip(queries[start:], near, slack[start:], strict=False)
+
+    def _ranks(
+        self, i: int, near: np.ndarray, slack: float, kept: np.ndarray, matches: np.ndarray
+    ) -> np.ndarray:
+        """Ranks of the matches of query ``i``, in their order: (N,).
+
+        ``near`` (G,) is infinite where an image is dropped for this query. ``matches`` are
+        ascending places in it. A match that no other image comes close to has its rank by counting;
+        otherwise the close ones are measured directly.
+        """
+        if len(matches) == 0:
+            return np.empty(0, np.int64)
+        front = near[near <= near[matches].max() + slack]  # the rest ranks behind the last match
+        ahead = np.array([np.count_nonzero(front < near[m] - slack) for m in matches])
+        up_to = np.array([np.count_nonzero(front <= near[m] + slack) for m in matches])
+        if (up_to - ahead == 1).all():
+            return ahead + 1
+        close = np.zeros(len(near), bool)
+        for m in matches:
+            close |= np.abs(near - near[m]) <= slack
+        rows = np.flatnonzero(close)  # holds the matches; ascending: a stable sort keeps ties
+        order = np.argsort(self._key(i, kept[rows]), kind="stable")
+        place = np.empty(len(rows), np.int64)  # from 0, among the close ones
+        place[order] = np.arange(len(rows))
+        # What is clearly ahead of a match and close to none goes before its place among the close.
+        ahead -= np.array([np.count_nonzero(near[rows] < near[m] - slack) for m in matches])
+        return ahead + place[np.searchsorted(rows, matches)] + 1
+
+    def _list(
+        self, i: int, near: np.ndarray, slack: float, topk: int | None, show_missed: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The list of query ``i``: gallery rows, their ranks (0: dropped), keys and statuses."""
+        split = self._split(i)
+        nobody = self._unlabelled or self._asked.pids[i] <= 0
+        status = np.full(len(near), UNKNOWN if nobody else WRONG)
+        if not self._unlabelled:
+            status[self._shown.pids == -1] = JUNK
+        if nobody and self._asked.paths is not None and self._shown.paths is not None:
+            path = self._asked.paths[i]
+            status[(self._shown.paths == path) & bool(path)] = ITSELF
+        status[split.matches] = MATCH
+        status[split.same_camera] = SAME_CAMERA
+        status[split.itself] = ITSELF
+        far = near.copy()  # of all images; `near` is from here on of the ranked ones
+        near[status > UNKNOWN] = np.inf
+        rows = np.arange(len(near))
+        if topk is not None and topk < len(near):
+            last = np.partition(near, topk - 1)[topk - 1]  # of the ranked, or infinite
+            rows = np.flatnonzero(far <= last + slack)
+        key = self._key(i, rows)
+        order = np.argsort(key, kind="stable")
+        rows, key = rows[order], key[order]
+        ranked = status[rows] <= UNKNOWN
+        rank = np.cumsum(ranked)
+        end = len(rows) if topk is None else np.searchsorted(rank, topk) + 1
+        rows, key, rank = rows[:end], key[:end], np.where(ranked, rank, 0)[:end]
+        if show_missed and topk is not None:
+            ranks = self._ranks(i, near, slack, np.arange(len(near)), split.matches)
+            order = np.argsort(ranks)
+            order = order[ranks[order] > topk]
+            missed = split.matches[order]
+            rows, rank = np.append(rows, missed), np.append(rank, ranks[order])
+            key = np.append(key, self._key(i, missed))
+        return rows, rank, key, status[rows]
+
+    # --- in words
+
+    def _checked(self, rows: Any, length: int, name: str) -> np.ndarray:
+        """Row numbers as an array, all of them there."""
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or len(rows) == 0 or rows.dtype.kind not in "iu":
+            raise ValueError(f"{name} rows must be one or more whole numbers, not {rows!r}")
+        wrong = rows[(rows < 0) | (rows >= length)]
+        if len(wrong):
+            raise ValueError(f"{name}_row is {wrong[0]}, but the {name} table has {length} rows")
+        return rows
+
+    def _protocol(self, kept: int, same_camera: int, itself: int, without: np.ndarray) -> str:
+        """What was done, as sentences."""
+        total, queries = len(self.gallery), len(self.query)
+        lines = [
+            f"Queries: {queries:,}. Gallery images: {kept:,}, after {total - kept:,} of junk "
+            "(pid -1) were dropped."
+        ]
+        if self._cameras:
+            lines.append(
+                "Dropped for their query, being of the same identity and the same camera: "
+                f"{same_camera:,}."
+            )
+        elif self.exclude_same_camera:
+            lines.append("Cameras are unknown, so nothing is dropped for its camera.")
+        else:
+            lines.append("Images of the same identity and the same camera stay in, as asked.")
+        if itself:
+            lines.append(
+                f"Dropped for their query, being the query image itself (path): {itself:,}."
+            )
+        if len(without):
+            lines.append(f"Left out of all means, having no match: query {_listed(without)}.")
+        return " ".join(lines) + " Equal distances rank in gallery order."
+
+    def _why_no_match(self, same_camera: int, itself: int) -> str:
+        """The likely cause, where no query has a match."""
+        if same_camera or itself:
+            return (
+                "no query has a match: all gallery images of the queries' identities were dropped, "
+                f"{same_camera:,} for the same camera, {itself:,} for being the query image "
+                "itself. Pass exclude_same_camera=False, or camid -1 in every row, if cameras do "
+                "not matter"
+            )
+        some = [", ".join(map(str, np.unique(s.pids)[:5])) for s in (self._asked, self._shown)]
+        return (
+            "no query has a match: the pids of query and gallery share nothing "
+            f"(query {some[0]}, ...; gallery {some[1]}, ...). Do both come from one data set?"
+        )
+
+
 def evaluate(
     query_emb: Any,
     query: pd.DataFrame,
@@ -93,71 +488,12 @@ def evaluate(
 ) -> Evaluation:
     """Rank the gallery for every query by Euclidean distance, and score the ranks.
 
-    Nothing is sorted but near ties: a match's rank is one more than the number of kept gallery
-    images before it. Ranks are those of distances summed directly in float64, so equal images tie
-    exactly and results do not depend on ``block_bytes``. Beyond the inputs, memory holds
-    a float64 copy of query and gallery embeddings, and ``block_bytes`` of distances (at least
-    one query's). Many exact ties (binary codes, a dead network) are right but slower.
-
-    Args:
-        query_emb: (Q, D) floats.
-        query: Q rows, pids from 1.
-        gallery_emb: (G, D) floats.
-        gallery: G rows, pids from -1.
-        topk: the k of the reported CMC values.
-        exclude_same_camera: False keeps matches from the query's own camera.
-        block_bytes: bytes of distances held at one time.
-
-    Raises:
-        ValueError: arrays and tables do not fit each other, embeddings are not finite, query or
-            gallery is empty, a query is junk or distractor, or no query at all has a match.
+    Short for `Retrieval` and its method `evaluate`, whose arguments and errors it has.
     """
-    if not topk or min(topk) < 1:
-        raise ValueError(f"topk must name ranks from 1, not {topk!r}")
-    problem = _problem(query_emb, query, gallery_emb, gallery, exclude_same_camera)
-    kept = np.flatnonzero(problem.gallery.pids != -1)
-    column = np.cumsum(problem.gallery.pids != -1) - 1  # gallery row -> its place among the kept
-    # Squared distances by matrix product lose their digits far from the origin, so both sets are
-    # centred on the gallery first, in float64.
-    gallery_centred = problem.gallery.emb[kept].astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        centre = gallery_centred.mean(axis=0)
-        gallery_centred -= centre
-        query_centred = problem.query.emb.astype(np.float64) - centre
-        gallery_norms = np.einsum("gd,gd->g", gallery_centred, gallery_centred)
-        query_norms = np.einsum("qd,qd->q", query_centred, query_centred)
-        reach = np.sqrt(query_norms) + np.sqrt(gallery_norms.max())  # (Q,)
-        # A bound on twice what rounding can add, here and in the direct sum, whatever the order
-        # in which a BLAS adds up: Higham, Accuracy and Stability, section 3.1.
-        slack = 4 * (gallery_centred.shape[1] + 8) * np.finfo(np.float64).eps * reach**2
-    if not np.isfinite(slack).all():
-        raise ValueError("embeddings are so large that their squared distances overflow float64")
-    query_centred *= -2
-
-    rows, same_camera, itself = [], 0, 0
-    step = max(1, block_bytes // (8 * len(kept)))
-    block = np.empty((min(step, len(query)), len(kept)))
-    for start in range(0, len(query), step):
-        part = query_centred[start : start + step]
-        # (B, D) @ (D, G) -> (B, G), |g|^2 - 2 q.g; |q|^2, the same all along a row, is left out.
-        near = np.matmul(part, gallery_centred.T, out=block[: len(part)])
-        near += gallery_norms
-        for i, row in enumerate(near, start):
-            split = problem.split(i)
-            row[column[split.same_camera]] = np.inf
-            row[column[split.itself]] = np.inf
-            same_camera += len(split.same_camera)
-            itself += len(split.itself)
-            rows.append(_scores(_ranks(problem, i, row, slack[i], kept, column[split.matches])))
-
-    per_query = pd.concat([_labels(problem.query, "query"), pd.DataFrame(rows)], axis=1)
-    without = np.flatnonzero(per_query["matches"] == 0)
-    if len(without) == len(query):
-        raise ValueError(_why_no_match(problem, same_camera, itself))
-    scores = {name: float(value) for name, value in _values(per_query, topk).mean().items()}
-    scores |= {"queries": len(query), "queries_without_match": len(without)}
-    protocol = _protocol(problem, len(kept), same_camera, itself, without)
-    return Evaluation(scores, per_query, protocol)
+    retrieval = Retrieval(
+        query_emb, query, gallery_emb, gallery, exclude_same_camera=exclude_same_camera
+    )
+    return retrieval.evaluate(topk, block_bytes=block_bytes)
 
 
 def ranked_list(
@@ -167,46 +503,14 @@ def ranked_list(
     gallery_emb: Any,
     gallery: pd.DataFrame,
     *,
-    topk: int | None = 10,
-    show_excluded: bool = True,
     exclude_same_camera: bool = True,
+    **options,
 ) -> pd.DataFrame:
-    """The gallery as one query sees it, nearest first: the very order that `evaluate` scores.
-
-    Args:
-        query_row: row number in ``query``; the other arguments are those of `evaluate`.
-        topk: how many ranked images; None for all of them.
-        show_excluded: show dropped images too, each where its distance would put it. They do not
-            count towards ``topk``, and those beyond the topk-th ranked image are left out.
-
-    Returns:
-        ``rank`` (from 1, ``<NA>`` for dropped images), ``gallery`` (row number), ``path`` if
-        known, ``pid``, ``camid``, ``distance`` (Euclidean) and ``status``: "match", "wrong",
-        and for dropped images "same camera", "junk" or "query itself".
-
-    Raises:
-        ValueError: as `evaluate`; or no such query row. A query without match is no error.
-    """
-    problem = _problem(query_emb, query, gallery_emb, gallery, exclude_same_camera)
-    if not 0 <= query_row < len(query):
-        raise ValueError(f"query_row is {query_row}, but the query table has {len(query)} rows")
-    if topk is not None and topk < 1:
-        raise ValueError(f"topk must be 1 or more, or None for all, not {topk}")
-    split = problem.split(query_row)
-    table = _labels(problem.gallery, "gallery")
-    squared = problem.squared_distances(query_row, np.arange(len(gallery)))
-    table["distance"] = np.sqrt(squared)
-    table["status"] = np.where(problem.gallery.pids == -1, "junk", "wrong").astype(object)
-    table.loc[split.matches, "status"] = "match"
-    table.loc[split.same_camera, "status"] = "same camera"
-    table.loc[split.itself, "status"] = "query itself"
-    table = table.iloc[np.argsort(squared, kind="stable")].reset_index(drop=True)
-    is_ranked = table["status"].isin(["match", "wrong"])
-    rank = is_ranked.cumsum()
-    table.insert(0, "rank", rank.astype("Int64").where(is_ranked))
-    if topk is not None:  # up to and with the topk-th ranked image
-        table = table.iloc[: np.searchsorted(rank, topk) + 1]
-    return table if show_excluded else table.dropna(subset="rank").reset_index(drop=True)
+    """One ranked list: short for `Retrieval` and its method `ranked_list`."""
+    retrieval = Retrieval(
+        query_emb, query, gallery_emb, gallery, exclude_same_camera=exclude_same_camera
+    )
+    return retrieval.ranked_list(query_row, **options)
 
 
 def distance_sample(
@@ -228,14 +532,17 @@ def distance_sample(
     Returns:
         Two 1-D arrays of Euclidean distances under the rules of `evaluate`, in query order.
     """
-    problem = _problem(query_emb, query, gallery_emb, gallery, exclude_same_camera)
+    retrieval = Retrieval(
+        query_emb, query, gallery_emb, gallery, exclude_same_camera=exclude_same_camera
+    )
+    pids = retrieval._shown.pids
     rng = np.random.default_rng(seed)
     matches, others = [], []
-    for i, pid in enumerate(problem.query.pids):
-        matches.append(problem.squared_distances(i, problem.split(i).matches))
-        rows = np.flatnonzero((problem.gallery.pids != pid) & (problem.gallery.pids != -1))
+    for i, pid in enumerate(retrieval._asked.pids):
+        matches.append(retrieval._key(i, retrieval._split(i).matches))
+        rows = np.flatnonzero((pids != pid) & (pids != -1))
         drawn = rng.choice(rows, min(per_query, len(rows)), replace=False, shuffle=False)
-        others.append(problem.squared_distances(i, drawn))
+        others.append(retrieval._key(i, drawn))
     return np.sqrt(np.concatenate(matches)), np.sqrt(np.concatenate(others))
 
 
@@ -306,68 +613,6 @@ class _Split(NamedTuple):
     itself: np.ndarray
 
 
-class _Problem(NamedTuple):
-    query: _Side
-    gallery: _Side
-    rows_of: dict[int, np.ndarray]  # pid -> gallery rows, ascending
-    by_camera: bool  # drop matches of the query's own camera
-    cameras: str  # what is known of them, and done, as a sentence
-
-    def split(self, i: int) -> _Split:
-        """What the gallery holds of the identity of query ``i``."""
-        rows = self.rows_of.get(int(self.query.pids[i]), np.empty(0, np.int64))
-        same_camera = np.zeros(len(rows), bool)
-        if self.by_camera:
-            same_camera = self.gallery.camids[rows] == self.query.camids[i]
-        itself = np.zeros(len(rows), bool)
-        if self.query.paths is not None and self.gallery.paths is not None and self.query.paths[i]:
-            itself = (self.gallery.paths[rows] == self.query.paths[i]) & ~same_camera
-        return _Split(rows[~(same_camera | itself)], rows[same_camera], rows[itself])
-
-    def squared_distances(self, i: int, rows: np.ndarray) -> np.ndarray:
-        """Query ``i`` to gallery ``rows``, summed directly in float64: (len(rows),).
-
-        The one measure that decides order. A row's value does not depend on its neighbours: each
-        step rounds by itself, unlike in a BLAS, whose edge blocks round differently.
-        """
-        squared = np.empty(len(rows))
-        step = max(1, 2**18 // self.gallery.emb.shape[1])  # 2 MB at a time, at home in the cache
-        for start in range(0, len(rows), step):
-            # (n, D)
-            difference = self.gallery.emb[rows[start : start + step]].astype(np.float64)
-            difference -= self.query.emb[i]
-            squared[start : start + step] = np.square(difference, out=difference).sum(axis=1)
-        return squared
-
-
-def _ranks(
-    problem: _Problem, i: int, near: np.ndarray, slack: float, kept: np.ndarray, matches: np.ndarray
-) -> np.ndarray:
-    """Ranks of the matches of query ``i``, ascending: (N,).
-
-    ``near`` (G,) orders the kept gallery, but for pairs closer than ``slack``; infinite where an
-    image is dropped for this query. ``matches`` are ascending places in it. A match that no other
-    image comes close to has its rank by counting; otherwise the close ones are measured directly.
-    """
-    if len(matches) == 0:
-        return np.empty(0, np.int64)
-    front = near[near <= near[matches].max() + slack]  # the rest ranks behind the last match
-    ahead = np.array([np.count_nonzero(front < near[m] - slack) for m in matches])
-    up_to = np.array([np.count_nonzero(front <= near[m] + slack) for m in matches])
-    if (up_to - ahead == 1).all():
-        return np.sort(ahead + 1)
-    close = np.zeros(len(near), bool)
-    for m in matches:
-        close |= np.abs(near - near[m]) <= slack
-    rows = np.flatnonzero(close)  # holds the matches; ascending, so that a stable sort keeps ties
-    order = np.argsort(problem.squared_distances(i, kept[rows]), kind="stable")
-    place = np.empty(len(rows), np.int64)  # from 0, among the close ones
-    place[order] = np.arange(len(rows))
-    # What is clearly ahead of a match and close to none goes before its place among the close.
-    ahead -= np.array([np.count_nonzero(near[rows] < near[m] - slack) for m in matches])
-    return np.sort(ahead + place[np.searchsorted(rows, matches)] + 1)
-
-
 def _scores(ranks: np.ndarray) -> dict[str, float]:
     """One row of the per-query table, from the ranks of the matches."""
     if len(ranks) == 0:
@@ -400,38 +645,6 @@ def _labels(side: _Side, name: str) -> pd.DataFrame:
     if side.paths is not None:
         table.insert(1, "path", side.paths)
     return table
-
-
-def _problem(
-    query_emb: Any,
-    query: pd.DataFrame,
-    gallery_emb: Any,
-    gallery: pd.DataFrame,
-    exclude_same_camera: bool,
-) -> _Problem:
-    """Check everything that is given, and settle what is dropped."""
-    asked, shown = _side(query_emb, query, "query"), _side(gallery_emb, gallery, "gallery")
-    if asked.emb.shape[1] != shown.emb.shape[1]:
-        raise ValueError(
-            f"query embeddings have {asked.emb.shape[1]} dimensions, gallery embeddings "
-            f"{shown.emb.shape[1]}: they must come from the same network"
-        )
-    nobody = np.flatnonzero(asked.pids <= 0)
-    if len(nobody):
-        raise ValueError(
-            f"{_listed(nobody)} of the query table have a pid of 0 (distractor) or -1 (junk) and "
-            "ask for nobody: drop them, and number identities from 1"
-        )
-    if (shown.pids == -1).all():
-        raise ValueError(f"all {len(shown.pids)} gallery images are junk (pid -1)")
-    if (asked.camids == -1).all() or (shown.camids == -1).all():
-        cameras = "Cameras are unknown, so nothing is dropped for its camera."
-    elif exclude_same_camera:
-        cameras = "Dropped for their query, being of the same identity and the same camera: {:,}."
-    else:
-        cameras = "Images of the same identity and the same camera stay in, as asked."
-    rows_of = pd.Series(shown.pids).groupby(shown.pids).indices
-    return _Problem(asked, shown, rows_of, "{" in cameras, cameras)
 
 
 def _side(emb: Any, table: pd.DataFrame, name: str) -> _Side:
@@ -480,35 +693,3 @@ def _listed(rows: np.ndarray) -> str:
     """For messages: how many rows, and the first few of them."""
     first = ", ".join(str(row) for row in rows[:5])
     return f"{len(rows):,} row{'s'[: len(rows) > 1]} ({first}{', ...'[: 5 * (len(rows) > 5)]})"
-
-
-def _protocol(
-    problem: _Problem, kept: int, same_camera: int, itself: int, without: np.ndarray
-) -> str:
-    """What was done, as sentences."""
-    total, queries = len(problem.gallery.pids), len(problem.query.pids)
-    lines = [
-        f"Queries: {queries:,}. Gallery images: {kept:,}, after {total - kept:,} of junk (pid -1) "
-        "were dropped.",
-        problem.cameras.format(same_camera),
-    ]
-    if itself:
-        lines.append(f"Dropped for their query, being the query image itself (path): {itself:,}.")
-    if len(without):
-        lines.append(f"Left out of all means, having no match: query {_listed(without)}.")
-    return " ".join(lines) + " Equal distances rank in gallery order."
-
-
-def _why_no_match(problem: _Problem, same_camera: int, itself: int) -> str:
-    """The likely cause, where no query has a match."""
-    if same_camera or itself:
-        return (
-            "no query has a match: all gallery images of the queries' identities were dropped, "
-            f"{same_camera:,} for the same camera, {itself:,} for being the query image itself. "
-            "Pass exclude_same_camera=False, or camid -1 in every row, if cameras do not matter"
-        )
-    some = [", ".join(map(str, np.unique(side.pids)[:5])) for side in problem[:2]]
-    return (
-        "no query has a match: the pids of query and gallery share nothing "
-        f"(query {some[0]}, ...; gallery {some[1]}, ...). Do both come from one data set?"
-    )

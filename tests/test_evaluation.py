@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from reidlib import evaluation
 from reidlib.evaluation import (
+    Retrieval,
     average_precision,
     confidence_interval,
     distance_sample,
@@ -153,12 +154,18 @@ def test_fast_distances_may_be_wrong_by_half_the_slack():
             gallery_emb[rng.permutation(30)[:10]] = gallery_emb[0]
             pids[rng.permutation(30)[:count]] = 1
             args = rng.normal(size=(1, 2)), table([1]), gallery_emb, table(pids)
-            asked = evaluation._problem(*args, exclude_same_camera=True)
+            asked = Retrieval(*args)
             for _ in range(10):
                 noise = rng.uniform(-0.49, 0.49, 30) * slack
-                near = asked.squared_distances(0, every) + noise
-                ranks = evaluation._ranks(asked, 0, near, slack, every, np.flatnonzero(pids))
-                assert ranks.tolist() == oracle_ranks(0, *args)
+                near = asked._key(0, every) + noise
+                ranks = asked._ranks(0, near, slack, every, np.flatnonzero(pids))
+                assert sorted(ranks) == oracle_ranks(0, *args)
+                for topk in (1, 3, 30):
+                    rows = asked._list(0, near.copy(), slack, topk, False)[0]
+                    assert (
+                        rows.tolist()
+                        == np.argsort(asked._key(0, every), kind="stable")[:topk].tolist()
+                    )
 
 
 def test_last_bits_decide_like_the_direct_sum():
@@ -386,6 +393,119 @@ def test_ranked_list_by_hand():
         ranked_list(1, *args[1:])
     with pytest.raises(ValueError, match="topk"):
         ranked_list(*args, topk=0)
+
+
+def oracle_list(i, query_emb, query, gallery_emb, gallery, topk):
+    """A whole list sorted one image at a time, then cut; and the matches behind the cut."""
+    asked, rows = query.iloc[i], []
+    cameras = (query["camid"] >= 0).any() and (gallery["camid"] >= 0).any()
+    for j, shown in enumerate(gallery.itertuples()):
+        difference = gallery_emb[j].astype(np.float64) - query_emb[i].astype(np.float64)
+        status = "match" if shown.pid == asked.pid else "wrong"
+        if status == "match" and cameras and shown.camid == asked.camid:
+            status = "same camera"
+        if shown.pid == -1:
+            status = "junk"
+        rows.append((float((difference**2).sum()), j, status))
+    rank, cut, missed = 0, [], []
+    for _, j, status in sorted(rows):
+        ranked = status in ("match", "wrong")
+        rank += ranked
+        if rank < topk or (rank == topk and ranked):
+            cut.append((i, rank if ranked else None, j, status))
+        elif status == "match":
+            missed.append((i, rank, j, status))
+    return cut, missed
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+@pytest.mark.parametrize("kind", ["integers", "duplicates"])
+def test_many_lists_are_the_same_as_slow_ones(kind, cameras):
+    for seed in range(6):
+        args = problem(seed, kind=kind, cameras=cameras)
+        retrieval = Retrieval(*args)
+        for topk in (1, 4, 17, 1000):
+            for show_missed in (False, True):
+                wanted = []
+                for i in (3, 0, 11, 3):
+                    cut, missed = oracle_list(i, *args, topk)
+                    wanted += cut + missed * show_missed
+                found = retrieval.ranked_lists([3, 0, 11, 3], topk=topk, show_missed=show_missed)
+                rank = found["rank"].astype(object).where(found["rank"].notna(), None)
+                columns = (found["query"], rank, found["gallery"], found["status"])
+                assert list(zip(*columns, strict=True)) == wanted
+                for i, j, distance in found[["query", "gallery", "distance"]].itertuples(False):
+                    assert distance == retrieval.distances(i, [j])[0]
+    everyone = retrieval.ranked_lists(topk=None)
+    assert len(everyone) == 12 * 60
+    one = everyone[everyone["query"] == 5].drop(columns="query").reset_index(drop=True)
+    pd.testing.assert_frame_equal(retrieval.ranked_list(5, topk=None), one)
+
+
+def test_a_list_with_what_it_missed_holds_all_of_its_ap():
+    for seed in range(10):
+        retrieval = Retrieval(*problem(seed, kind="integers"))
+        found = retrieval.ranked_lists(topk=3, show_missed=True)
+        for row in retrieval.evaluate().per_query.itertuples():
+            ranks = found[(found["query"] == row.query) & (found["status"] == "match")]["rank"]
+            assert len(ranks) == row.matches
+            if row.matches:
+                assert average_precision(ranks.to_numpy(np.int64)) == (row.AP, row.AP_market)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_distances_that_came_ready(dtype):
+    for seed in range(6):
+        args = problem(seed, kind="integers")
+        known = Retrieval(*args)
+        distances = np.array([known.distances(i) ** 2 for i in range(12)]).round().astype(dtype)
+        ready = Retrieval.from_distances(distances, args[1], args[3])
+        assert ready.evaluate().scores == known.evaluate().scores
+        lists = [r.ranked_lists(topk=7, show_missed=True) for r in (known, ready)]
+        left, right = (table.drop(columns="distance") for table in lists)
+        pd.testing.assert_frame_equal(left, right)
+        np.testing.assert_allclose(lists[0]["distance"] ** 2, lists[1]["distance"], atol=1e-9)
+    with pytest.raises(ValueError, match="do not say how far"):
+        known.from_distances(distances, args[1], args[3]).ask([0])
+        ready.ask([0])
+    with pytest.raises(ValueError, match=r"\(12, 60\) for these tables, not \(11, 60\)"):
+        Retrieval.from_distances(distances[1:], args[1], args[3])
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 row \(2\)"):
+        broken = distances.astype(float)
+        broken[2, 5] = np.nan
+        Retrieval.from_distances(broken, args[1], args[3])
+
+
+def test_gallery_images_ask():
+    gallery = table([5, -1, 7, 5, 0, 5], [1, 1, 1, 2, 3, 3], list("abcdef"))
+    retrieval = Retrieval(line(0), table([5], [1], ["q"]), line(0, 1, 2, 3, 4, 5), gallery)
+    asked = retrieval.ask([3, 4, 1])
+    lists = asked.ranked_lists(topk=9)
+    status = {i: list(t["status"]) for i, t in lists.groupby("query", sort=False)}
+    # Nearest first: d c e b f a for the image d, which is itself left out, as of its camera.
+    assert status[0] == ["same camera", "wrong", "wrong", "junk", "match", "match"]
+    assert lists[lists["query"] == 0]["path"].tolist() == list("dcebfa")
+    # A distractor and junk are nobody: nothing is right or wrong.
+    assert status[1] == ["query itself", *["unknown"] * 3, "junk", "unknown"]
+    assert status[2] == ["query itself", *["unknown"] * 5]
+    with pytest.raises(ValueError, match="ask for nobody"):
+        asked.evaluate()
+    for wrong in ([], [6], [-1], 0, [0.5]):
+        with pytest.raises(ValueError, match="gallery"):
+            retrieval.ask(wrong)
+
+
+def test_without_labels_everything_is_ranked_and_nothing_judged():
+    gallery = table([-1, -1, -1], None, ["a", "b", "q"])
+    for pid in (-1, 4):
+        retrieval = Retrieval(line(0), table([pid], None, ["q"]), line(2, 1, 0), gallery)
+        found = retrieval.ranked_list(0)
+        if pid == -1:
+            assert found["status"].tolist() == ["query itself", "unknown", "unknown"]
+            assert found["path"].tolist() == ["q", "b", "a"]
+        assert set(found["status"]) <= {"unknown", "query itself"}
+    with pytest.raises(ValueError, match="junk"):
+        retrieval.evaluate()
 
 
 def test_distance_sample():
