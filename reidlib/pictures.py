@@ -20,10 +20,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from reidlib.datasets import read_image
+from reidlib.evaluation import average_precision
 from reidlib.recipes import Recipe
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first.
@@ -45,7 +49,9 @@ WRONG = Mark(PALETTE[1], "✗", "--")
 EXCLUDED = Mark("#6E6E6E", "–", ":")
 QUERY = Mark("#000000", "?", "-")
 PLAIN = Mark("#FFFFFF", "", "-")
-STATUS = {"match": RIGHT, "wrong": WRONG}  # of `evaluation.ranked_list`; all others: EXCLUDED
+UNKNOWN = Mark("#444444", "", "-")
+# Of `Retrieval.ranked_lists`; all others: EXCLUDED.
+STATUS = {"match": RIGHT, "wrong": WRONG, "unknown": UNKNOWN}
 
 STYLE = {
     "axes.grid": True,
@@ -126,6 +132,8 @@ def _photo(
     """Draw one photograph, as large as fits into the box in its own proportions, and its frame."""
     rows, columns = image.shape[:2]
     scale = min(w / columns, h / rows)
+    if (shrink := int(1 / (400 * scale))) > 1:  # photographs of 12 megapixels would fill the memory
+        image = np.asarray(Image.fromarray(image).reduce(shrink))
     x, y = x + (w - columns * scale) / 2, y + (h - rows * scale) / 2
     w, h = columns * scale, rows * scale
     alpha = 0.35 if mark == EXCLUDED else 1
@@ -198,11 +206,12 @@ class RankedRow(NamedTuple):
     """One query and what the gallery answered, for `ranked_lists`."""
 
     title: str
-    """Over the row: who asks, and its AP."""
+    """Over the row: who asks."""
     query: np.ndarray | str
     """The query image (H, W, 3) uint8, or its path."""
     results: pd.DataFrame
-    """What `evaluation.ranked_list` returned, with `path`."""
+    """What `Retrieval.ranked_list` returned, with `path`; made with `show_missed=True`, for the AP
+    that is written under the title is computed from it."""
 
 
 def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
@@ -210,15 +219,16 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
 
     ✓ and a full frame: the same identity; ✗ and a dashed frame: another one, under it whose. Images
     that the protocol leaves out stand in their place, pale and smaller, with the reason; where
-    several follow each other the nearest is drawn and all are counted.
+    several follow each other the nearest is drawn and all are counted. Under each title stand the
+    list's AP and the ranks of all matches, those beyond the list too.
 
     Raises:
         ValueError: no rows, or a list without results.
     """
     if len(rows) == 0 or any(len(row.results) == 0 for row in rows):
         raise ValueError("There is nothing to draw: no rows, or a ranked list without results.")
-    full, small, gap, head, foot = height / 2 + 0.1, 0.62, 0.08, 0.5, 0.36
-    laid_out = [_tiles(row.results) for row in rows]
+    full, small, gap, head, foot = height / 2 + 0.1, 0.62, 0.08, 0.68, 0.36
+    laid_out = [_tiles(row.results[~_missed(row.results)]) for row in rows]
     widths = [sum((small if s else full) + gap for s, *_ in tiles) for tiles in laid_out]
     legend = 0.3
     band = head + height + foot
@@ -237,6 +247,7 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
         top = legend + i * band
         y = top + head
         axes.text(gap, top + 0.17, row.title, size=10, va="center", weight="bold")
+        axes.text(gap, top + 0.36, _account(row.results), size=8.5, va="center")
         query = row.query if isinstance(row.query, np.ndarray) else read_image(row.query)
         _photo(axes, query, gap, y, full, height, QUERY)
         axes.text(gap + full / 2, y - 0.05, "query", size=8.5, ha="center")
@@ -252,6 +263,33 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
             axes.text(x + w / 2, y + height + 0.04, under, va="top", **text | {"size": 7.5})
             x += w + gap
     return figure
+
+
+def _missed(results: pd.DataFrame) -> pd.Series:
+    """Return which rows are matches from beyond the list: those whose rank does not follow on."""
+    return results["rank"].notna() & (results["rank"] != results["rank"].notna().cumsum())
+
+
+def _account(results: pd.DataFrame, most: int = 8) -> str:
+    """Return a list's AP and what it is made of, the ranks of its matches; "" without labels."""
+    if (results["status"] == "unknown").any():
+        return ""
+    is_match = results["status"] == "match"
+    ranks = results.loc[is_match, "rank"].to_numpy(np.int64)
+    if len(ranks) == 0:
+        return "no match in the gallery: not scored"
+
+    def listed(ranks) -> str:
+        words = [f"{rank:,}" for rank in ranks[:most]]
+        more = [f"… {ranks[-1]:,}"] if len(ranks) > most else []
+        return ", ".join(words + more) or "none"
+
+    missed = _missed(results)[is_match].to_numpy()
+    of = "1 match" if len(ranks) == 1 else f"{len(ranks)} matches"
+    text = f"AP {average_precision(ranks)[0]:.2%} of {of}, ranks: {listed(ranks[~missed])}"
+    if missed.any():
+        text += f"     missed here: {missed.sum()}, at {listed(ranks[missed])}"
+    return text
 
 
 def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
@@ -281,9 +319,11 @@ def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
             continue
         end_run()
         mark = STATUS[result.status]
-        who = f"id {result.pid}" if result.pid > 0 else "distractor"
-        under = f"{camera(result)}{who}\n{result.distance:#.3g}"
-        tiles.append((False, result.path, mark, f"{mark.sign} {result.rank}", under))
+        who = f"id {result.pid}" if result.pid > 0 else ("" if result.pid else "distractor")
+        under = f"{camera(result)}{who}".strip() + f"\n{result.distance:#.3g}"
+        tiles.append(
+            (False, result.path, mark, f"{mark.sign} {result.rank}".strip(), under.strip())
+        )
     end_run()
     return tiles
 
@@ -476,7 +516,7 @@ def heat_map(table: pd.DataFrame, title: str = "", form: str = "{:.0f}") -> Figu
     rows, columns = values.shape
     figure, axes = subplots(width=1.6 + 0.62 * columns, height=0.9 + 0.42 * rows)
     axes.imshow(values, cmap="Blues", vmin=min(0, np.nanmin(values)), aspect="auto")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    middle = (min(0, np.nanmin(values)) + np.nanmax(values)) / 2  # of the scale
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             colour = "white" if value > middle else "black"
@@ -487,3 +527,63 @@ def heat_map(table: pd.DataFrame, title: str = "", form: str = "{:.0f}") -> Figu
     axes.set(xlabel=table.columns.name, ylabel=table.index.name)
     axes.grid(False)
     return figure
+
+
+# --- search
+
+
+def search_lists(found: pd.DataFrame) -> Figure:
+    """Draw what `embedding.search` found: one ranked list a row, under its query's folder and name.
+
+    Nothing is marked right or wrong, and nothing is scored, also where labels are known.
+
+    Raises:
+        ValueError: nothing was found, or an image cannot be read.
+    """
+    rows = []
+    for _, results in found.groupby("query", sort=False):
+        path = results["query_path"].iloc[0]
+        results = results.assign(status=results["status"].replace(["match", "wrong"], "unknown"))
+        title = _one_line("/".join(Path(path).parts[-2:]))  # names repeat in other folders
+        rows.append(RankedRow(title, path, results))
+    return ranked_lists(rows)
+
+
+def _one_line(name: str, longest: int = 80) -> str:
+    """Return a file's name as matplotlib can draw it: no line breaks, no formulas, known glyphs.
+
+    >>> _one_line("price $x_1$\\n\u4eba.jpg")
+    'price \\\\$x_1\\\\$\ufffd\ufffd.jpg'
+    """
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    name = "".join(c if ord(c) in glyphs and c.isprintable() else "\ufffd" for c in name)
+    name = name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 + 1 :]}"
+    return name.replace("$", r"\$")
+
+
+# --- why
+
+
+def overlay(image: np.ndarray, values: np.ndarray, most: float) -> np.ndarray:
+    """Return a photograph, greyed, with a map of numbers on it: (H, W, 3) uint8, for `photo_grid`.
+
+    Orange is above zero, blue below it, and the stronger the larger, up to `most`: one `most` for
+    all pictures that are to be compared, since a scale of its own makes any map look important.
+
+    Args:
+        image: (H, W, 3) uint8.
+        values: (h, w), of any size; it is drawn up to that of the image.
+        most: what is drawn in full colour.
+
+    Raises:
+        ValueError: `most` is not above zero.
+    """
+    if not most > 0:
+        raise ValueError(f"most must be above zero, not {most}: the map has nothing to show.")
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)  # (H, W, 3)
+    scaled = Image.fromarray(np.asarray(values, np.float32))
+    scaled = np.asarray(scaled.resize(image.shape[1::-1], Image.Resampling.BILINEAR))  # (H, W)
+    strength = np.clip(np.abs(scaled) / most, 0, 1)[:, :, None] * 0.8
+    above, below = (np.array(to_rgb(m.colour)) * 255 for m in (WRONG, RIGHT))
+    colour = np.where(scaled[:, :, None] > 0, above, below)
+    return (grey * (1 - strength) + colour * strength).round().astype(np.uint8)

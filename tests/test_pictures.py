@@ -190,7 +190,7 @@ def row(tmp_path, photos):
             "status": statuses,
         }
     )
-    return pictures.RankedRow("Query 3: AP 61.2 %", photos[0], results)
+    return pictures.RankedRow("Query 3, camera 1", photos[0], results)
 
 
 def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
@@ -207,16 +207,33 @@ def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
         assert np.array_equal(photo.get_array(), wanted)
     assert [d.get_alpha() < 0.5 for d in drawn[:6]] == [m == EXCLUDED for m in order]
     words = texts(axes)
-    assert words.count("Query 3: AP 61.2 %") == 2
+    assert words.count("Query 3, camera 1") == 2
     assert {"✓ 1", "✗ 2", "✗ 3", "query"} <= set(words)
     assert {"c2 id 7\n0.250", "c4 id 9\n1.00", "c5 distractor\n12.3"} <= set(words)
     assert {"–\nsame\ncamera", "–\njunk\nsame\ncamera"} <= set(words)
     assert inside(figure)
 
 
+def test_ranked_lists_state_the_ap_of_what_they_list(row):
+    shown = lambda results: texts(pictures.ranked_lists([row._replace(results=results)]).axes[0])
+    assert "AP 100.00% of 1 match, ranks: 1" in shown(row.results)
+    last = row.results.iloc[[1, 1]].assign(rank=pd.array([5, 1200], dtype="Int64"))
+    words = shown(pd.concat([row.results, last], ignore_index=True))
+    # (1/1 + 2/5 + 3/1200) / 3
+    assert "AP 46.75% of 3 matches, ranks: 1     missed here: 2, at 5, 1,200" in words
+    assert "✓ 5" not in words and "✓ 1200" not in words, "missed matches are not in the list"
+    # A missed match whose rank happens to follow on is one that the list shows.
+    words = shown(pd.concat([row.results, last.iloc[:1].assign(rank=4)], ignore_index=True))
+    assert "AP 75.00% of 2 matches, ranks: 1, 4" in words and "✓ 4" in words
+    nothing = row.results.replace({"status": {"match": "wrong"}})
+    assert "no match in the gallery: not scored" in shown(nothing)
+    unknown = row.results.replace({"status": {"match": "unknown", "wrong": "unknown"}})
+    assert not any("AP" in word or "✓" in word for word in shown(unknown)[1:])
+
+
 def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
     results = pd.concat([row.results.iloc[[2, 2, 2]], row.results.iloc[[4]]], ignore_index=True)
-    results["camid"] = -1
+    results["camid"], results.loc[3, "rank"] = -1, 1
     words = texts(pictures.ranked_lists([row._replace(results=results)]).axes[0])
     assert "–\njunk ×3" in words and "id 9\n1.00" in words
     assert not any("c-1" in word for word in words)
