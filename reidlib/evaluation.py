@@ -396,12 +396,13 @@ class Retrieval:
         status = np.full(len(near), UNKNOWN if nobody else WRONG)
         if not self._unlabelled:
             status[self._shown.pids == -1] = JUNK
-        if nobody and self._asked.paths is not None and self._shown.paths is not None:
-            path = self._asked.paths[i]
-            status[(self._shown.paths == path) & bool(path)] = ITSELF
         status[split.matches] = MATCH
         status[split.same_camera] = SAME_CAMERA
-        status[split.itself] = ITSELF
+        # The image itself is called so even where its camera alone would leave it out.
+        alike = np.arange(len(near)) if nobody else np.append(split.same_camera, split.itself)
+        if self._asked.paths is not None and self._shown.paths is not None:
+            path = self._asked.paths[i]
+            status[alike[(self._shown.paths[alike] == path) & bool(path)]] = ITSELF
         far = near.copy()  # of all images; `near` is from here on of the ranked ones
         near[status > UNKNOWN] = np.inf
         rows = np.arange(len(near))

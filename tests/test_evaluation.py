@@ -482,8 +482,8 @@ def test_gallery_images_ask():
     asked = retrieval.ask([3, 4, 1])
     lists = asked.ranked_lists(topk=9)
     status = {i: list(t["status"]) for i, t in lists.groupby("query", sort=False)}
-    # Nearest first: d c e b f a for the image d, which is itself left out, as of its camera.
-    assert status[0] == ["same camera", "wrong", "wrong", "junk", "match", "match"]
+    # Nearest first: d c e b f a for the image d, which is itself left out.
+    assert status[0] == ["query itself", "wrong", "wrong", "junk", "match", "match"]
     assert lists[lists["query"] == 0]["path"].tolist() == list("dcebfa")
     # A distractor and junk are nobody: nothing is right or wrong.
     assert status[1] == ["query itself", *["unknown"] * 3, "junk", "unknown"]

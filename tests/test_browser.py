@@ -1,0 +1,871 @@
+"""The ranked-list browser: what is in a page, and both page and widget driven in a real browser."""
+
+import base64
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from reidlib import browser, pictures
+from reidlib.browser import Browser, ranked_list_page
+from reidlib.evaluation import Retrieval, average_precision
+from reidlib.paths import ROOT
+
+TOPK = 6
+# Together, folder and file name hold `</script>`, which no file name alone can.
+HOSTILE = (
+    "plain.png",
+    "a \"double\" and 'single' & more.png",
+    "<img src=x onerror=alert(1)>.png",
+    "<!--<script>alert('ü')<",
+    "ünï çödé 人物 \u2028 line.png",
+    "  spaces  and, commas;  .png",
+    "${alert(1)} `tick` {{brace}}.png",
+    "=1+1,%00.png",
+)
+
+
+def hostile_name(i):
+    name = HOSTILE[i % len(HOSTILE)]
+    return f"{i:02d} {name}/script>.png" if name.endswith("<") else f"{i:02d} {name}"
+
+
+def save_image(path, rng, size=(16, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Query and gallery of five people and three cameras, distractors and junk, with awkward names."""
+    root, rng = tmp_path_factory.mktemp("photos of people"), np.random.default_rng(0)
+    rows = [(pid, camid) for pid in (1, 2, 3, 12, 40) for camid in (1, 2, 3)]
+    asked = [row for row in rows if row[1] < 3]
+    shown = [row for row in rows for _ in range(3)] + [(0, 1)] * 4 + [(-1, 2)] * 4
+    out = []
+    for side, labels in (("query", asked), ("gallery", shown)):
+        paths = [
+            save_image(root / side / hostile_name(i), rng, (16, 32 if i % 5 else 20))
+            for i in range(len(labels))
+        ]
+        out.append(
+            pd.DataFrame(
+                {
+                    "path": paths,
+                    **dict(zip(("pid", "camid"), zip(*labels, strict=True), strict=True)),
+                }
+            )
+        )
+    # The last query has no match: the gallery knows its person from its own camera only.
+    lonely = {"path": save_image(root / "query" / "lonely.png", rng), "pid": 77, "camid": 1}
+    out[0] = pd.concat([out[0], pd.DataFrame([lonely])], ignore_index=True)
+    same = {"path": save_image(root / "gallery" / "lonely too.png", rng), "pid": 77, "camid": 1}
+    out[1] = pd.concat([out[1], pd.DataFrame([same])], ignore_index=True)
+    return out
+
+
+def retrieval(tables, seed=0, noise=1.2, **options):
+    query, gallery = tables
+    rng = np.random.default_rng(seed)
+    people = {
+        pid: np.random.default_rng(abs(pid)).normal(size=8)
+        for pid in {*query["pid"], *gallery["pid"]}
+    }
+    query_emb, gallery_emb = (
+        np.stack([people[pid] for pid in table["pid"]]) + noise * rng.normal(size=(len(table), 8))
+        for table in (query, gallery)
+    )
+    return Retrieval(query_emb, query, gallery_emb, gallery, **options)
+
+
+@pytest.fixture(scope="module")
+def runs(tables):
+    return {"plain": retrieval(tables), "<b>better</b> & 2": retrieval(tables, 1, 0.7)}
+
+
+def inside(page, what="data"):
+    """The JSON in a page."""
+    found = re.findall(
+        rf'<script type="application/json" id="ranked-lists-{what}">(.*?)</script>', page
+    )
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+# --- the page, as a string
+
+
+def test_every_list_of_a_page_is_the_evaluators_and_its_ap_follows_from_it(runs):
+    data = inside(ranked_list_page(runs, topk=TOPK))
+    assert data["about"]["queries"]["row"] == [*range(11)]
+    follow = [key for key in data["lists"] if key[0] == "g"]
+    assert len(follow) > 20 and len(data["lists"]) == 11 + len(follow)
+    checked = 0
+    for r, one in enumerate(runs.values()):
+        evaluation = one.evaluate()
+        for key, records in data["lists"].items():
+            record, row = records[r], int(key[1:])
+            ranks = [
+                rank
+                for rank, code in zip(record["ranks"], record["status"], strict=True)
+                if code == "m"
+            ]
+            asked = one if key[0] == "q" else one.ask([row])
+            whole = asked.ranked_list(row if key[0] == "q" else 0, topk=None)
+            whole["place"] = whole["rank"].fillna(0).astype(int)
+            places = dict(
+                zip(
+                    whole["gallery"], zip(whole["place"], whole["status"], strict=True), strict=True
+                )
+            )
+            assert [places[g] for g in record["rows"]] == [
+                (rank, next(s for s, c in browser.CODES.items() if c == code))
+                for rank, code in zip(record["ranks"], record["status"], strict=True)
+            ]
+            distance = whole.set_index("gallery")["distance"][record["rows"]].to_numpy()
+            np.testing.assert_allclose(record["distances"], distance, rtol=1e-3)
+            # All matches are there, and all that ranks, or would rank, up to the last of the first six.
+            assert len(ranks) == (whole["status"] == "match").sum()
+            near = whole.iloc[: np.flatnonzero(whole["place"] == TOPK)[0] + 1]
+            assert record["rows"][: len(near)] == near["gallery"].tolist()
+            if not ranks:
+                assert record["ap"] is None and record["ap_market"] is None
+                continue
+            assert (record["ap"], record["ap_market"]) == pytest.approx(average_precision(ranks))
+            checked += 1
+            if key[0] == "q":
+                scored = evaluation.per_query.loc[row]
+                assert record["ap"] == pytest.approx(scored["AP"], abs=1e-12)
+                assert record["ap_market"] == pytest.approx(scored["AP_market"], abs=1e-12)
+                assert data["about"]["queries"]["ap"][r][row] == record["ap"]
+    assert checked > 60
+    codes = "".join(record["status"] for records in data["lists"].values() for record in records)
+    assert {*codes} == {*"mwucji"}  # also distractors and junk ask, and nothing is right for them
+
+
+def test_nothing_in_a_name_becomes_markup(tables, runs):
+    title = "<script>alert(1)</script> & \u2028"
+    page = ranked_list_page(runs, topk=TOPK, title=title)
+    assert page.count("<script") == page.count("</script>") == 3
+    assert (
+        "onerror" in page
+        and "<img" not in page
+        and "<b>" not in page
+        and "\u2028" not in page.split("</title>")[1]
+    )
+    data = inside(page)
+    assert data["about"]["title"] == title
+    assert data["about"]["runs"][1]["name"] == "<b>better</b> & 2"
+    names = [name for name, _, _ in data["images"].values()]
+    assert any("</script>" in name for name in names)
+    for key, (name, pid, camid) in data["images"].items():
+        row = tables[1].iloc[int(key[1:])]
+        assert row["path"].endswith("/" + name) and (pid, camid) == (row["pid"], row["camid"])
+    assert str(Path(tables[0]["path"][0]).parent) not in page, "a folder of this machine"
+
+
+def test_bytes_that_are_no_text_in_a_name(tables):
+    query = tables[0].assign(path=[os.fsdecode(b"caf\xe9 %d.png" % i) for i in range(11)])
+    found = retrieval((query, tables[1]))
+    page = ranked_list_page({os.fsdecode(b"\xff"): found}, title=os.fsdecode(b"\xfe"), topk=2)
+    page.encode()
+    assert inside(page)["about"]["queries"]["name"][0] == "caf? 0.png"
+
+
+def test_the_network_is_out_of_reach(runs):
+    page = ranked_list_page(runs["plain"], topk=TOPK)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
+    assert not re.search(r"https?://|<link|@import|\burl\(['\"h]", page)
+
+
+def test_thumbnails_are_there_once_small_and_keep_their_proportions(tables, runs):
+    page = ranked_list_page(runs, topk=TOPK)
+    photos, data = inside(page, "photos"), inside(page)
+    assert {*photos} == {f"q{row}" for row in range(11)} | {*data["images"]}
+    with Image.open(io.BytesIO(base64.b64decode(photos["q1"]))) as image:
+        assert image.format == "WEBP" and image.size == (16, 32)
+    rng = np.random.default_rng(0)
+    large = save_image(Path(tables[0]["path"][0]).parent.parent / "large.png", rng, (400, 800))
+    query = tables[0].assign(path=large)
+    photos = inside(ranked_list_page(retrieval((query, tables[1])), topk=1), "photos")
+    with Image.open(io.BytesIO(base64.b64decode(photos["q0"]))) as image:
+        assert image.size == (56, 112)
+
+
+def test_pictures_that_are_missing_are_said_to_be(tables):
+    query = tables[0].assign(path="/nowhere/x.png")
+    page = ranked_list_page(retrieval((query, tables[1])), topk=TOPK)
+    assert {key[0] for key in inside(page, "photos")} == {"g"}
+    notes = " ".join(inside(page)["about"]["notes"])
+    assert "No picture of 11 images" in notes and "there is no such file" in notes
+    bare = [table[["pid"]] for table in tables]  # embeddings alone, as other toolkits store them
+    data = inside(ranked_list_page(retrieval(bare), topk=TOPK))
+    assert data["about"]["queries"]["name"] == [""] * 11
+    assert data["about"]["cameras"] == {"query": [], "gallery": []}
+
+
+def test_which_queries_are_in_a_page(runs):
+    one, two = runs.values()
+    ap = one.evaluate().per_query["AP"]
+    data = inside(ranked_list_page(one, queries=8, topk=TOPK))
+    rows = data["about"]["queries"]["row"]
+    assert len(rows) == len({*rows}) == 8
+    assert {*ap.nsmallest(4, keep="all").index} <= {*rows}
+    assert {*ap.nlargest(2, keep="first").index} <= {*rows}
+    notes = " ".join(data["about"]["notes"])
+    assert (
+        "8 of 11 queries are in this file: the 4 of lowest AP, the 2 of highest AP, 2 drawn"
+        in notes
+    )
+    change = two.evaluate().per_query["AP"] - ap
+    rows = inside(ranked_list_page(runs, queries=4, topk=TOPK))["about"]["queries"]["row"]
+    assert {change.idxmin(), change.idxmax()} <= {*rows} and len(rows) == 4
+    assert inside(ranked_list_page(one, queries=[7, 3], topk=1))["about"]["queries"]["row"] == [
+        3,
+        7,
+    ]
+    for queries in (None, 11, 500):
+        data = inside(ranked_list_page(one, queries=queries, topk=1))
+        assert data["about"]["queries"]["row"] == [*range(11)]
+    again = [ranked_list_page(one, queries=5, topk=1) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_what_cannot_be_shown_is_refused(tables, runs):
+    one = runs["plain"]
+    query, gallery = tables
+    others = {
+        "10 and 11 query images|11 and 10 query images": (query[:10], gallery),
+        "pid of row 0 of the query table is 1 in the first and 2 in the second": (
+            query.assign(pid=query["pid"].replace({1: 2})),
+            gallery,
+        ),
+        "camid of row 5 of the gallery": (
+            query,
+            gallery.assign(camid=gallery["camid"].where(gallery.index != 5, 9)),
+        ),
+        "file name of row 3 of the gallery": (
+            query,
+            gallery.assign(
+                path=gallery["path"].where(gallery.index != 3, gallery["path"][3] + "x")
+            ),
+        ),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            ranked_list_page({"a": one, "b": retrieval(other)})
+    with pytest.raises(ValueError, match="own camera"):
+        ranked_list_page({"a": one, "b": retrieval(tables, exclude_same_camera=False)})
+    for wrong in ({}, dict.fromkeys("abc", one)):
+        with pytest.raises(ValueError, match="one run or two"):
+            ranked_list_page(wrong)
+    for queries in (0, -3, [], [11], [-1], [0.5]):
+        with pytest.raises(ValueError, match="queries must be"):
+            ranked_list_page(one, queries=queries)
+    with pytest.raises(ValueError, match="topk"):
+        ranked_list_page(one, topk=0)
+
+
+def test_the_same_data_in_another_folder_can_be_compared(tables, runs):
+    moved = [table.assign(path="/elsewhere" + table["path"]) for table in tables]
+    ranked_list_page({"here": runs["plain"], "there": retrieval(moved)}, topk=1)
+
+
+def test_nobody_known_gives_lists_without_right_or_wrong(tables):
+    unlabelled = [table.assign(pid=-1, camid=-1) for table in tables]
+    unlabelled[0]["pid"] = 1
+    data = inside(ranked_list_page(retrieval(unlabelled, noise=0.1), topk=3))
+    assert not data["about"]["runs"][0]["scored"]
+    assert "Not scored: all 54 gallery images are junk" in data["about"]["runs"][0]["scores"]
+    for (record,) in data["lists"].values():
+        assert {*record["status"]} <= {*"ui"} and record["ap"] is None
+    assert all(record["status"] == "uuu" for (record,) in [data["lists"]["q0"]])
+
+
+def test_distances_alone_cannot_be_followed(tables, runs):
+    distances = np.stack([runs["plain"].distances(row) for row in range(11)])
+    given = Retrieval.from_distances(distances, *tables)
+    data = inside(ranked_list_page(given, topk=TOPK))
+    assert {key[0] for key in data["lists"]} == {"q"} and not data["about"]["follows"]
+    assert any("cannot be made the query" in note for note in data["about"]["notes"])
+    both = inside(ranked_list_page({"plain": runs["plain"], "given": given}, topk=TOPK))
+    assert both["lists"]["q3"][0] == both["lists"]["q3"][1]
+    assert both["lists"]["g3"][0] is not None and both["lists"]["g3"][1] is None
+
+
+# --- the widget's Python side, without a front end
+
+
+def test_the_widget_answers_like_the_page(runs, monkeypatch):
+    widget = Browser(runs, topk=TOPK, live=False)
+    sent = []
+    monkeypatch.setattr(widget, "send", sent.append)
+    data = inside(ranked_list_page(runs, topk=TOPK))
+    for key in ("q4", "g7", "g46"):
+        widget._answer(widget, {"id": "1", "ask": "lists", "keys": [key]}, [])
+        answer = sent.pop()["answer"]
+        assert answer["lists"] == {key: data["lists"][key]}
+        assert answer["images"].items() <= data["images"].items()
+    widget._answer(widget, {"id": "2", "ask": "photos", "keys": ["q1", "g0"]}, [])
+    assert {*sent.pop()["answer"]} == {"q1", "g0"}
+    for key in ("q11", "g54", "x1", "q-1", "", "q1.5", "q²"):
+        widget._answer(widget, {"id": "3", "ask": "lists", "keys": [key]}, [])
+        assert "there is no image" in sent.pop()["error"]
+    assert widget._about["queries"] == data["about"]["queries"]
+
+
+def test_the_selection_is_a_table(runs):
+    widget = Browser(runs, topk=TOPK, live=False)
+    first = widget._start
+    whole = runs["plain"].ranked_list(first, topk=TOPK, show_missed=True)
+    table = widget.selection
+    assert [*table.columns] == [
+        *("run", "asked", "query", "query_path", "rank", "gallery", "path", "pid", "camid"),
+        *("distance", "status"),
+    ]
+    assert [*dict.fromkeys(table["run"])] == [*runs]
+    shown = table[table["run"] == "plain"]
+    assert shown["gallery"].tolist() == whole["gallery"].tolist()
+    assert shown["distance"].tolist() == whole["distance"].tolist()
+    widget._view = {"key": "g9", "camera": "2", "excluded": False}
+    table = widget.selection
+    assert (
+        {*table["camid"]} == {2}
+        and table["rank"].notna().all()
+        and {*table["asked"]} == {"gallery"}
+    )
+    better = runs["<b>better</b> & 2"].ranked_list(0, topk=TOPK)["gallery"]
+    mine = runs["plain"].ask([9]).ranked_list(0, topk=TOPK)["gallery"]
+    widget._ticked = [[1, "q0", better[4]], [0, "g9", mine[1]], [1, "q0", better[2]]]
+    table = widget.selection
+    assert table[["run", "asked", "query", "gallery"]].to_numpy().tolist() == [
+        ["<b>better</b> & 2", "query", 0, better[2]],
+        ["<b>better</b> & 2", "query", 0, better[4]],
+        ["plain", "gallery", 9, mine[1]],
+    ]
+
+
+def test_without_a_front_end_there_is_a_picture_and_no_widget(runs, tables, tmp_path):
+    bundle, _ = Browser(runs["plain"], topk=TOPK)._repr_mimebundle_()
+    assert {*bundle} == {"text/plain", "text/html"}
+    assert re.search(
+        r'<img src="data:image/jpeg;base64,[^"]{1000,}" alt="[^"]{10,}"', bundle["text/html"]
+    )
+    live, _ = Browser(runs["plain"], topk=TOPK, live=True)._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in live and "<img" in live["text/html"]
+    assert len(live["text/html"]) < 500_000
+    lost = [table.assign(path="/no <where>/x.png") for table in tables]
+    bundle, _ = Browser(retrieval(lost), live=False)._repr_mimebundle_()
+    assert "&lt;where&gt;" in bundle["text/html"] and "<img" not in bundle["text/html"]
+
+
+# --- in a real browser
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+CHROMEDRIVER = shutil.which("chromedriver")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER),
+    reason="no Chromium with its chromedriver on this machine: the browser is not driven",
+)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    arguments = ["headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"]
+    arguments += ["window-size=1300,1000", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]
+    for argument in arguments:
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
+    yield driver
+    driver.quit()
+
+
+def until(found, seconds=20):
+    """Wait until something is true, and return it."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+class Page:
+    """What a person does with the browser, in a page or a widget."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", f".ranked-lists {selector}")
+
+    def one(self, selector):
+        return self.all(selector)[0]
+
+    def text(self, selector):
+        return self.one(selector).text
+
+    def choose(self, name, text):
+        from selenium.webdriver.support.ui import Select
+
+        Select(self.one(f"select[name='{name}']")).select_by_visible_text(text)
+
+    def picked(self):
+        """Keys of the queries that the picker offers, in order."""
+        return [button.get_attribute("data-key") for button in self.all(".strip button")]
+
+    def key(self):
+        return until(lambda: self.all(".strip [aria-current]"))[0].get_attribute("data-key")
+
+    def results(self, run=0):
+        """Rank, status and gallery row of each result on the screen."""
+        script = """return [...document.querySelectorAll('.ranked-lists .run')[arguments[0]]
+            .querySelectorAll('li')].map(li => ({...li.dataset}))"""
+        found = self.driver.execute_script(script, run)
+        return [(int(r["rank"]), r["status"], int(r["row"])) for r in found]
+
+    def press(self, *keys):
+        for key in keys:
+            self.driver.switch_to.active_element.send_keys(key)
+
+    def focused(self):
+        return self.driver.switch_to.active_element
+
+    def ap(self, run=0):
+        """The AP that a list states, per cent, and the one that its results give."""
+        stated = re.search(
+            r"AP ([\d.]+) % \(Market's definition: ([\d.]+) %\)", self.all(".statement")[run].text
+        )
+        ranks = [rank for rank, status, _ in self.results(run) if status == "match"]
+        return [float(x) for x in stated.groups()], [100 * x for x in average_precision(ranks)]
+
+
+def complaints(driver):
+    """What stands in JavaScript's console."""
+    return [entry["message"] for entry in driver.get_log("browser")]
+
+
+@pytest.fixture
+def opened(chromium, runs, tmp_path):
+    """Open a page from disk; at the end, nothing may stand in its console."""
+
+    def open_page(retrievals, **options):
+        file = tmp_path / "ranked lists.html"
+        file.write_text(ranked_list_page(retrievals, topk=TOPK, **options), encoding="utf-8")
+        chromium.get(file.as_uri())
+        page = Page(chromium)
+        until(lambda: page.all(".statement"))
+        return page
+
+    complaints(chromium)
+    yield open_page
+    assert complaints(chromium) == []
+    assert chromium.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert chromium.execute_script("return document.querySelectorAll('script').length") == 3
+
+
+@needs_chromium
+def test_driving_the_page(opened, runs, chromium, tables):
+    page, ap = opened(runs["plain"]), runs["plain"].evaluate().per_query["AP"]
+    # Orders. The query without a match is last in both directions.
+    worst = [f"q{row}" for row in np.argsort(ap.to_numpy(), kind="stable")]
+    best = [f"q{row}" for row in np.argsort(-ap.to_numpy(), kind="stable")]
+    assert page.picked() == worst and worst[-1] == "q10" and page.key() == worst[0]
+    page.choose("order", "AP, best first")
+    assert page.picked() == best and best[-1] == "q10"
+    page.choose("order", "random order")
+    assert sorted(page.picked()) == sorted(worst) and page.picked() not in (worst, best)
+    page.choose("order", "order of the query table")
+    assert page.picked() == [f"q{row}" for row in range(11)]
+    # Search by identity (12 is part of no name that it should find), by name, by camera.
+    search = page.one("input[name=search]")
+    search.send_keys("12")
+    assert page.picked() == ["q6", "q7"] and page.text(".picker .note") == "2 of 11 queries"
+    search.clear()
+    search.send_keys("ÇÖDÉ")
+    assert page.picked() == ["q4"]
+    search.clear()
+    search.send_keys("no such name")
+    assert page.picked() == [] and "No query fits" in page.text(".picker .note")
+    chromium.execute_script(
+        "arguments[0].value=''; arguments[0].dispatchEvent(new Event('input'))", search
+    )
+    page.choose("query-camera", "camera 2")
+    assert page.picked() == [f"q{row}" for row in np.flatnonzero(tables[0]["camid"] == 2)]
+    page.choose("query-camera", "all")
+    # Each query: its list is the evaluator's, and its AP follows from what is on the screen.
+    for row in (0, 3, 7, 9):
+        page.one(f"[data-key=q{row}]").click()
+        expected = runs["plain"].ranked_list(row, topk=TOPK, show_missed=True)
+        assert page.results() == [
+            (0 if pd.isna(rank) else rank, status, g)
+            for rank, status, g in zip(
+                expected["rank"], expected["status"], expected["gallery"], strict=True
+            )
+        ]
+        stated, again = page.ap()
+        assert stated == pytest.approx(again, abs=0.0051)
+        assert stated[0] == pytest.approx(100 * ap[row], abs=0.0051)
+        assert page.key() == f"q{row}" and chromium.current_url.endswith(f"#q{row}")
+        missed = [rank for rank, status, _ in page.results() if rank > TOPK]
+        assert len(missed) == (expected["rank"] > TOPK).sum()
+        if missed:
+            assert f"Missed: {len(missed)} match" in page.text(".run")
+            assert f"at rank {', '.join(map(str, missed))}" in page.text(".run")
+    page.one("[data-key=q10]").click()
+    assert "No match" in page.text(".statement")
+    # What each result says: sign and word, distance, camera, identity and file name.
+    page.one("[data-key=q0]").click()
+    expected = runs["plain"].ranked_list(0, topk=TOPK, show_missed=True)
+    words = {
+        "match": "✓ {} right",
+        "wrong": "✗ {} wrong",
+        "same camera": "– same camera",
+        "junk": "– junk",
+    }
+    for item, result in zip(page.all(".results li"), expected.itertuples(), strict=True):
+        assert words[result.status].format(result.rank) in item.text
+        assert f"distance {result.distance:#.4g}" in item.text and f"c{result.camid}" in item.text
+        shown = chromium.execute_script(
+            "return arguments[0].querySelector('.file').textContent", item
+        )
+        assert shown and result.path.endswith("/" + shown)
+        alt = item.find_element("css selector", "img").get_attribute("alt")
+        assert f"camera {result.camid}" in alt and words[result.status].split()[-1] in alt
+        frame = item.find_element("css selector", ".photo").value_of_css_property(
+            "border-top-color"
+        )
+        mark = pictures.STATUS.get(result.status, pictures.EXCLUDED)
+        assert frame.replace("rgba", "rgb").startswith(
+            f"rgb({', '.join(str(int(mark.colour[i : i + 2], 16)) for i in (1, 3, 5))}"
+        )
+    # Excluded images away, then one camera: ranks and AP stay.
+    whole, stated = page.results(), page.ap()[0]
+    page.one("input[name=excluded]").click()
+    assert page.results() == [result for result in whole if result[0]] != whole
+    assert "leaves out." in page.text(".run")
+    page.choose("result-camera", "camera 3")
+    cameras = tables[1]["camid"]
+    assert page.results() == [r for r in whole if r[0] and cameras[r[2]] == 3]
+    assert (
+        "Ranks and AP are those of the whole list" in page.text(".run") and page.ap()[0] == stated
+    )
+    page.choose("result-camera", "all")
+    page.one("input[name=excluded]").click()
+    assert page.results() == whole
+    # A click on a result makes it the query; its own list states its own AP.
+    row = whole[2][2]
+    page.all(".photo")[2].click()
+    until(lambda: "a gallery image, asked as a query" in page.text(".asked"))
+    asked = runs["plain"].ask([row]).ranked_list(0, topk=TOPK, show_missed=True)
+    assert [g for _, _, g in page.results()] == asked["gallery"].tolist()
+    if (asked["status"] == "match").any():
+        stated, again = page.ap()
+        assert stated == pytest.approx(again, abs=0.0051)
+    page.one(".back").click()
+    assert page.results() == whole and page.key() == "q0"
+
+
+@needs_chromium
+def test_by_keyboard_alone(opened, runs, chromium):
+    from selenium.webdriver.common.keys import Keys
+
+    page = opened(runs["plain"])
+    order = page.picked()
+    chromium.execute_script("document.body.tabIndex = -1; document.body.focus()")
+    for _ in range(12):
+        page.press(Keys.TAB)
+        if page.focused().get_attribute("data-key"):
+            break
+    assert page.focused().get_attribute("data-key") == order[0]
+    page.press(Keys.ARROW_DOWN, Keys.ARROW_RIGHT, Keys.ARROW_UP, Keys.ENTER)
+    assert page.key() == order[1] and page.focused().get_attribute("data-key") == order[1]
+    spoken = page.one("[role=status]").get_attribute("textContent")
+    assert spoken.startswith("Query: identity") and "AP" in spoken
+    for _ in range(12):
+        page.press(Keys.TAB)
+        if page.focused().get_attribute("class") == "photo":
+            break
+    page.press(Keys.END, Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    row = page.results()[2][2]
+    page.press(Keys.TAB)  # the tick of that result is the next stop
+    page.press(Keys.SPACE)
+    assert "1 result selected" in page.text(".selected")
+    chromium.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
+    page.press(Keys.ENTER)
+    until(lambda: chromium.current_url.endswith(f"#g{row}"))
+    assert page.focused().tag_name == "h2" and page.focused().text.startswith("Query: ")
+    page.press(Keys.BACKSPACE)
+    assert page.key() == order[1] and page.focused().tag_name == "h2"
+
+
+@needs_chromium
+def test_two_runs_side_by_side(opened, runs, chromium):
+    page, (a, b) = opened(runs), runs
+    change = runs[b].evaluate().per_query["AP"] - runs[a].evaluate().per_query["AP"]
+    for name, sign in (("gain", -1), ("loss", 1)):
+        page.choose("order", f"largest {name} of AP from {a} to {b}")
+        assert page.picked() == [
+            f"q{row}" for row in np.argsort(sign * change.to_numpy(), kind="stable")
+        ]
+    page.choose("order", f"AP of {b}, worst first")
+    moved = set()
+    for query in (3, 6, 8):
+        page.one(f"[data-key=q{query}]").click()
+        ranks = [
+            dict(zip(found["gallery"], found["rank"], strict=True))
+            for found in (one.ranked_list(query, topk=None) for one in runs.values())
+        ]
+        boxes = page.all(".run")
+        assert [box.find_element("css selector", "h3").text for box in boxes] == [a, b]
+        assert boxes[0].rect["y"] == boxes[1].rect["y"]
+        assert boxes[1].rect["x"] > boxes[0].rect["x"] + 300
+        for r in range(2):
+            items = boxes[r].find_elements("css selector", "li")
+            for item, (_, status, row) in zip(items, page.results(r), strict=True):
+                found = item.find_elements("css selector", ".moved")
+                assert len(found) == (status == "match")
+                if not found:
+                    continue
+                up, there = ranks[0][row] - ranks[1][row], ranks[1 - r][row]
+                moved.add(np.sign(up))
+                sign, word = ("▲", "up") if up > 0 else ("▼", "down")
+                text = f"{sign} {abs(up)}, {'from' if r else 'to'} {there}" if up else "= same rank"
+                assert found[0].text == text
+                alt = item.find_element("css selector", "img").get_attribute("alt")
+                assert f"rank {there} in {(b, a)[r]}" in alt and (word if up else "same") in alt
+            stated, again = page.ap(r)
+            assert stated == pytest.approx(again, abs=0.0051)
+    assert len(moved) > 1
+
+
+@needs_chromium
+def test_the_selection_is_saved_as_csv(opened, runs, chromium, tmp_path, tables):
+    page = opened(runs)
+    chromium.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+
+    def saved():
+        file = tmp_path / "selection.csv"
+        page.all(".selection button")[0].click()
+        until(lambda: file.exists() and file.stat().st_size)
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = [*csv.DictReader(lines)]
+        file.unlink()
+        return rows
+
+    page.one("[data-key=q2]").click()
+    rows = saved()  # nothing ticked: the lists in view
+    expected = pd.concat(one.ranked_list(2, topk=TOPK, show_missed=True) for one in runs.values())
+    assert [int(row["gallery"]) for row in rows] == expected["gallery"].tolist()
+    assert [row["status"] for row in rows] == expected["status"].tolist()
+    assert [row["rank"] for row in rows] == ["" if pd.isna(r) else str(r) for r in expected["rank"]]
+    assert all(
+        path.endswith("/" + row["path"]) for path, row in zip(expected["path"], rows, strict=True)
+    )
+    assert tables[0]["path"][2].endswith(rows[0]["query_path"]) and {
+        row["query"] for row in rows
+    } == {"2"}
+    assert [*rows[0]] == [*Browser(runs, topk=TOPK, live=False).selection.columns]
+    page.all(".tick input")[1].click()
+    first = page.results()[1]
+    page.one("[data-key=q5]").click()
+    page.all(".tick input")[-1].click()
+    last = page.results(1)[-1]
+    rows = saved()
+    assert [(row["run"], row["query"], int(row["gallery"])) for row in rows] == [
+        ("plain", "2", first[2]),
+        ("<b>better</b> & 2", "5", last[2]),
+    ]
+
+
+CONTRAST = """
+const parse = colour => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data];
+};
+const light = ([r, g, b]) => {
+  const f = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  return 0.2126 * f(r) + 0.7152 * f(g) + 0.0722 * f(b);
+};
+const out = [];
+for (const node of document.querySelectorAll('.ranked-lists *')) {
+  if (![...node.childNodes].some(c => c.nodeType === 3 && c.textContent.trim())) continue;
+  if (!node.getClientRects().length || node.disabled) continue;
+  let ground = node;
+  while (ground && parse(getComputedStyle(ground).backgroundColor)[3] === 0) ground = ground.parentElement;
+  const colours = [getComputedStyle(node).color, getComputedStyle(ground).backgroundColor];
+  const pair = colours.map(colour => light(parse(colour)));
+  out.push([node.className || node.tagName, (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05)]);
+}
+return out;
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_all_can_be_read_and_has_a_name(opened, runs, chromium, theme):
+    scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+    page = opened(runs)
+    page.one("summary").click()
+    found = chromium.execute_script(CONTRAST)
+    assert len(found) > 100
+    assert [pair for pair in found if pair[1] < 4.5] == []
+    dark = chromium.execute_script(
+        "return getComputedStyle(document.querySelector('.ranked-lists')).backgroundColor"
+    )
+    assert (dark == "rgb(22, 24, 27)") == (theme == "dark")
+    for control in page.all("button, input, select"):
+        assert control.accessible_name.strip(), control.get_attribute("outerHTML")
+    assert all(image.get_attribute("alt") for image in page.all("img"))
+    assert [h.tag_name for h in page.all("h1, h2, h3, h4")][:3] == ["h1", "h2", "h3"]
+    assert page.one("nav").accessible_name and page.one("main").accessible_name
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@needs_chromium
+def test_a_page_of_nobody_and_a_page_that_cannot_be_followed(opened, runs, tables):
+    unlabelled = [table.assign(pid=-1, camid=-1) for table in tables]
+    page = opened(retrieval(unlabelled))
+    assert "Not scored" in page.text("header")
+    text = page.text(".run")
+    assert not re.search(r"\bright:|\bwrong:|\bAP \d|✓|✗", text + page.text("header"))
+    assert "not known who is asked for" in text
+    distances = np.stack([runs["plain"].distances(row) for row in range(11)])
+    page = opened(Retrieval.from_distances(distances, *tables))
+    before = page.results()
+    page.all(".photo")[1].click()
+    assert page.results() == before
+    assert "no list of this image" in page.one("[role=status]").get_attribute("textContent")
+    assert page.all(".photo")[1].get_attribute("aria-disabled") == "true"
+
+
+NOTEBOOK = """import numpy as np, pandas as pd
+from reidlib.browser import Browser
+from reidlib.evaluation import Retrieval
+query, gallery = pd.read_csv("query.csv"), pd.read_csv("gallery.csv")
+emb = np.load("embeddings.npz")
+runs = {name: Retrieval(emb[f"{name}_q"], query, emb[f"{name}_g"], gallery) for name in ("one", "two")}
+browser = Browser(runs, topk=6)
+browser"""
+
+
+@pytest.fixture
+def lab(tmp_path, tables):
+    """JupyterLab itself, on a free port, with a notebook that makes a browser; its address."""
+    for table, name in zip(tables, ("query", "gallery"), strict=True):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    arrays = {}
+    for seed, name in enumerate(("one", "two")):
+        one = retrieval(tables, seed)
+        arrays |= {f"{name}_q": one._asked.emb, f"{name}_g": one._shown.emb}
+    np.savez(tmp_path / "embeddings.npz", **arrays)
+    cells = [NOTEBOOK, 'browser.selection.to_json("selection.json", orient="records")']
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, tmp_path / "small.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {
+        f"JUPYTER_{kind}_DIR": str(tmp_path / f".{kind}") for kind in ("CONFIG", "DATA", "RUNTIME")
+    }
+    arguments = [
+        *(
+            "--no-browser",
+            "--allow-root",
+            f"--ServerApp.port={port}",
+            "--IdentityProvider.token=secret",
+        ),
+        *(f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"),
+        *("--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
+    ]
+    with (tmp_path / "lab.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *arguments],
+            cwd=tmp_path,
+            env=os.environ | own | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+        yield f"http://127.0.0.1:{port}/lab/tree/small.ipynb?token=secret&reset"
+        server.terminate()
+        server.wait(20)
+
+
+@needs_chromium
+def test_the_widget_in_jupyterlab(lab, chromium, tables, tmp_path):
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.keys import Keys
+
+    def answers():
+        try:
+            chromium.get(lab)
+            return "JupyterLab" in chromium.title or chromium.find_elements(
+                "css selector", "#jupyter-config-data"
+            )
+        except WebDriverException:
+            return False
+
+    until(answers, 60)
+    ready = """const notebook = window.jupyterapp?.shell?.currentWidget;
+        const kernel = notebook?.sessionContext?.session?.kernel;
+        return kernel?.status === 'idle' && notebook.content.widgets.length === 2"""
+    until(lambda: chromium.execute_script(ready), 60)
+    complaints(chromium)
+    run = """const app = window.jupyterapp;
+        app.shell.currentWidget.content.activeCellIndex = arguments[0];
+        app.commands.execute('notebook:run-cell')"""
+    chromium.execute_script(run, 0)
+    page = Page(chromium)
+    until(lambda: page.all(".statement"), 60)
+    one = retrieval(tables, 0)
+    first = np.argsort(one.evaluate().per_query["AP"].to_numpy(), kind="stable")[0]
+    assert page.key() == f"q{first}"
+    until(lambda: page.one(".asked img").get_attribute("src"))
+    # A result becomes the query, and keys that JupyterLab knows (Enter, arrows) are the widget's own.
+    row = page.results()[1][2]
+    photo = page.all(".photo")[0]
+    chromium.execute_script("arguments[0].focus()", photo)
+    page.press(Keys.ARROW_RIGHT, Keys.ENTER)
+    until(lambda: "a gallery image, asked as a query" in page.text(".asked"))
+    expected = one.ask([row]).ranked_list(0, topk=TOPK, show_missed=True)
+    assert [g for _, _, g in page.results()] == expected["gallery"].tolist()
+    chromium.execute_script("arguments[0].click()", page.all(".tick input")[2])
+    until(lambda: "1 result selected" in page.text(".selected"))
+    time.sleep(0.3)  # the change travels to the kernel before the cell does
+    chromium.execute_script(run, 1)
+    file = tmp_path / "selection.json"
+    until(lambda: file.exists() and file.stat().st_size)
+    (taken,) = json.loads(file.read_text())
+    assert (taken["run"], taken["asked"], taken["query"]) == ("one", "gallery", row)
+    assert taken["gallery"] == expected["gallery"][2] and taken["status"] == expected["status"][2]
+    assert taken["distance"] == pytest.approx(expected["distance"][2])
+    ours = [message for message in complaints(chromium) if "favicon" not in message]
+    assert ours == []
