@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate
+NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate \
+	10_rerank_and_tta 12_search 13_same_person 14_why_wrong
 
 # Threads that wait sleep instead of spinning: several times faster where other programs share the
 # cores, and no slower where none does.
