@@ -68,7 +68,7 @@ def embed(args) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     table = image_list(args.images, pattern=args.pattern, image_root=args.image_root)
     model = load_model(args.model, embedding.pick_device(args.device))
-    pixels, table = embedding.load_images(table, model.recipe)
+    pixels, table = embedding.load_images(table, model.recipe, room=False)
     emb = embedding.embed(model, pixels, model.recipe, flip=args.flip)
     embedding.write_embeddings(out, emb, table)
     say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
@@ -94,36 +94,78 @@ def evaluate(args) -> int:
 
 
 def search(args) -> int:
-    """Print the gallery images nearest to one image, as CSV: rank, distance, path."""
-    import numpy as np
+    """Print the gallery images nearest to each query, as CSV; or write them, and draw them."""
+    from reidlib import search as searching
+    from reidlib.embedding import pick_device, read_embeddings
+    from reidlib.runs import load_model, write_text
 
-    from reidlib import embedding
-    from reidlib.datasets import image_list, read_image
-    from reidlib.runs import load_model
-
-    if not Path(args.query).is_file():
-        raise FileNotFoundError(f"There is no image {args.query}.")
-    image = read_image(args.query)[None]  # (1, H, W, 3)
-    model = load_model(args.model, embedding.pick_device(args.device))
-    recipe = model.recipe
-    if args.gallery.endswith(".h5"):
-        emb, table = embedding.read_embeddings(args.gallery)
+    files = [Path(f).expanduser() for f in (args.out, args.picture, args.html) if f]
+    for file in files:  # said now, not after an hour
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: give the name of a file.")
+    if args.picture and Path(args.picture).suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise ValueError(f"{args.picture} must end in .jpg or .png.")
+    query = searching.picture_table(args.query)
+    if Path(args.gallery).suffix.lower() in (".h5", ".hdf5"):
+        gallery = read_embeddings(args.gallery)
+        asked = {"query": query}
     else:
-        pixels, table = embedding.load_images(image_list(args.gallery), recipe)
-        emb = embedding.embed(model, pixels, recipe)
-    query_emb = embedding.embed(model, image, recipe, show_progress=False)  # (1, D)
-    if emb.shape[1] != query_emb.shape[1]:
-        raise ValueError(
-            f"{args.gallery} has embeddings of {emb.shape[1]} numbers, {args.model} gives "
-            f"{query_emb.shape[1]}: embed the gallery with this model."
-        )
-    # Summed directly, as the evaluation does: the dot-product form loses digits near 0.
-    distance = np.linalg.norm(emb.astype(np.float64) - query_emb, axis=1)  # (G,)
-    nearest = np.argsort(distance, kind="stable")[: args.top]
-    found = table[["path"]].iloc[nearest]
-    found.insert(0, "rank", range(1, len(found) + 1))
-    found.insert(1, "distance", distance[nearest])
-    print(found.to_csv(index=False, float_format="%.6f"), end="")
+        gallery = searching.picture_table(args.gallery)
+        asked = {"query": query, "gallery": gallery}
+    model = load_model(args.model, pick_device(args.device))
+    recipe = model.recipe
+    if args.unreadable:
+        recipe = recipe.model_copy(update={"unreadable": args.unreadable})
+    for name, table in asked.items():
+        if warning := searching.shape_warning(table, recipe):
+            say(f"Warning, {name}: {warning}")
+    retrieval, found = searching.search(
+        model, query, gallery, recipe, topk=args.top, flip=args.flip
+    )
+    for name, table in asked.items():
+        lost = set(table["path"]) - set(getattr(retrieval, name)["path"])
+        if lost:
+            say(f"Unreadable, left out of the {name}: {', '.join(map(repr, sorted(lost)))}.")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if args.out:
+        write_text(files[0], searching.search_csv(found))
+        say(f"{len(retrieval.query):,} ranked lists: {args.out}")
+    else:
+        print(searching.search_csv(found), end="")
+    if args.picture:
+        from reidlib import pictures
+
+        shown = min(len(retrieval.query), 20)  # 20 lists make a picture of 47 inches
+        figure = pictures.search_lists(found[found["query"] < shown])
+        pictures.save(figure, Path(args.picture).expanduser())
+        say(f"Picture of {shown} of {len(retrieval.query):,} ranked lists: {args.picture}")
+    if args.html:
+        from reidlib import browser
+
+        write_text(files[-1], browser.ranked_list_page(retrieval, topk=args.top))
+        say(f"Page of the ranked lists: {args.html}")
+    return 0
+
+
+def export(args) -> int:
+    """Write a model as ONNX and print the file's path."""
+    from reidlib import export as exporting
+    from reidlib.datasets import read_image
+    from reidlib.search import picture_table
+
+    images = None
+    if args.images:
+        table = picture_table(args.images)
+        paths = table["path"][:: -(-len(table) // 32)]  # 32 at most, from all over the list
+        images = [read_image(path) for path in paths]
+    file, card = exporting.export(args.model, args.out, images)
+    print(file)
+    parity = card["parity"]
+    say(
+        f"Embeddings of {parity['checked_on']} agree with the model's to "
+        f"{parity['max_abs_difference']:.1g}. How to prepare images: {file.name}.json"
+    )
     return 0
 
 
@@ -250,12 +292,28 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         a.add_argument(f"--{side}", required=True, help=f"HDF5 file of the {side} embeddings")
         a.add_argument(f"--{side}-csv", help="its list of images, if it holds embeddings alone")
 
-    a = command(search, "print the images nearest to one image as CSV")
+    a = command(search, "print the gallery images nearest to pictures of somebody as CSV")
     a.add_argument("--model", required=True, help="a run, or a weights.safetensors")
     a.add_argument("--gallery", required=True, help="a folder, a CSV list, or embeddings (.h5)")
-    a.add_argument("--query", required=True, help="an image")
-    a.add_argument("--top", type=_count, default=10, help="how many (10)")
+    a.add_argument("--query", required=True, help="an image, a folder, or a CSV list")
+    a.add_argument("--top", type=_count, default=10, help="how many of each query (10)")
+    a.add_argument("--flip", action="store_true", help="mean of each image and its mirror image")
+    a.add_argument(
+        "--unreadable",
+        choices=("fail", "skip"),
+        help="broken images: stop, or leave them out (as the model's recipe says)",
+    )
+    a.add_argument("--out", metavar="FILE.csv", help="write the CSV there (standard output)")
+    a.add_argument("--picture", metavar="FILE.jpg", help="draw the ranked lists, 20 at most")
+    a.add_argument("--html", metavar="FILE.html", help="a page to browse the ranked lists")
     add_device(a)
+
+    a = command(export, "write a model as ONNX, with a JSON on how to prepare images")
+    a.add_argument("--model", required=True, help="a run, or a weights.safetensors")
+    a.add_argument("--out", required=True, help="a folder, or a file ending in .onnx")
+    a.add_argument(
+        "--images", help="compare model and file on these: an image, a folder, a CSV list"
+    )
 
     a = command(run, "run notebooks, headless, one after another")
     a.add_argument("notebooks", nargs="+", help="03_train, 03, or a path")

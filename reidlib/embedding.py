@@ -1,5 +1,6 @@
 """Images to embeddings: batches, flips, a colour-histogram baseline, and files on disk."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -38,20 +39,37 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def bfloat16_is_right(recipe: Recipe, device: torch.device) -> bool:
+    """Return whether the device computes bfloat16 rightly for the recipe's input.
+
+    On the CPU, bfloat16 convolutions of stride 2 on maps one or two pixels wide are wrong (seen in
+    torch 2.14): their gradient, and on processors with AMX their result too, comes from memory that
+    was never written, now and then a NaN. Maps three pixels wide, width / 16, are right.
+    """
+    return device.type != "cpu" or (recipe.height >= 64 and recipe.width >= 48)
+
+
 def load_images(
-    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True, *, room: bool = True
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Return the pixels (N, H, W, 3) of a table for a recipe, and the rows they belong to.
 
     Images that all have one size keep it. Others are resized, as they are decoded, to the size that
-    the recipe crops from.
+    the recipe crops from; with `room=False`, for images to be embedded and never cropped, to the
+    network's input at once: resized twice, they would be blurred twice. `room=False` does so with
+    images of one size too, where they are huge.
     """
-    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
-    size = common_size(table, otherwise=enlarged)
+    times = recipe.enlarge if room else 1
+    otherwise = (round(recipe.height * times), round(recipe.width * times))
+    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
+    largest = None if room else 16 * recipe.height * recipe.width
+    size = common_size(table, otherwise, largest)
     return load_pixels(table, size, recipe.unreadable, show_progress)
 
 
-@torch.inference_mode()
+VIEWS = ("plain", "mirrored", "crops", "mirrored crops")
+
+
 def embed(
     model: nn.Module,
     pixels: np.ndarray,
@@ -76,26 +94,81 @@ def embed(
     Raises:
         ValueError: no images.
     """
+    names = ("plain", "mirrored") if flip else ("plain",)
+    views = embed_views(model, pixels, recipe, names, batch, precision, show_progress)
+    return sum(views.values()) / len(views)
+
+
+@torch.inference_mode()
+def embed_views(
+    model: nn.Module,
+    pixels: np.ndarray,
+    recipe: Recipe,
+    views: Sequence[str] = VIEWS,
+    batch: int = 128,
+    precision: str = "float32",
+    show_progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """Return the embeddings (N, D) float32 of each view, for test-time augmentation.
+
+    `"plain"` is the whole image, `"mirrored"` its mirror image. `"crops"` is the mean over five: the
+    image enlarged as in training (`recipe.enlarge`), its four corners and its centre cut out;
+    `"mirrored crops"` the same of the mirror images. The paper's augmentation (arXiv 1703.07737,
+    section 4.3) is the mean of these last two. Crops cost five times a plain view, unless
+    `enlarge` is 1: then they are the plain image, and embedded once.
+
+    Args:
+        views: some of `VIEWS`, each computed once; the other arguments are those of `embed`.
+
+    Raises:
+        ValueError: no images, no such view, or bfloat16 where it is wrong.
+    """
     if len(pixels) == 0:
         raise ValueError("There are no images to embed.")
+    if not views or not set(views) <= set(VIEWS):
+        raise ValueError(f"views = {views!r}: choose some of {', '.join(VIEWS)}.")
+    size = (recipe.height, recipe.width)
+    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
+    # A view, its mirror image, and the size from which it is cut out.
+    kinds = [("plain", "mirrored", size), ("crops", "mirrored crops", enlarged)]
     device = next(model.parameters()).device
-    augmentation = Augmentation((recipe.height, recipe.width), normalise=recipe.normalise)
+    if precision == "bfloat16" and not bfloat16_is_right(recipe, device):
+        raise ValueError(
+            f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
+            f'{recipe.width}: use precision = "float32".'
+        )
     was_training = model.training
     model.eval().to(memory_format=torch.channels_last)
-    parts = []
+    parts = {view: [] for view in views}
     bar = progress(total=len(pixels), desc="embed", unit="img", show=show_progress)
     for start in range(0, len(pixels), batch):
         block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch])).to(device)
-        images = augmentation.plain(block).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            emb = model(images).float()
-            if flip:
-                emb = (emb + model(images.flip(3)).float()) / 2
-        parts.append(emb.cpu())
+        for straight, mirrored, resized in kinds:
+            if not {straight, mirrored} & parts.keys():
+                continue
+            augmentation = Augmentation(resized, normalise=recipe.normalise)
+            # One (B, 3, h, w), or five.
+            cut = _five_crops(augmentation.plain(block), size)
+            cut = [images.contiguous(memory_format=torch.channels_last) for images in cut]
+            with autocast(device, precision):
+                for view in {straight, mirrored} & parts.keys():
+                    sides = [images.flip(3) for images in cut] if view == mirrored else cut
+                    emb = sum(model(images).float() for images in sides) / len(sides)  # (B, D)
+                    parts[view].append(emb.cpu())
         bar.update(len(block))
     bar.close()
     model.train(was_training)
-    return torch.cat(parts).numpy()
+    return {view: torch.cat(of_view).numpy() for view, of_view in parts.items()}
+
+
+def _five_crops(images: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """(B, 3, H, W) to four corners and the centre, each (B, 3, h, w); itself, if of that size."""
+    (h, w), (room_y, room_x) = size, (images.shape[2] - size[0], images.shape[3] - size[1])
+    if room_y == room_x == 0:
+        return [images]
+    corners = [(y, x) for y in (0, room_y) for x in (0, room_x)]
+    places = [*corners, (room_y // 2, room_x // 2)]
+    return [images[:, :, y : y + h, x : x + w] for y, x in places]
 
 
 def colour_histogram(pixels: np.ndarray, stripes: int = 6, bins: int = 8) -> np.ndarray:

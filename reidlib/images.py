@@ -8,13 +8,14 @@ resize, crop, flip, erasing and normalisation are tensor operations on whole bat
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -144,22 +145,34 @@ def _first_size(paths: list[str]) -> tuple[int, int]:
     raise ValueError(f"None of the {len(paths)} images can be read; the first is {paths[0]}.")
 
 
-def common_size(table: pd.DataFrame, otherwise: tuple[int, int]) -> tuple[int, int] | None:
-    """Return None where all images have one size, else the size to decode them to.
+def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Return (height, width) of image files as `read_image` gives them; None for unreadable ones.
 
-    Sizes are read from the files' headers, without decoding.
+    Read from the files' headers, without decoding.
     """
 
     def header(path: str) -> tuple[int, int] | None:
         try:
             with Image.open(path) as image:
-                return image.size
-        except OSError:
-            return None  # unreadable: `load_pixels` names it
+                # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
+                lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                return image.size if lying else image.size[::-1]
+        except Exception:  # Pillow raises a dozen unrelated types; `load_pixels` names the file
+            return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sizes = set(pool.map(header, table["path"])) - {None}
-    return None if len(sizes) <= 1 else otherwise
+        return list(pool.map(header, paths))
+
+
+def common_size(
+    table: pd.DataFrame, otherwise: tuple[int, int], largest: int | None = None
+) -> tuple[int, int] | None:
+    """Return None where all images have one size, of up to `largest` pixels if that is given; else
+    the size to decode them to.
+    """
+    sizes = set(image_sizes(table["path"])) - {None}
+    huge = largest is not None and any(height * width > largest for height, width in sizes)
+    return None if len(sizes) <= 1 and not huge else otherwise
 
 
 class Augmentation:

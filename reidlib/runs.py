@@ -72,7 +72,7 @@ def newest_run() -> Path:
     Raises:
         FileNotFoundError: no run has ended yet.
     """
-    finished = [p for p in outputs_dir().glob("*/weights.safetensors") if p.parent.is_dir()]
+    finished = list(outputs_dir().glob("*/weights.safetensors"))
     if not finished:
         raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
     return max(finished, key=lambda path: path.stat().st_mtime).parent.resolve()

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from reidlib import runs
 from reidlib.datasets import Dataset, fingerprint, hold_out, load
-from reidlib.embedding import autocast, embed, load_images, pick_device
+from reidlib.embedding import autocast, bfloat16_is_right, embed, load_images, pick_device
 from reidlib.evaluation import evaluate
 from reidlib.images import Augmentation
 from reidlib.losses import LOSSES, diagnostics
@@ -359,12 +359,10 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     Raises:
         ValueError: bfloat16 was asked for on a CPU with an input too small for it.
     """
-    # On the CPU, the bfloat16 gradient of a strided convolution on a map of 2×1 reads memory that
-    # was never written (seen in torch 2.14): now and then a NaN. Larger maps are right.
-    too_small = device.type == "cpu" and (recipe.height < 64 or recipe.width < 32)
+    too_small = not bfloat16_is_right(recipe, device)
     if recipe.precision == "bfloat16" and too_small:
         raise ValueError(
-            f"On the CPU bfloat16 needs an input of 64×32 at least, not {recipe.height}×"
+            f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
             f'{recipe.width}: use precision = "float32".'
         )
     if recipe.precision != "auto":

@@ -71,6 +71,7 @@ def test_load_model_is_there_when_it_is_asked_for():
         ("train --marg 0.2", "unknown --marg; did you mean --margin?"),  # no abbreviations
         ("evaluate --query q.h5", "required: --gallery"),
         ("search --model m --gallery g --query q --top 0", "must be 1 or more"),
+        ("export --model m", "required: --out"),
         ("run 03 -p lr", "expected 2 arguments"),
     ],
 )
@@ -90,7 +91,8 @@ def test_a_wrong_command_line_is_status_2_in_two_lines(line, message, capsys):
         ("train --lr fast --k 1", "lr = 'fast'"),
         ("train --recipe demo --device warp", "no device 'warp'"),
         ("evaluate --query q.h5 --gallery g.h5", "no embedding file q.h5"),
-        ("search --model m --gallery g --query q.jpg", "no image q.jpg"),
+        ("search --model m --gallery g --query q.jpg", "no image 'q.jpg'"),
+        ("export --model nobody --out x.onnx", "no run 'nobody'"),
         ("run 03_nothing", "no notebook '03_nothing'"),
         ("scores nobody", "no run 'nobody'"),
         ("scores", "python -m reidlib run 03_train"),
@@ -215,10 +217,10 @@ def test_embed_evaluate_and_search(model, data_root, tmp_path, capsys):
     line = f"search --model {model} --query {image} --top 3 --gallery "
     assert main([*line.split(), str(folder / "bounding_box_test")]) == 0
     table = pd.read_csv(io.StringIO(capsys.readouterr().out))
-    assert list(table.columns) == ["rank", "distance", "path"]
-    assert list(table["rank"]) == [1, 2, 3]
+    assert list(table.columns) == ["query", "rank", "distance", "path", "status"]
+    assert list(table["rank"][1:]) == [1, 2, 3] and table["status"][0] == "query itself"
     assert table["path"][0] == image and table["distance"][0] == pytest.approx(0, abs=1e-5)
-    expected = np.sort(np.linalg.norm(gallery[0] - gallery[0][5], axis=1))[:3]
+    expected = np.sort(np.linalg.norm(gallery[0] - gallery[0][5], axis=1))[:4]
     np.testing.assert_allclose(table["distance"], expected, atol=1e-5)
     assert main([*line.split(), str(tmp_path / "gallery.h5")]) == 0
     again = pd.read_csv(io.StringIO(capsys.readouterr().out))

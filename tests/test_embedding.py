@@ -6,10 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-from reidlib import runs
+from reidlib import networks, runs
 from reidlib.embedding import (
+    VIEWS,
+    autocast,
     colour_histogram,
     embed,
+    embed_views,
     load_images,
     pick_device,
     read_embeddings,
@@ -50,9 +53,27 @@ def test_flip_is_the_mean_with_the_mirrored_image():
 
 
 def test_bfloat16_is_near_float32():
-    model = runs.build_model(RECIPE)
-    one, two = (quietly(model, PIXELS, RECIPE, precision=p) for p in ("float32", "bfloat16"))
+    model, wide = runs.build_model(RECIPE), RECIPE.model_copy(update={"height": 64, "width": 48})
+    one, two = (quietly(model, PIXELS, wide, precision=p) for p in ("float32", "bfloat16"))
     assert 0 < np.abs(one - two).max() < 0.1 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("backbone", networks.BACKBONES)
+def test_bfloat16_is_right_from_64x48_on(backbone):
+    # Where it is wrong, memory never written shows: full of NaN here, so that it is seen.
+    recipe = make_recipe("demo", backbone=backbone, width=48)
+    model = runs.build_model(recipe).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 64, 48).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        full = model(images)
+        for _ in range(3):
+            waste = [torch.full((n,), torch.nan) for n in (10_000, 100_000, 1_000_000)]
+            del waste
+            with autocast(images.device, "bfloat16"):
+                low = model(images).float()
+            assert ((low - full).norm(dim=1) < 0.1 * full.norm(dim=1)).all()
+    with pytest.raises(ValueError, match="64×48 at least, not 32×16"):
+        quietly(model, PIXELS, RECIPE, precision="bfloat16")
 
 
 def test_no_images_no_embeddings():
@@ -143,3 +164,85 @@ def test_broken_and_absent_files(tmp_path):
     (tmp_path / "x.h5").write_text("text")
     with pytest.raises(ValueError, match="x.h5 cannot be read as HDF5"):
         read_embeddings(tmp_path / "x.h5")
+
+
+# --- views of an image, for test-time augmentation
+
+
+def crops_by_hand(model, pixels, recipe, mirrored):
+    """Five crops one at a time: resize, normalise, cut, flip, embed."""
+    h, w = recipe.height, recipe.width
+    large = Augmentation((36, 18)).plain(torch.from_numpy(pixels))  # 32×16 enlarged by 1.125
+    total = 0
+    for top, left in [(0, 0), (0, 2), (4, 0), (4, 2), (2, 1)]:
+        crop = large[:, :, top : top + h, left : left + w]
+        with torch.no_grad():
+            total = total + model.eval()(crop.flip(3) if mirrored else crop)
+    return (total / 5).numpy()
+
+
+def test_views_are_the_image_its_mirror_and_five_crops_of_both():
+    layers = torch.nn.Conv2d(3, 6, 5, stride=3), torch.nn.ReLU(), torch.nn.Flatten()
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(6 * 10 * 4, 8)).train()
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 40, 20, 3), dtype=np.uint8)
+    views = embed_views(model, pixels, RECIPE, batch=3, show_progress=False)
+    assert model.training and tuple(views) == VIEWS
+    assert all(v.shape == (7, 8) and v.dtype == np.float32 for v in views.values())
+    expected = {
+        "plain": quietly(model, pixels, RECIPE),
+        "mirrored": quietly(model, np.ascontiguousarray(pixels[:, :, ::-1]), RECIPE),
+        "crops": crops_by_hand(model, pixels, RECIPE, mirrored=False),
+        "mirrored crops": crops_by_hand(model, pixels, RECIPE, mirrored=True),
+    }
+    scale = np.abs(expected["plain"] - expected["crops"]).max()
+    assert scale > 0.01
+    for name, view in views.items():
+        np.testing.assert_allclose(view, expected[name], atol=1e-3 * scale, err_msg=name)
+    flip = quietly(model, pixels, RECIPE, flip=True, batch=3)
+    np.testing.assert_array_equal(flip, (views["plain"] + views["mirrored"]) / 2)
+
+
+class Counting(torch.nn.Module):
+    """Counts the images it is shown; embeds the mean of the left and of the right half."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(1)), 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        half = images.shape[3] // 2
+        return torch.stack(
+            [images[..., :half].mean((1, 2, 3)), images[..., half:].mean((1, 2, 3))], 1
+        )
+
+
+@pytest.mark.parametrize(
+    ("names", "enlarge", "passes"),
+    [
+        (["plain"], 1.125, 1),
+        (["mirrored", "plain"], 1.125, 2),
+        (["mirrored crops"], 1.125, 5),
+        (VIEWS, 1.125, 12),
+        (VIEWS, 1.0, 4),
+    ],
+)
+def test_no_view_is_computed_that_was_not_asked_for(names, enlarge, passes):
+    model, recipe = Counting(), RECIPE.model_copy(update={"enlarge": enlarge})
+    views = embed_views(model, PIXELS, recipe, names, batch=5, show_progress=False)
+    assert tuple(views) == tuple(names) and model.seen == 13 * passes
+    for one, other in (("plain", "mirrored"), ("crops", "mirrored crops")):
+        if {one, other} <= {*names}:
+            np.testing.assert_allclose(views[one], views[other][:, ::-1], atol=1e-5)
+    if enlarge == 1:  # no room to crop
+        np.testing.assert_array_equal(views["crops"], views["plain"])
+
+
+def test_views_that_there_are_not():
+    for names in ([], ["flip"], ["plain", "flip"]):
+        with pytest.raises(
+            ValueError, match="choose some of plain, mirrored, crops, mirrored crops"
+        ):
+            embed_views(Counting(), PIXELS, RECIPE, names, show_progress=False)
+    with pytest.raises(ValueError, match="no images"):
+        embed_views(Counting(), PIXELS[:0], RECIPE, show_progress=False)

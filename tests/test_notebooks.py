@@ -99,7 +99,9 @@ def test_training_and_evaluation_leave_a_whole_run(chain):
     expected = {
         *("config.json", "manifest.json", "metrics.json", "history.csv", "checkpoint.pt"),
         *("checkpoint.pt.sha256", "weights.safetensors", "embeddings_query.h5"),
-        *("embeddings_gallery.h5", "per_query.csv", "ranked_lists.jpg"),
+        *("embeddings_gallery.h5", "per_query.csv", "ranked_lists.jpg", "ranked_lists.html"),
+        *("rerank_and_tta.csv", "search.csv", "verification.json", "causes.csv", "suspects.csv"),
+        "embedding_map.html",
     }
     assert expected <= {path.name for path in folder.iterdir()}
     metrics = runs.read_json(folder / "metrics.json")
@@ -111,6 +113,8 @@ def test_training_and_evaluation_leave_a_whole_run(chain):
     assert table["AP"].mean() == pytest.approx(metrics["mAP"], abs=1e-12)
     assert {*metrics["baselines"]} == {"untrained", "colour_histogram"}
     assert metrics["held_out"]["best"]["mAP"] > 0
+    verified = runs.read_json(folder / "verification.json")
+    assert verified["chosen_on"] == "held-out identities"
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
@@ -118,7 +122,7 @@ def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
     source = os.path.relpath(ROOT / "notebooks" / "03_train.ipynb", folder)
     arguments = ["papermill", source, str(tmp_path / "out.ipynb"), *SMALL]
     # papermill itself refuses none of the parameters that 03_train does not have; the notebook does
-    for name in ("repeats", "drawn_epochs"):
+    for name in ("repeats", "drawn_epochs", "dots", "planted"):
         at = arguments.index(name)
         del arguments[at - 1 : at + 2]
     arguments += ["-p", "loss", "batch_hard", "-p", "margin", "soft", "-p", "steps", "2"]

@@ -68,8 +68,17 @@ def test_lint():
 # The order of the rooms (see the README): each imports only rooms above it.
 ROOMS = (
     *("paths", "sampling", "networks", "losses", "recipes", "evaluation", "reranking"),
-    *("verification", "progress", "synthetic", "datasets", "images", "runs", "embedding", "export"),
-    *("suspects", "diagnosis", "training", "pictures", "browser", "linked_map", "notebooks"),
+    *("verification", "progress", "synthetic", "datasets", "images", "runs", "embedding", "search"),
+    *(
+        "export",
+        "suspects",
+        "diagnosis",
+        "training",
+        "pictures",
+        "browser",
+        "linked_map",
+        "notebooks",
+    ),
     "__main__",
 )
 GROUND = {*ROOMS[: ROOMS.index("progress")]}

@@ -257,11 +257,11 @@ def test_a_collapse_is_said_in_plain_words(monkeypatch, capsys, margin, sits):
 def test_precision_follows_the_device_and_the_input():
     cpu = torch.device("cpu")
     choose = lambda **changes: training.resolve_precision(make_recipe("demo", **changes), cpu)
-    assert choose(height=64, width=16).precision == "float32"
-    assert choose().precision in ("float32", "bfloat16")
-    assert choose(precision="bfloat16").precision == "bfloat16"
-    with pytest.raises(ValueError, match='64×32 at least, not 64×16: use precision = "float32"'):
-        choose(precision="bfloat16", width=16)
+    assert choose(height=64, width=32).precision == "float32"
+    assert choose(width=48).precision in ("float32", "bfloat16")
+    assert choose(precision="bfloat16", width=48).precision == "bfloat16"
+    with pytest.raises(ValueError, match='64×48 at least, not 64×32: use precision = "float32"'):
+        choose(precision="bfloat16", width=32)
 
 
 def test_a_healthy_run_is_not_called_collapsed():

@@ -1,0 +1,406 @@
+"""Search without labels: any pictures in, the evaluator's ranking out, and what is said on the way."""
+
+import io
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from reidlib import runs
+from reidlib.__main__ import main
+from reidlib.datasets import read_image
+from reidlib.embedding import embed, load_images, write_embeddings
+from reidlib.images import common_size, image_sizes
+from reidlib.pictures import _one_line, search_lists
+from reidlib.recipes import make_recipe
+from reidlib.search import (
+    domain_shift,
+    picture_table,
+    search,
+    search_csv,
+    shape_warning,
+    spread,
+)
+
+RECIPE = make_recipe("demo", hidden=16, dim=8, height=64, width=32, hold_out=0)
+AWKWARD = (
+    *("with space.png", "quo\"te's.png", "comma, $x_1$.png", "new\nline.png", "UPPER.PNG"),
+    *("<script>alert(1)<&.png", "ünïcode 人 🙂.png", "=1+1.png", "100% {}.png"),
+)
+
+
+def crop(seed, size=(64, 32)):
+    """A smooth random picture, of which no two are alike."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 3, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size[::-1])
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = runs.build_model(RECIPE).train()
+    with torch.no_grad():  # BatchNorms that have seen something: else all embeddings are alike
+        for module in made.modules():
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+                module.momentum = None
+        pixels = np.stack([np.asarray(crop(100 + i)) for i in range(32)]).astype(np.float32)
+        made(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 64 - 2)
+    made.recipe = RECIPE
+    return made.eval()
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """The name of a run, for the command line."""
+    folder = tmp_path / "outputs" / "tiny"
+    folder.mkdir(parents=True)
+    runs.write_json(folder / "config.json", RECIPE.model_dump())
+    runs.save_weights(folder / "weights.safetensors", model, RECIPE)
+    return "tiny"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder as people have them."""
+    root = tmp_path / "my photos"
+    for folder in ("a", "b c"):
+        (root / folder).mkdir(parents=True)
+    for i, name in enumerate(AWKWARD):
+        crop(i).save(root / name)
+    exif = Image.Exif()
+    exif[274] = 6  # stored lying, shown upright
+    crop(20, (96, 48)).transpose(Image.Transpose.ROTATE_90).save(root / "phone.jpg", exif=exif)
+    rgba = crop(21).convert("RGBA")
+    rgba.putalpha(128)
+    rgba.save(root / "alpha.png")
+    crop(22).convert("L").save(root / "grey.jpg")
+    crop(23).convert("CMYK").save(root / "cmyk.jpg")
+    grey = np.asarray(crop(24).convert("L")).astype(np.uint16) << 8
+    Image.fromarray(grey).save(root / "sixteen.png")
+    crop(25).save(root / "a" / "same.png")
+    crop(26).save(root / "b c" / "same.png")
+    (root / "notes.txt").write_text("no picture")
+    return root
+
+
+def quietly(*args, **options):
+    return search(*args, **options, show_progress=False)
+
+
+# --- the pictures
+
+
+def test_a_picture_a_folder_and_a_list(photos, tmp_path, monkeypatch):
+    folder = picture_table(photos)
+    assert len(folder) == len(AWKWARD) + 7 and (folder[["pid", "camid"]] == -1).all(axis=None)
+    monkeypatch.chdir(photos)
+    for name in AWKWARD:
+        one = picture_table(name)  # absolute, as in the folder: else a query would find itself
+        assert one["path"].tolist() == [str(photos / name)] and one["path"][0] in set(
+            folder["path"]
+        )
+    (tmp_path / "list.csv").write_text('7,"my photos/comma, $x_1$.png"\n-1,my photos/a/same.png\n')
+    table = picture_table(tmp_path / "list.csv")
+    assert table["pid"].tolist() == [7, -1]
+    assert table["path"].tolist() == [str(photos / "comma, $x_1$.png"), str(photos / "a/same.png")]
+
+
+@pytest.mark.parametrize("source", ["nothing.jpg", "", " "])
+def test_no_such_picture(source):
+    with pytest.raises(FileNotFoundError, match="no image"):
+        picture_table(source)
+
+
+def test_a_folder_without_pictures(tmp_path):
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(ValueError, match="holds no images"):
+        picture_table(tmp_path)
+
+
+def test_sizes_are_those_of_the_decoded_picture(tmp_path):
+    """Two photographs of one stored size, one of them lying: they are of two sizes."""
+    paths = []
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        paths.append(str(tmp_path / f"{orientation}.jpg"))
+        crop(orientation, (40, 24)).save(paths[-1], exif=exif)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    sizes = image_sizes([*paths, str(tmp_path / "broken.jpg")])
+    assert sizes == [read_image(p).shape[:2] for p in paths] + [None]
+    assert set(sizes[:4]) == {(40, 24)} and set(sizes[4:8]) == {(24, 40)}
+    table = pd.DataFrame({"path": paths, "pid": -1, "camid": -1})
+    assert common_size(table, (9, 9)) == (9, 9)
+    assert common_size(table[:4], (9, 9)) is None is common_size(table[:4], (9, 9), 960)
+    assert common_size(table[:4], (9, 9), 959) == (9, 9)
+    pixels, _ = load_images(table, RECIPE, show_progress=False, room=False)
+    assert pixels.shape == (8, 64, 32, 3)  # the input's size, at once
+    assert load_images(table, RECIPE, show_progress=False)[0].shape == (8, 72, 36, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "odd"),
+    [((128, 64), 0), ((96, 64), 0), ((95, 64), 1), ((30, 40), 1), ((256, 64), 0), ((257, 64), 1)],
+)
+def test_pictures_that_are_no_crops_are_named(tmp_path, size, odd):
+    crop(0).save(tmp_path / "crop.png")
+    crop(1, size).save(tmp_path / "what?.png")
+    warning = shape_warning(picture_table(tmp_path), RECIPE)
+    assert bool(warning) == bool(odd)
+    if odd:
+        assert (
+            warning.startswith("1 of 2 images") and f"'what?.png' ({size[1]}×{size[0]})" in warning
+        )
+
+
+# --- the search
+
+
+def test_the_order_is_that_of_plain_distances(model, photos):
+    gallery = picture_table(photos)
+    query = gallery.iloc[[3, 8]].reset_index(drop=True)
+    retrieval, found = quietly(model, query, gallery, RECIPE, topk=None)
+    pixels, _ = load_images(gallery, RECIPE, show_progress=False, room=False)
+    emb = embed(model, pixels, RECIPE, show_progress=False).astype(float)
+    for row, itself in enumerate((3, 8)):
+        asked, _ = load_images(query.iloc[[row]], RECIPE, show_progress=False, room=False)
+        asked = embed(model, asked, RECIPE, show_progress=False).astype(float)[0]
+        distance = np.sqrt(((emb - asked) ** 2).sum(axis=1))
+        order = np.argsort(distance, kind="stable")
+        mine = found[found["query"] == row].reset_index(drop=True)
+        assert mine["path"].tolist() == gallery["path"][order].tolist()
+        np.testing.assert_allclose(mine["distance"], distance[order], atol=1e-4)
+        assert mine["query_path"].unique() == [query["path"][row]]
+        is_itself = mine["gallery"] == itself
+        assert (mine["status"] == np.where(is_itself, "query itself", "unknown")).all()
+        assert mine["rank"][~is_itself].tolist() == list(range(1, len(gallery)))
+        assert mine["rank"][is_itself].isna().all()
+        np.testing.assert_allclose(retrieval.distances(row), distance, atol=1e-4)
+
+
+def test_labels_are_shown_and_change_no_rank(model, photos):
+    gallery = picture_table(photos)
+    plain = quietly(model, gallery.iloc[:3], gallery, RECIPE)[1]
+    # junk, a distractor, the query's own identity on its own camera: all stay in
+    labelled = gallery.assign(pid=np.arange(len(gallery)) % 5 - 1, camid=2)
+    query = labelled.iloc[:3].assign(pid=[-1, 3, 3])
+    found = quietly(model, query, labelled, RECIPE)[1]
+    for column in ("query", "rank", "gallery", "path", "distance"):
+        assert found[column].equals(plain[column])
+    assert found["pid"].tolist() == labelled["pid"][found["gallery"]].tolist()
+    assert (found["camid"] == 2).all()
+    ranked = found[found["rank"].notna()]
+    assert set(ranked[ranked["query"] == 0]["status"]) == {"unknown"}
+    rest = ranked[ranked["query"] > 0]
+    expected = rest["pid"].map({-1: "unknown", 0: "wrong", 1: "wrong", 2: "wrong", 3: "match"})
+    assert rest["status"].tolist() == expected.tolist()
+    assert {"unknown", "wrong", "match"} <= set(rest["status"])
+
+
+def test_flip_reaches_both_sides(model, photos):
+    gallery = picture_table(photos)
+    mirrored = quietly(model, gallery[:1], gallery, RECIPE, flip=True)[1]
+    plain = quietly(model, gallery[:1], gallery, RECIPE)[1]
+    assert not np.allclose(mirrored["distance"], plain["distance"])
+    itself = mirrored["status"] == "query itself"
+    assert mirrored["distance"][itself].item() < 0.05 * mirrored["distance"].median()
+
+
+def test_embeddings_are_a_gallery_if_this_model_made_them(model, photos):
+    table = picture_table(photos)
+    pixels, _ = load_images(table, RECIPE, show_progress=False, room=False)
+    emb = embed(model, pixels, RECIPE, show_progress=False)
+    direct = quietly(model, table[:2], table, RECIPE)[1]
+    stored = quietly(model, table[:2], (emb, table), RECIPE)[1]
+    pd.testing.assert_frame_equal(stored, direct, atol=1e-4)
+    with pytest.raises(ValueError, match="embeddings of 5 numbers, this model gives 8"):
+        quietly(model, table[:2], (emb[:, :5], table), RECIPE)
+    for wrong in (
+        emb[::-1],
+        emb / np.linalg.norm(emb, axis=1, keepdims=True),
+        np.full_like(emb, 3),
+    ):
+        with pytest.raises(ValueError, match="not made by this model"):
+            quietly(model, table[:2], (wrong, table), RECIPE)
+    elsewhere = table.assign(path=[f"far/away/{i}.jpg" for i in range(len(table))])
+    found = quietly(model, table[:2], (emb, elsewhere), RECIPE)[1]  # nothing to compare with
+    assert (found["status"] == "unknown").all() and found["rank"].notna().all()
+    with pytest.raises(ValueError, match="no embeddings in the gallery"):
+        quietly(model, table[:2], (emb[:0], table[:0]), RECIPE)
+
+
+def test_nothing_but_the_query_is_no_gallery(model, photos):
+    one = picture_table(photos / AWKWARD[0])
+    with pytest.raises(ValueError, match="nothing but the query itself"):
+        quietly(model, one, one, RECIPE)
+
+
+def test_a_broken_file_is_named_or_skipped(model, photos):
+    (photos / "broken one.jpg").write_bytes(b"no picture")
+    table = picture_table(photos)
+    with pytest.raises(ValueError, match=r"1 of 17 images cannot be read(.|\n)*broken one\.jpg"):
+        quietly(model, table[:1], table, RECIPE)
+    skipping = RECIPE.model_copy(update={"unreadable": "skip"})
+    retrieval, found = quietly(model, table, table, skipping, topk=None)
+    good = table[~table["path"].str.contains("broken one")]["path"].tolist()
+    assert retrieval.query["path"].tolist() == retrieval.gallery["path"].tolist() == good
+    itself = found[found["status"] == "query itself"]
+    assert itself["path"].tolist() == itself["query_path"].tolist() == good
+
+
+def test_csv_holds_every_name(model, photos):
+    table = picture_table(photos)
+    found = quietly(model, table, table, RECIPE, topk=3)[1]
+    read = pd.read_csv(io.StringIO(search_csv(found)))
+    assert list(read.columns) == ["query", "rank", "distance", "path", "status"]
+    assert read["path"].tolist() == found["path"].tolist()
+    assert set(read["query"]) == set(table["path"])
+    assert read["rank"].fillna(0).tolist() == found["rank"].fillna(0).tolist()
+    known = search_csv(found.assign(pid=4)).splitlines()[0]
+    assert known == "query,rank,distance,path,status,pid"
+
+
+# --- figures
+
+
+def test_a_picture_of_the_lists(model, photos):
+    crop(60, (3000, 2000)).save(photos / "a" / "huge.png")
+    names = [photos / AWKWARD[2], photos / AWKWARD[3], photos / "a" / "huge.png"]
+    query = pd.concat([picture_table(name) for name in names], ignore_index=True)
+    found = quietly(model, query, picture_table(photos), RECIPE, topk=4)[1]
+    figure = search_lists(found.assign(status=found["status"].replace("unknown", "match")))
+    figure.canvas.draw()  # would raise on a name that is read as a formula
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    assert sum(t == "query" for t in texts) == 3
+    assert r"my photos/comma, \$x_1\$.png" in texts and "my photos/new\ufffdline.png" in texts
+    assert max(np.prod(i.get_array().shape[:2]) for i in figure.axes[0].images) < 2e6
+    for rank in "1234":
+        assert sum(t == rank for t in texts) == 3, "ranked, neither right nor wrong"
+    assert sum("query\nitself" in t for t in texts) == 3
+    assert not any("AP" in t for t in texts)
+    assert _one_line("x" * 200).count("x") < 90 and len(_one_line("x" * 200)) <= 81
+
+
+# --- is the model at home?
+
+
+def test_domain_shift_is_the_slow_loop():
+    random = np.random.default_rng(0)
+    reference, pid = random.normal(size=(90, 4)), np.arange(90) % 6 - 1  # junk and distractors, too
+    mine, who = random.normal(size=(70, 4)), np.arange(70) % 9
+    near, usual = domain_shift(mine, reference, pid, sample=1000)
+    kept = pid != -1
+    expected = [min(np.linalg.norm(m - r) for r in reference[kept]) for m in mine]
+    np.testing.assert_allclose(near, expected)
+    expected = [
+        min(np.linalg.norm(a - b) for b, q in zip(reference, pid, strict=True) if q not in (p, -1))
+        for a, p in zip(reference, pid, strict=True)
+        if p > 0
+    ]
+    np.testing.assert_allclose(np.sort(usual), np.sort(expected))
+    known, _ = domain_shift(mine, reference, pid, pid=who)
+    expected = [
+        min(np.linalg.norm(m - r) for r, q in zip(reference, pid, strict=True) if q not in (w, -1))
+        for m, w in zip(mine, who, strict=True)
+    ]
+    np.testing.assert_allclose(known, expected)
+    assert len(domain_shift(mine, reference, pid, sample=7)[1]) == 7
+    assert (domain_shift(mine + 50, reference, pid)[0] > usual.max()).all()
+    with pytest.raises(ValueError, match="two identities"):
+        domain_shift(mine, reference, np.ones(90, int))
+    with pytest.raises(ValueError, match="of 3 and of 4 numbers"):
+        domain_shift(mine[:, :3], reference, pid)
+
+
+def test_spread():
+    points = np.random.default_rng(0).normal(size=(20, 3))
+    pairs = [np.linalg.norm(points[i] - points[j]) for i in range(20) for j in range(i)]
+    assert spread(points) == pytest.approx(np.sort(pairs)[(len(pairs) - 1) // 2])
+    assert spread(3 * points, sample=5) > 0
+    with pytest.raises(ValueError, match="two pictures"):
+        spread(points[:1])
+
+
+# --- the command
+
+
+def test_search_of_one_picture_prints_csv_alone(run, photos, capsys):
+    query = photos / AWKWARD[3]
+    line = ["search", "--model", run, "--query", str(query), "--gallery", str(photos), "--top", "3"]
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    table = pd.read_csv(io.StringIO(out))
+    assert table["rank"].tolist()[1:] == [1, 2, 3] and np.isnan(table["rank"][0])
+    assert table["status"][0] == "query itself" and table["path"][0] == str(query)
+    assert "Warning" not in err
+
+
+def test_search_of_a_folder_writes_files(run, photos, tmp_path, capsys):
+    crop(50, (60, 80)).save(photos / "scene.png")
+    (photos / "broken.png").write_bytes(b"")
+    line = ["search", "--model", run, "--query", str(photos), "--gallery", str(photos)]
+    line += [
+        "--out",
+        str(tmp_path / "new/o.csv"),
+        "--picture",
+        str(tmp_path / "new/o.png"),
+        "--flip",
+    ]
+    assert main([*line, "--html", str(tmp_path / "new/o.html")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "broken.png" in err and not (tmp_path / "new").exists()
+    line += ["--html", str(tmp_path / "new/o.html"), "--unreadable", "skip", "--top", "2"]
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and "Unreadable, left out of the query: " in err and "broken.png" in err
+    assert "Warning, query: 1 of 18 images" in err and "'scene.png' (80×60)" in err
+    table = pd.read_csv(tmp_path / "new/o.csv")
+    assert len(table) == 17 * 3 and table["rank"].max() == 2
+    assert Image.open(tmp_path / "new/o.png").size[0] > 500
+    page = (tmp_path / "new/o.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "UPPER.PNG" in page
+    assert "17 of 17 ranked lists" in err
+
+
+def test_search_in_embeddings(run, model, photos, tmp_path, capsys):
+    table = picture_table(photos)
+    pixels, _ = load_images(table, RECIPE, show_progress=False, room=False)
+    emb = embed(model, pixels, RECIPE, show_progress=False)
+    write_embeddings(tmp_path / "g.h5", emb, table.assign(pid=5, camid=1))
+    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery"]
+    assert main([*line, str(tmp_path / "g.h5"), "--top", "1"]) == 0
+    rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(rows.columns[-2:]) == ["pid", "camid"] and set(rows["pid"]) == {5}
+    write_embeddings(tmp_path / "g.h5", emb[::-1], table)
+    assert main([*line, str(tmp_path / "g.h5")]) == 1
+    assert "not made by this model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "no.jpg", "--gallery", "."], "no image 'no.jpg'"),
+        (["--query", ".", "--gallery", "nowhere"], "no image 'nowhere'"),
+        (["--query", ".", "--gallery", ".", "--picture", "x.gif"], "must end in .jpg or .png"),
+        (["--query", ".", "--gallery", ".", "--out", "."], "is a folder"),
+        (["--query", "empty", "--gallery", "."], "holds no images"),
+        (["--query", ".", "--gallery", "g.h5"], "no embedding file g.h5"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(run, photos, capsys, monkeypatch, options, message):
+    monkeypatch.delenv("REID_DEBUG", raising=False)
+    monkeypatch.chdir(photos)
+    (photos / "empty").mkdir()
+    assert main(["search", "--model", run, *options]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.splitlines()) == 1
+
+
+def test_nothing_but_the_command_draws(run, photos, monkeypatch):
+    """Without --picture and --html neither matplotlib nor widgets are needed."""
+    monkeypatch.setitem(sys.modules, "reidlib.pictures", None)
+    monkeypatch.setitem(sys.modules, "reidlib.browser", None)
+    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
+    assert main(line) == 0
