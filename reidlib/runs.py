@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -316,7 +317,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pillow", "safetensors", 
 def environment(device: torch.device) -> dict:
     """Return what the manifest says of the machine and the software."""
     return {
-        "command": "(in a notebook)" if "ipykernel" in sys.argv[0] else " ".join(sys.argv),
+        "command": _command(sys.argv),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -324,6 +325,15 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
+
+
+def _command(argv: list[str]) -> str:
+    """Return what was typed, as far as it can be known, without the path of the program."""
+    program = Path(argv[0])
+    if "ipykernel" in argv[0]:
+        return "(in a notebook)"
+    ours = program.name == "__main__.py" and program.parent.name == "reidlib"
+    return " ".join(["python -m reidlib" if ours else program.name, shlex.join(argv[1:])]).strip()
 
 
 def _version(name: str) -> str | None:

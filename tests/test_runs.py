@@ -175,3 +175,19 @@ def test_a_broken_config_is_named(tmp_path):
         runs.read_recipe(tmp_path)
     runs.write_json(tmp_path / "config.json", Recipe().model_dump())
     assert runs.read_recipe(tmp_path) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (
+            ["/x/reidlib/__main__.py", "train", "--tag", "a b"],
+            "python -m reidlib train --tag 'a b'",
+        ),
+        (["/x/bin/mine.py"], "mine.py"),
+        (["/x/ipykernel_launcher.py", "-f", "/tmp/k.json"], "(in a notebook)"),
+    ],
+)
+def test_the_manifest_tells_the_command_and_no_path_of_the_program(argv, command, monkeypatch):
+    monkeypatch.setattr(runs.sys, "argv", argv)
+    assert runs.environment(torch.device("cpu"))["command"] == command
