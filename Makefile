@@ -11,7 +11,7 @@ NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate \
 # cores, and no slower where none does.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo picture test setup lab tensorboard notebooks lint format clean
+.PHONY: help demo gallery test setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -20,9 +20,10 @@ demo: setup     ## train and evaluate on the embedded data; scores and a ranked-
 	$(PY) -m reidlib run 03_train 04_evaluate -p recipe demo -p tag demo -p resume restart
 	@$(PY) -m reidlib scores --baselines synthetic_batchhard_softplus_demo
 
-picture: setup  ## the README's picture again, after `make demo`
-	$(PY) -m reidlib run 04_evaluate -p run synthetic_batchhard_softplus_demo -p lists 1
-	cp outputs/synthetic_batchhard_softplus_demo/ranked_lists.jpg docs/ranked_lists.jpg
+gallery: setup  ## the README's pictures again, after `make demo`
+	$(PY) -m reidlib run 04_evaluate 10_rerank_and_tta 13_same_person 14_why_wrong \
+	  -p run synthetic_batchhard_softplus_demo -p lists 1
+	$(PY) docs/gallery.py synthetic_batchhard_softplus_demo
 
 test: setup     ## the whole test suite
 	$(PY) -m pytest -q

@@ -233,16 +233,15 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     legend = 0.3
     band = head + height + foot
     figure, axes = _sheet(max(8.5, full + 5 * gap + max(widths)), legend + len(rows) * band)
-    axes.text(
-        gap,
-        0.17,
-        f"{RIGHT.sign} full frame: same person     {WRONG.sign} dashed frame: somebody else     "
-        f"{EXCLUDED.sign} pale: left out of the ranking     "
-        f"c: camera, id: identity, last line: distance",
-        size=8.5,
-        va="center",
-        color="#444444",
-    )
+    words = [
+        f"{RIGHT.sign} full frame: same person",
+        f"{WRONG.sign} dashed frame: somebody else",
+        f"{EXCLUDED.sign} pale: left out of the ranking",
+        "c: camera, id: identity, last line: distance",
+    ]
+    if all((row.results["status"] == "unknown").any() for row in rows):  # nothing is judged
+        words = words[2:]
+    axes.text(gap, 0.17, (5 * " ").join(words), size=8.5, va="center", color="#444444")
     for i, (row, tiles) in enumerate(zip(rows, laid_out, strict=True)):
         top = legend + i * band
         y = top + head

@@ -1,0 +1,75 @@
+"""The README's pictures, from the executed notebooks of `make gallery`; embedded data only.
+
+A figure is found by the beginning of its alt text. The page of ranked lists is photographed in
+headless Chromium; without one its old picture stays.
+"""
+
+import base64
+import html
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+from PIL import Image
+
+from reidlib.paths import ROOT, outputs_dir
+from reidlib.runs import find_run
+
+FIGURES = {  # file: (notebook, beginning of the alt text, width in pixels)
+    "ranked_lists.jpg": ("04_evaluate", "Ranked lists of the best", 1600),
+    "gains.png": ("10_rerank_and_tta", "Gains of mAP", 1100),
+    "threshold.png": ("13_same_person", "The histograms of section 3 with the threshold", 900),
+    "why_wrong.jpg": ("14_why_wrong", "Worst queries: where features", 1200),
+}
+
+
+def figure(notebook: str, alt: str) -> Image.Image:
+    """The first figure of an executed notebook whose alt text begins so."""
+    executed = nbformat.read(outputs_dir() / "notebooks" / f"{notebook}.ipynb", as_version=4)
+    text = "".join(
+        str(output.get("data", {}).get("text/html", ""))
+        for cell in executed.cells
+        for output in cell.get("outputs", [])
+    )
+    found = re.findall(r'<img src="data:image/\w+;base64,([^"]+)" alt="([^"]*)"', text)
+    data = next(data for data, words in found if html.unescape(words).startswith(alt))
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+
+def photograph(page: Path, out: Path) -> None:
+    """The upper part of a page, as Chromium shows it."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None or shutil.which("chromedriver") is None:
+        print(f"No Chromium and chromedriver here: {out.name} stays as it is.")
+        return
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1250,900"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(
+        options, webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    )
+    try:
+        driver.get(page.as_uri())
+        driver.implicitly_wait(10)
+        driver.find_element("css selector", "ol img")
+        driver.execute_async_script("setTimeout(arguments[0], 1000)")  # thumbnails fade in
+        picture = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+    finally:
+        driver.quit()
+    picture.save(out, quality=80, optimize=True)
+
+
+if __name__ == "__main__":
+    for name, (notebook, alt, width) in FIGURES.items():
+        picture = figure(notebook, alt)
+        picture.thumbnail((width, 10_000))
+        if name.endswith(".png"):  # curves have few colours
+            picture = picture.quantize(64)
+        picture.save(ROOT / "docs" / name, quality=80, optimize=True)
+    photograph(find_run(sys.argv[1]) / "ranked_lists.html", ROOT / "docs" / "browser.jpg")
