@@ -178,6 +178,15 @@ def run(args) -> int:
     return 0
 
 
+def release(args) -> int:
+    """Make a run ready for others and print the files to give away."""
+    from reidlib.release import release
+
+    for file in release(args.run):
+        print(file)
+    return 0
+
+
 SCORES = ("mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP")
 
 
@@ -328,6 +337,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     a.add_argument("--output", help="folder of the executed copies (outputs/notebooks)")
     a.add_argument("--timeout", type=float, help="seconds that a cell may take (no limit)")
+
+    a = command(release, "halve a run's weights, score them, and write a model card")
+    a.add_argument("run", metavar="RUN", help="a run whose training has ended")
 
     a = command(scores, "print a table of scores in per cent")
     a.add_argument("runs", nargs="*", metavar="RUN", help="by default all under outputs/")

@@ -261,9 +261,15 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
         )
 
 
-def save_weights(path: Path, model: torch.nn.Module, recipe: Recipe) -> None:
-    """Write a model alone, with its recipe in the file, so that one file is enough to load it."""
+def save_weights(path: Path, model: torch.nn.Module, recipe: Recipe, *, half: bool = False) -> None:
+    """Write a model alone, with its recipe in the file, so that one file is enough to load it.
+
+    `half`: matrices and filters as float16. The rest is little, and a small variance of a BatchNorm
+    would be lost.
+    """
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if half:
+        state = {k: v.half() if v.dim() > 1 else v for k, v in state.items()}
     # One entry: the order of several is not fixed, and equal models shall make equal files.
     metadata = {"reidlib_recipe": recipe.model_dump_json()}
     write_atomically(path, lambda file: safetensors.torch.save_file(state, file, metadata))

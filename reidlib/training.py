@@ -86,7 +86,9 @@ class Trainer:
         """
         with runs.lock(self.folder):
             checkpoint = self._existing_checkpoint()
-            if checkpoint and checkpoint["step"] >= self.steps and self._finished():
+            # A released run has its weights and no checkpoint.
+            whole = checkpoint is None or checkpoint["step"] >= self.steps
+            if whole and self._finished():
                 print(f"{self.folder.name} was trained before, with these settings and data.")
                 return self.folder
             self._start(checkpoint)
@@ -138,7 +140,9 @@ class Trainer:
         return runs.load_checkpoint(last) if last.exists() or previous.exists() else None
 
     def _finished(self) -> bool:
-        return runs.read_json(self.folder / "manifest.json")["status"] == "finished"
+        manifest, weights = self.folder / "manifest.json", self.folder / "weights.safetensors"
+        there = manifest.is_file() and weights.is_file()
+        return there and runs.read_json(manifest)["status"] == "finished"
 
     def _start(self, checkpoint: dict | None) -> None:
         """Make the model and all that has a state, fresh or as the checkpoint says."""

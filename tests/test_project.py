@@ -79,7 +79,7 @@ ROOMS = (
         "linked_map",
         "notebooks",
     ),
-    "__main__",
+    *("release", "__main__"),
 )
 GROUND = {*ROOMS[: ROOMS.index("progress")]}
 

@@ -321,3 +321,16 @@ def test_too_few_identities_are_an_error_before_anything_is_written():
     with pytest.raises(ValueError, match="P = 10 identities, the data has 9"):
         fit("few", p=10)
     assert not (runs.outputs_dir() / "synthetic_batchhard_softplus_few").exists()
+
+
+def test_a_released_run_is_not_trained_over(capsys):
+    folder = fit("released", steps=2, hold_out=0)
+    for file in folder.glob("checkpoint*"):
+        file.unlink()
+    before = (folder / "weights.safetensors").stat().st_mtime_ns
+    assert fit("released", steps=2, hold_out=0) == folder
+    assert "was trained before" in capsys.readouterr().out
+    assert (folder / "weights.safetensors").stat().st_mtime_ns == before
+    (folder / "weights.safetensors").unlink()
+    fit("released", steps=2, hold_out=0)
+    assert (folder / "weights.safetensors").is_file()

@@ -1,0 +1,94 @@
+"""A finished run made ready for others: weights in half precision, scored, and a model card."""
+
+from pathlib import Path
+
+from reidlib import notebooks
+from reidlib.paths import outputs_dir
+from reidlib.runs import (
+    find_run,
+    load_model,
+    read_json,
+    read_recipe,
+    save_weights,
+    update_json,
+    write_text,
+)
+
+FILES = (  # what is released; the rest of a run is large, or shows people
+    *("README.md", "config.json", "manifest.json", "metrics.json", "history.csv"),
+    *("per_query.csv", "weights.safetensors"),
+)
+
+
+def release(run: str | Path) -> list[Path]:
+    """Halve a run's weights, score these by running 04_evaluate, and write its model card.
+
+    Returns:
+        The files to give away: those of `FILES`, and TensorBoard's events. All are in the run's
+        folder; nothing is removed from it.
+
+    Raises:
+        FileNotFoundError: no such run, or one whose training has not ended.
+    """
+    folder = find_run(run)
+    model = load_model(folder)
+    save_weights(folder / "weights.safetensors", model, model.recipe, half=True)
+    update_json(folder / "manifest.json", weights="float16 where they are matrices or filters")
+    notebooks.run(["04_evaluate"], {"run": str(folder)}, output=outputs_dir() / "notebooks")
+    write_text(folder / "README.md", model_card(folder))
+    return [*(folder / name for name in FILES), *sorted(folder.glob("events.out.tfevents.*"))]
+
+
+def model_card(folder: Path) -> str:
+    """Return the model card of an evaluated run, in Markdown; every number is from its files."""
+    recipe, manifest = read_recipe(folder), read_json(folder / "manifest.json")
+    metrics = read_json(folder / "metrics.json")
+    rows = [
+        f"| {name} | {100 * metrics[name]:.2f} | {100 * low:.2f} to {100 * high:.2f} |"
+        for name, (low, high) in metrics["intervals"].items()
+    ]
+    head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
+    flips = "averaged" if metrics["flip"] else "not averaged"
+    lines = [
+        f"# {folder.name}",
+        "",
+        f"An embedding network for person re-identification: {recipe.backbone} > global average",
+        f"pooling {head if recipe.head else '(no head)'}.",
+        "Two pictures are compared by the Euclidean distance of their embeddings.",
+        "",
+        "    >>> import reidlib",
+        f'    >>> model = reidlib.load_model("{folder.name}")',
+        "",
+        f"**Data.** Trained on `{Path(recipe.dataset).name}`: {manifest['train_images']:,} images of",
+        f"{manifest['train_identities']:,} people, fingerprint `{manifest['train_data'][:16]}`.",
+        f"Backbone weights before training: `{Path(recipe.weights).name}`.",
+        "",
+        f"**Recipe.** {recipe.loss}, margin {recipe.margin}, batches of {recipe.p} people ×",
+        f"{recipe.k} images, input {recipe.height}×{recipe.width}, {manifest['step']:,} steps, seed",
+        f"{recipe.seed}, {recipe.precision}; all settings are in `config.json`. To train it again",
+        "(packages and commit are in `manifest.json`):",
+        "",
+        f"    {manifest['reproduce']}",
+        "",
+        f"**Scores** on the test split of `{metrics['evaluated_on']}`, single query,",
+        f"{metrics['queries']:,} queries, flips {flips}, {metrics['precision']}, of the weights in",
+        "this folder. The intervals (95 %, bootstrap over queries) say nothing of another seed.",
+        "",
+        "| | per cent | interval |",
+        "|---|---|---|",
+        *rows,
+        "",
+        metrics["protocol"],
+        "",
+        f"    papermill notebooks/04_evaluate.ipynb OUT.ipynb -p run {folder.name}",
+        "",
+        "**Intended use.** Research and teaching: to look at what triplet losses learn, and to check",
+        "numbers. It recognises clothes and shapes in pictures like those it was trained on. **Not",
+        "for** identifying, following or judging people: it knows no faces and no names, is often",
+        "wrong, has not been tested for fairness between groups of people, and those shown in its",
+        "training data were not asked.",
+        "",
+        "**Licence.** The code is MIT. The training data may have terms of its own, which extend to",
+        "what is made of it: Market-1501 is for research only.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,63 @@
+"""A released run: half the bytes, the same scores but for rounding, and a card that tells no tales."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from reidlib import release, runs
+from reidlib.embedding import embed
+from reidlib.recipes import make_recipe
+
+RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, margin=0.3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "outputs" / "synthetic_batchhard_mine"
+    folder.mkdir(parents=True)
+    runs.save_weights(folder / "weights.safetensors", runs.build_model(RECIPE), RECIPE)
+    runs.write_json(folder / "config.json", RECIPE.model_dump())
+    runs.write_json(
+        folder / "manifest.json",
+        {"step": 400, "train_images": 1234, "train_identities": 30, "train_data": "f" * 64}
+        | {"reproduce": "python -m reidlib train --margin 0.3"},
+    )
+    return folder
+
+
+def evaluated(names, parameters, output):
+    """In place of 04_evaluate."""
+    assert names == ["04_evaluate"]
+    with_scores = {"mAP": 0.51234, "intervals": {"mAP": [0.48, 0.54]}, "queries": 166}
+    rest = {"evaluated_on": "synthetic", "flip": False, "precision": "float32", "protocol": "P."}
+    runs.write_json(runs.find_run(parameters["run"]) / "metrics.json", with_scores | rest)
+
+
+def test_a_release(folder, monkeypatch):
+    monkeypatch.setattr(release.notebooks, "run", evaluated)
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), dtype=np.uint8)
+    before = embed(runs.load_model(folder), images, RECIPE, show_progress=False)
+    size = (folder / "weights.safetensors").stat().st_size
+    files = release.release("synthetic_batchhard_mine")
+    assert (folder / "weights.safetensors").stat().st_size < 0.52 * size
+    after = embed(runs.load_model(folder), images, RECIPE, show_progress=False)
+    assert 0 < np.abs(after - before).max() < 0.01 * np.abs(before).max()
+    state = runs.load_model(folder).state_dict()
+    first = runs.build_model(RECIPE).state_dict()
+    for name, value in first.items():
+        if value.dim() <= 1:  # biases, and the statistics of BatchNorm
+            assert torch.equal(state[name], value), name
+    assert release.release("synthetic_batchhard_mine") == files, "twice is once"
+    card = (folder / "README.md").read_text()
+    assert "| mAP | 51.23 | 48.00 to 54.00 |" in card
+    assert "python -m reidlib train --margin 0.3" in card and "1,234 images of\n30 people" in card
+    assert str(folder.parent) not in card and not re.search(r"\{|\}|None", card)
+    assert [f.name for f in files] == list(release.FILES)
+
+
+def test_a_run_that_has_not_ended_is_not_released(folder):
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="training has not ended"):
+        release.release("synthetic_batchhard_mine")
