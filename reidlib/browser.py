@@ -257,7 +257,8 @@ def _shown(retrievals: Retrieval | Mapping[str, Retrieval], topk: int) -> _Shown
         try:
             scored[name] = retrieval.evaluate()
         except ValueError as error:  # nobody is known, or nobody has a match: lists are there still
-            scored[name] = str(error)
+            nobody = (retrieval.query["pid"] < 1).all() or (retrieval.gallery["pid"] == -1).all()
+            scored[name] = "nobody is known in these pictures" if nobody else str(error)
         try:
             asks[name] = retrieval.ask([0]) is not None
         except ValueError:  # it was made from distances
