@@ -276,8 +276,10 @@ class Trainer:
         for pixels, table in self.held_out:
             embedded += [embed(self.model, pixels, self.recipe, **options), table]
         evaluation = evaluate(*embedded)
-        scores, table = evaluation.scores, evaluation.per_query.to_csv(index=False)
-        runs.write_text(self.folder / "per_query_held_out.csv", table)
+        scores = evaluation.scores
+        # Without paths, which are this machine's: `query` is the row in what `hold_out` returns.
+        table = evaluation.per_query.drop(columns="path")
+        runs.write_text(self.folder / "per_query_held_out.csv", table.to_csv(index=False))
         for key in ("mAP", "top1"):
             self.history[-1][f"held_out_{key}"] = scores[key]
             self.board.add_scalar(f"held_out/{key}", scores[key], self.step)
