@@ -22,15 +22,29 @@ def _resnet(model: nn.Module) -> tuple[nn.Module, int]:
     return nn.Sequential(OrderedDict(list(model.named_children())[:-2])), model.fc.in_features
 
 
+def _resnet8(weights: None = None) -> nn.Module:
+    """Return torchvision's ResNet with one basic block a stage."""
+    blocks = torchvision.models.resnet.BasicBlock
+    return torchvision.models.ResNet(blocks, [1, 1, 1, 1])
+
+
+def _three_stages(model: nn.Module) -> tuple[nn.Module, int]:
+    """Return a ResNet's stem and first three stages, and their channels."""
+    backbone, _ = _resnet(model)
+    return backbone[:-1], model.layer4[0].conv1.in_channels
+
+
 def _mobilenet(model: nn.Module) -> tuple[nn.Module, int]:
     """Return a MobileNet's features, and their channels."""
     return nn.Sequential(OrderedDict(features=model.features)), model.features[-1].out_channels
 
 
-# name: (torchvision's constructor, its ImageNet weights, what cuts the classifier off).
+# name: (torchvision's constructor, its ImageNet weights or None, what cuts the classifier off).
 # To add a backbone, add a line; last_stride finds the last stride of 2 by itself.
+# resnet8, three stages of one block, is small enough to learn from random weights in a minute.
 _models = torchvision.models
 BACKBONES = {
+    "resnet8": (_resnet8, None, _three_stages),
     "resnet18": (_models.resnet18, _models.ResNet18_Weights.IMAGENET1K_V1, _resnet),
     "resnet34": (_models.resnet34, _models.ResNet34_Weights.IMAGENET1K_V1, _resnet),
     "resnet50": (_models.resnet50, _models.ResNet50_Weights.IMAGENET1K_V1, _resnet),
@@ -163,6 +177,8 @@ def _some(keys: list[str], most: int = 5) -> str:
 def _imagenet_weights(name: str) -> dict[str, Tensor]:
     """Download torchvision's ImageNet weights, or take them from its cache."""
     _, source, _ = BACKBONES[name]
+    if source is None:
+        raise ValueError(f'There are no ImageNet weights of {name}: choose weights="none".')
     try:
         return source.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError, RuntimeError) as error:
