@@ -62,7 +62,7 @@ def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False)
 
 
 class TripletLoss(NamedTuple):
-    """A loss and what comes free with it. All but `loss` is detached; all stays on the device.
+    """A loss and what comes free with it; only `loss` and `total` have a gradient. On the device.
 
     The fields are cheap and made at every step. The properties are computed when asked for, and
     `diagnostics` makes plain floats of both. Distances are squared if the loss was asked for that.
@@ -70,6 +70,8 @@ class TripletLoss(NamedTuple):
 
     loss: Tensor
     """() the loss, to call `backward` on. An exact 0, still part of the graph, if no triplets."""
+    total: Tensor
+    """() the sum that `loss` is the mean of."""
     per_anchor: Tensor
     """(B,) mean loss of each anchor over the triplets that `loss` counts; NaN if it has none
     at all, 0 if it has some and none of them is counted."""
@@ -144,7 +146,7 @@ def batch_all(
     margin: float | Literal["soft"],
     *,
     squared: bool = False,
-    mean: Literal["active", "valid"] = "active",
+    mean: Literal["active", "valid", "masked"] = "active",
 ) -> TripletLoss:
     """Batch-all: every triplet (a, p, n) of the batch.
 
@@ -154,6 +156,11 @@ def batch_all(
     teach; the paper finds it better, and the field's small repositories mean it by "batch-all".
     With a margin m the one is the other times `active`. Under "soft" every loss is above zero, so
     the two means are the same number, although `active` counts less than all (see `TripletLoss`).
+
+    `mean="masked"` is a mistake, kept to be measured: code that multiplies a B × B × B array of gaps
+    by a mask, and then takes softplus of it, adds softplus(0) = ln 2 for each of the B³ combinations
+    that is no triplet, and counts it. The loss sits near ln 2 and looks like a collapse, and the
+    gradient is the right one times triplets / B³. With a margin it is `"active"`.
 
     Arguments, errors and batches without triplets: as in `batch_hard`. Time and memory follow the
     number of positive pairs times B: 3 B² for PK batches with K = 4, never B³.
@@ -166,8 +173,8 @@ def batch_all(
     0.0625
     """
     _check(emb, pids, margin)
-    if mean not in ("active", "valid"):
-        raise ValueError(f'mean is "active" or "valid", not {mean!r}.')
+    if mean not in ("active", "valid", "masked"):
+        raise ValueError(f'mean is "active", "valid" or "masked", not {mean!r}.')
     distances = pairwise_distance(emb, squared=squared)
     # (B, B) -> (pairs,), (pairs,): who is whose positive. Waits for the GPU, to count the pairs.
     anchor, positive = _is_positive(pids).nonzero(as_tuple=True)
@@ -175,7 +182,12 @@ def batch_all(
     # the gradient of the latter on a CPU. On CUDA, torch.use_deterministic_algorithms fixes it.
     negatives = _to_negatives(distances, pids).index_select(0, anchor)
     gap = distances[anchor, positive][:, None] - negatives
-    return _reduce(gap, anchor, margin, mean, emb, distances, pids)
+    result = _reduce(gap, anchor, margin, mean, emb, distances, pids)
+    if mean == "masked" and margin == "soft":
+        cube = len(emb) ** 3
+        total = result.total + (cube - result.triplets) * math.log(2)
+        return result._replace(loss=total / cube, total=total)
+    return result
 
 
 def random_triplet(
@@ -287,9 +299,10 @@ def _reduce(
     terms = softplus(gap) if soft else (gap + margin).relu()
     active = (gap >= 0) & valid if soft else terms > 0
     # Under softplus every loss is above zero, even where float32 no longer shows it.
-    counted = active if mean == "active" and not soft else valid
+    counted = valid if mean == "valid" or soft else active
     # At least 1: without triplets the sum is 0, part of the graph, and so is the loss.
-    loss = terms.sum() / counted.sum().clamp(min=1)
+    total = terms.sum()
+    loss = total / counted.sum().clamp(min=1)
 
     # (R, N) -> (R,) -> (B,)
     def per_anchor(values: Tensor) -> Tensor:
@@ -299,6 +312,7 @@ def _reduce(
     means = per_anchor(terms) / per_anchor(counted).clamp(min=1)
     return TripletLoss(
         loss=loss,
+        total=total,
         per_anchor=means.masked_fill(per_anchor(valid) == 0, math.nan),
         triplets=valid.sum(),
         active=active.sum() / valid.sum().clamp(min=1),

@@ -53,9 +53,12 @@ class Recipe(BaseModel):
         "soft", description='a number m: max(0, m + d+ - d-); "soft": softplus(d+ - d-)'
     )
     squared: bool = Field(False, description="squared Euclidean distances")
-    mean: Literal["active", "valid"] = Field(
-        "active", description="batch-all: mean over the triplets above zero, or over all valid ones"
+    mean: Literal["active", "valid", "masked"] = Field(
+        "active",
+        description="batch-all: mean over the triplets above zero, or over all valid ones; "
+        "masked: a known mistake, see losses.batch_all",
     )
+    reduction: Literal["mean", "sum"] = Field("mean", description="of the loss over triplets")
 
     p: int = Field(18, ge=2, description="identities in a batch")
     k: int = Field(4, ge=2, description="images of each identity in a batch")

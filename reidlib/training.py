@@ -214,7 +214,7 @@ class Trainer:
                 if not math.isfinite(result.loss.item()):
                     self._fail("the loss")
                 self.optimiser.zero_grad(set_to_none=True)
-                result.loss.backward()
+                (result.total if recipe.reduction == "sum" else result.loss).backward()
                 self.optimiser.step()
                 bar.update()
 

@@ -364,6 +364,39 @@ def test_soft_means_agree_even_where_float32_underflows():
     assert active == batch_all(emb, pids, "soft", mean="valid").loss > 0
 
 
+@pytest.mark.parametrize("margin", MARGINS)
+def test_masked_is_the_mistake_of_a_masked_cube(margin):
+    emb, pids = draw_batch(0)
+    result = batch_all(emb, pids, margin, mean="masked")
+    distances = torch.cdist(emb, emb, compute_mode="donot_use_mm_for_euclid_dist")
+    gaps = distances[:, :, None] - distances[:, None, :]  # (B, B, B)
+    same, other = pids[:, None] == pids, pids[:, None] != pids
+    same = same & ~torch.eye(len(emb), dtype=torch.bool)
+    mask = (same[:, :, None] & other[:, None, :]).double()
+    shown = mask * gaps if margin == "soft" else mask * (gaps + margin)
+    terms = torch.nn.functional.softplus(shown) if margin == "soft" else shown.relu()
+    expected = terms.sum() / (terms > 1e-16).sum()
+    torch.testing.assert_close(result.loss, expected)
+    if margin == "soft":
+        assert result.loss.item() == pytest.approx(math.log(2), abs=0.1)
+        share = result.triplets / len(emb) ** 3
+        right = batch_all(emb, pids, "soft").loss
+        one, other = (torch.autograd.grad(loss, emb)[0] for loss in (result.loss, right))
+        torch.testing.assert_close(one, other * share)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("margin", MARGINS)
+def test_total_is_the_sum_that_loss_is_the_mean_of(name, margin):
+    emb, pids = draw_batch(0)
+    result = LOSSES[name](emb, pids, margin)
+    hinged = name == "batch_all" and margin != "soft"
+    counted = result.triplets * (result.active if hinged else 1)
+    assert counted > 1
+    torch.testing.assert_close(result.total, result.loss * counted.round())
+    assert result.total.requires_grad
+
+
 def test_one_mean_is_the_other_times_the_active_share():
     emb, pids = draw_batch(0)
     result = batch_all(emb, pids, 0.2)
@@ -395,11 +428,11 @@ def test_order_of_the_batch_and_type_of_pids_do_not_matter(loss_fn, margin):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_only_the_loss_carries_gradients(name):
+def test_only_the_loss_and_its_sum_carry_gradients(name):
     emb, pids = draw_batch(8)
     result = LOSSES[name](emb, pids, "soft")  # every triplet has some loss, whichever are drawn
     for field in result._fields:
-        assert getattr(result, field).requires_grad == (field == "loss"), field
+        assert getattr(result, field).requires_grad == (field in ("loss", "total")), field
     for field in ("positives", "negatives", "hardest_positive", "hardest_negative"):
         assert not getattr(result, field).requires_grad, field
     diagnostics(result)
