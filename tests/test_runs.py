@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reidlib import load_model, runs
+from reidlib.paths import outputs_dir
 from reidlib.recipes import Recipe, make_recipe
 
 SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
@@ -34,6 +35,34 @@ def test_an_unknown_run_names_those_there_are():
         load_model("market1501_batchhard")
     with pytest.raises(FileNotFoundError, match="No trained run"):
         runs.newest_run()
+
+
+def test_the_newest_run_is_one_trained_here_or_the_example(places):
+    def add(name, age, trained_here=True):
+        folder = outputs_dir() / name
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").touch()
+        os.utime(folder / "weights.safetensors", (age, age))
+        if trained_here:
+            (folder / "checkpoint.pt").touch()
+
+    add("market1501_batchhard", 900, trained_here=False)
+    with pytest.raises(FileNotFoundError, match="No trained run"):
+        runs.newest_run()
+    add(runs.EXAMPLE, 800, trained_here=False)
+    assert runs.newest_run().name == runs.EXAMPLE
+    add("old", 100)
+    add("new", 200)
+    assert runs.newest_run().name == "new"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no file permissions like these")
+def test_weights_may_be_read_by_others_as_any_file(tmp_path):
+    model = runs.build_model(make_recipe("demo"))
+    runs.save_weights(tmp_path / "weights.safetensors", model, make_recipe("demo"))
+    (tmp_path / "any").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("weights.safetensors", "any")]
+    assert modes[0] == modes[1]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
