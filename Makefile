@@ -4,14 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate \
+NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate 05_compare_margins \
 	10_rerank_and_tta 12_search 13_same_person 14_why_wrong
 
 # Threads that wait sleep instead of spinning: several times faster where other programs share the
 # cores, and no slower where none does.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo gallery test setup lab tensorboard notebooks lint format clean
+.PHONY: help demo example gallery test setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -19,6 +19,10 @@ help:           ## this list
 demo: setup     ## train and evaluate on the embedded data; scores and a ranked-list picture
 	$(PY) -m reidlib run 03_train 04_evaluate -p recipe demo -p tag demo -p resume restart
 	@$(PY) -m reidlib scores --baselines synthetic_batchhard_softplus_demo
+
+example: setup  ## the committed run on the embedded data again, on one thread
+	OMP_NUM_THREADS=1 $(PY) -m reidlib train --recipe demo --tag example --resume restart
+	OMP_NUM_THREADS=1 $(PY) -m reidlib release synthetic_batchhard_softplus_example
 
 gallery: setup  ## the README's pictures again, after `make demo`
 	$(PY) -m reidlib run 04_evaluate 10_rerank_and_tta 13_same_person 14_why_wrong \
@@ -43,7 +47,7 @@ lab: setup      ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 tensorboard: setup ## all runs side by side
-	$(PY) -m tensorboard.main --logdir outputs
+	$(PY) -m tensorboard.main --logdir outputs --samples_per_plugin images=100
 
 notebooks: setup ## every notebook headless, with the small parameters of the tests
 	$(PY) -m reidlib run $(NOTEBOOKS) $$(cat tests/small_parameters.txt)

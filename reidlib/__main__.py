@@ -48,11 +48,23 @@ def train(args) -> int:
     }
     recipe = make_recipe(args.recipe, **changes)
 
+    from reidlib.health import as_text, report_run
     from reidlib.training import Trainer
 
     folder = Trainer(recipe, args.tag, args.resume, args.device).fit()
     print(folder)
+    say(as_text(report_run(folder)))
     say(f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
+    return 0
+
+
+def health(args) -> int:
+    """Print what is wrong with the training of runs, and what to try first."""
+    from reidlib.health import as_text, report_run
+    from reidlib.runs import find_run
+
+    for folder in map(find_run, args.runs):
+        print(f"{folder.name}\n{as_text(report_run(folder))}")
     return 0
 
 
@@ -287,6 +299,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     add_device(a)
     _add_settings(a)
+
+    a = command(health, "print what is wrong with the training of runs, and what to try")
+    a.add_argument("runs", nargs="+", metavar="RUN", help="a run's name, or its folder")
 
     a = command(embed, "write the embeddings of images into an HDF5 file")
     a.add_argument("--model", required=True, help="a run, or a weights.safetensors")

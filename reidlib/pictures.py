@@ -433,6 +433,64 @@ def training_curves(history: pd.DataFrame, recipe: Recipe | None = None) -> Figu
     return figure
 
 
+def side_by_side(histories: Mapping[str, pd.DataFrame]) -> Figure:
+    """Draw the histories of several runs, a column each, with the same scales along each row.
+
+    Rows: loss; share of active triplets; distances within and between identities, median in a band
+    from the 5th to the 95th percentile; embedding norm; mAP on held-out identities, where there are.
+
+    Raises:
+        ValueError: no history, or an empty one.
+    """
+    if not histories or any(len(history) == 0 for history in histories.values()):
+        raise ValueError("There is nothing to draw: no history, or one without a step.")
+    figure = Figure(figsize=(1 + 2.1 * len(histories), 8), layout="constrained")
+    axes = figure.subplots(5, len(histories), sharex="col", sharey="row", squeeze=False)
+    for column, (name, history) in zip(axes.T, histories.items(), strict=True):
+        step = history["step"]
+        column[0].set_title(name)
+        for panel, key in ((column[0], "loss"), (column[1], "active"), (column[3], "norm")):
+            panel.plot(step, history[key], color=PALETTE[0], ls="-")
+        for key, mark in (("positive", RIGHT), ("negative", WRONG)):
+            p5, p50, p95 = (history[f"{key}_p{p}"] for p in (5, 50, 95))
+            column[2].fill_between(step, p5, p95, color=mark.colour, alpha=0.18, lw=0)
+            column[2].plot(step, p50, color=mark.colour, ls=mark.line, label=f"{key}s")
+        if "held_out_mAP" in history:
+            scored = history.dropna(subset="held_out_mAP")
+            column[4].plot(scored["step"], 100 * scored["held_out_mAP"], "o-", color=PALETTE[0])
+        column[4].set(xlabel="step", xlim=(0, None))
+    for panel, words in zip(
+        axes[:, 0], ("loss", "active share", "distances", "norm", "held-out mAP, %"), strict=True
+    ):
+        panel.set(ylabel=words, ylim=(0, None))
+    axes[2, 0].legend(fontsize=8)
+    return figure
+
+
+def intervals(panels: Mapping[str, pd.DataFrame], zero: bool = True) -> Figure:
+    """Draw values with their intervals, a panel for each table, a line for each of its rows.
+
+    Args:
+        panels: by the words under the panel, tables with columns `value`, `low` and `high`, and all
+            with the same rows, which are drawn from the top.
+        zero: draw the line of no difference.
+    """
+    tables = list(panels.values())
+    rows = len(tables[0])
+    figure, axes = subplots(1, len(tables), width=9, height=0.35 * rows + 1)
+    for i, (axis, (words, table)) in enumerate(
+        zip(np.atleast_1d(axes), panels.items(), strict=True)
+    ):
+        place = np.arange(rows)[::-1]
+        ends = [table["value"] - table["low"], table["high"] - table["value"]]
+        axis.errorbar(table["value"], place, xerr=ends, fmt="o", capsize=4, color=PALETTE[i % 7])
+        if zero:
+            axis.axvline(0, color="black", lw=1)
+        axis.set(xlabel=words, yticks=place, yticklabels=[] if i else table.index)
+        axis.margins(y=0.1)
+    return figure
+
+
 def distance_histograms(
     matches: Sequence[float],
     non_matches: Sequence[float],

@@ -3,6 +3,7 @@
 import math
 import shlex
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from reidlib import runs
+from reidlib import board, health, runs
 from reidlib.datasets import Dataset, fingerprint, hold_out, load
 from reidlib.embedding import autocast, bfloat16_is_right, embed, load_images, pick_device
-from reidlib.evaluation import evaluate
+from reidlib.evaluation import Retrieval
 from reidlib.images import Augmentation
 from reidlib.losses import LOSSES, diagnostics
 from reidlib.paths import outputs_dir
@@ -94,9 +94,7 @@ class Trainer:
             self._start(checkpoint)
             with (
                 stop_signals() as stop,
-                SummaryWriter(
-                    str(self.folder), purge_step=self.step + 1 if checkpoint else None
-                ) as self.board,
+                board.Board(self.folder, self.recipe, self.steps, self.step) as self.board,
             ):
                 self._loop(stop)
                 self._finish()
@@ -160,7 +158,10 @@ class Trainer:
             recipe.seed,
         )
         self.step, self.best, self.seconds, self.history = 0, None, 0.0, []
-        self.warnings: list[str] = []
+        # What the health report needs besides the history. `facts` cannot be seen later.
+        images = self.table["pid"].value_counts()
+        self.counts = {"identities": len(images), "short": int((images < recipe.k).sum())}
+        self.facts, self.said = {}, set()
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             self.optimiser.load_state_dict(checkpoint["optimiser"])
@@ -169,12 +170,16 @@ class Trainer:
             torch.set_rng_state(checkpoint["torch_random"])
             self.step, self.best = checkpoint["step"], checkpoint["best"]
             self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
-            self.warnings = checkpoint["warnings"]
+            self.facts = checkpoint.get("facts", {})
+            self.said = {finding.name for finding in self._findings(health.AT_ONCE)}
         else:
             # A run without a checkpoint left event files of steps that will come again.
-            for events in self.folder.glob("events.out.tfevents.*"):
-                events.unlink()
+            board.erase(self.folder)
             runs.write_json(self.folder / "config.json", recipe.model_dump())
+            if recipe.weights != "none":
+                self.facts["fresh"] = health.fresh_layers(self.model.backbone)
+            if self.held_out:
+                self.facts["before"] = self._held_out_retrieval().evaluate().scores["mAP"]
         self._write_manifest("running")
 
     # --- the loop
@@ -264,18 +269,28 @@ class Trainer:
             ):
                 if len(values):
                     self.board.add_histogram(name, values.float().cpu(), self.step)
-        warning = collapse(self.history, self.recipe)
-        if warning and warning not in self.warnings:
-            self.warnings.append(warning)
-            print(f"Warning, step {self.step}: {warning}", flush=True)
+        for finding in self._findings(health.AT_ONCE):
+            if finding.name not in self.said:
+                self.said.add(finding.name)
+                text = f"Step {self.step}, {finding.name}: {finding.says} ({finding.evidence}.)"
+                print(f"{text} Try first: {finding.try_first}", file=sys.stderr, flush=True)
 
-    def _score_held_out(self) -> None:
-        """Score retrieval among the held-out identities; remember the best."""
+    def _findings(self, checks=health.CHECKS, failed: str = "") -> list[health.Finding]:
+        return health.report(
+            self.history, self.recipe, checks, failed=failed, **self.counts, **self.facts
+        )
+
+    def _held_out_retrieval(self) -> Retrieval:
         options = {"precision": self.recipe.precision, "show_progress": False}
         embedded = []
         for pixels, table in self.held_out:
             embedded += [embed(self.model, pixels, self.recipe, **options), table]
-        evaluation = evaluate(*embedded)
+        return Retrieval(*embedded)
+
+    def _score_held_out(self) -> None:
+        """Score retrieval among the held-out identities; remember the best."""
+        retrieval = self._held_out_retrieval()
+        evaluation = retrieval.evaluate()
         scores = evaluation.scores
         # Without paths, which are this machine's: `query` is the row in what `hold_out` returns.
         table = evaluation.per_query.drop(columns="path")
@@ -283,6 +298,11 @@ class Trainer:
         for key in ("mAP", "top1"):
             self.history[-1][f"held_out_{key}"] = scores[key]
             self.board.add_scalar(f"held_out/{key}", scores[key], self.step)
+        try:
+            self.board.add_ranked_lists("held_out", retrieval, evaluation, self.step)
+        except (OSError, ValueError) as error:  # images moved away meanwhile: no reason to stop
+            text = f"Step {self.step}: no ranked lists for TensorBoard. {error}"
+            print(text, file=sys.stderr, flush=True)
         if self.best is None or scores["mAP"] > self.best["mAP"]:
             self.best = {"step": self.step, "mAP": scores["mAP"], "top1": scores["top1"]}
             runs.save_checkpoint(
@@ -300,7 +320,7 @@ class Trainer:
             "best": self.best,
             "seconds": self.seconds,
             "history": self.history,
-            "warnings": self.warnings,
+            "facts": self.facts,
         }
 
     def _checkpoint(self) -> None:
@@ -312,7 +332,7 @@ class Trainer:
         runs.write_text(self.folder / "history.csv", table.to_csv(index=False))
 
     def _fail(self, what: str) -> None:
-        self._write_manifest("failed")
+        self._write_manifest("failed", f"At step {self.step} {what}")
         kept = (self.folder / "checkpoint.pt").exists()
         raise TrainingFailed(
             f"At step {self.step} {what} became NaN or infinite, so training stopped"
@@ -329,12 +349,13 @@ class Trainer:
         runs.save_weights(self.folder / "weights.safetensors", self.model, self.recipe)
         if self.best:
             last = {k: v for k, v in self.history[-1].items() if k.startswith("held_out_")}
-            runs.update_json(
-                self.folder / "metrics.json", held_out={"best": self.best, "last": last}
-            )
+            scores = {"before_mAP": self.facts.get("before"), "best": self.best, "last": last}
+            runs.update_json(self.folder / "metrics.json", held_out=scores)
         self._write_manifest("finished")
 
-    def _write_manifest(self, status: str) -> None:
+    def _write_manifest(self, status: str, failed: str = "") -> None:
+        # How a run ended can be judged when it has.
+        checks = health.CHECKS if status == "finished" else health.AT_ONCE
         runs.update_json(
             self.folder / "manifest.json",
             status=status,
@@ -346,7 +367,7 @@ class Trainer:
             train_data=self.fingerprint,
             seed=self.recipe.seed,
             wall_seconds=round(self.seconds, 1),
-            warnings=self.warnings,
+            health=[finding._asdict() for finding in self._findings(checks, failed)],
             reproduce=reproduce_command(self.recipe, self.tag),
             **runs.environment(self.device),
         )
@@ -381,25 +402,6 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
         fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
     chosen = "bfloat16" if fast and not too_small else "float32"
     return recipe.model_copy(update={"precision": chosen})
-
-
-def collapse(history: list[dict], recipe: Recipe) -> str:
-    """Return a sentence if the network has collapsed to one point, else an empty string.
-
-    All embeddings equal makes every distance 0, and the loss sits at the margin, or at ln 2 for the
-    soft margin. It is called so when, in the last two logged batches after step 50, even the largest
-    distances between identities are below a tenth of the margin (of 1 for the soft margin).
-    """
-    scale = recipe.margin if recipe.margin != "soft" else 1.0
-    recent = [row for row in history[-2:] if row["step"] > 50]
-    if len(recent) < 2 or any(row["negative_p95"] >= 0.1 * scale for row in recent) or not scale:
-        return ""
-    return (
-        f"The network has collapsed: all embeddings are nearly equal, and the loss sits at "
-        f"{'ln 2 = 0.693' if recipe.margin == 'soft' else f'the margin, {recipe.margin:g}'}. "
-        f"Try a lower learning rate, batch_all instead of batch_hard to begin with, or more steps: "
-        f"some runs leave it by themselves."
-    )
 
 
 def reproduce_command(recipe: Recipe, tag: str = "") -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def execute(arguments, folder, outputs, data):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
 
 
@@ -117,12 +118,39 @@ def test_training_and_evaluation_leave_a_whole_run(chain):
     assert verified["chosen_on"] == "held-out identities"
 
 
+def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(tmp_path, data_root):
+    small = "-p seeds 2 -p steps 2 -p p 4 -p k 2 -p hold_out 4 -p height 32 -p width 16"
+    arguments = ["reidlib", "run", "05_compare_margins", "-p", "split", "held_out", *small.split()]
+    done = execute(arguments, tmp_path, tmp_path / "outputs", data_root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    executed = tmp_path / "outputs" / "notebooks" / "05_compare_margins.ipynb"
+    said = "\n".join(texts(nbformat.read(executed, as_version=4)))
+    count = int(re.search(r"\*\*(\d+) rows\*\*", said)[1])
+    assert count == 5 * 2 + 6 + 6 + 6, "variants and seeds, margins, the path, the departures"
+    assert f"{count} of {count} rows were made now" in said and "NOT IN THE TABLES" not in said
+    assert "The largest gain is" in said and "degrees of freedom" in said
+    assert not list((tmp_path / "outputs").glob("synthetic_*/per_query.csv")), "the test split"
+
+    # Interrupted: one run was deleted, one stopped on its way. The others stay as they are.
+    runs_of = sorted((tmp_path / "outputs").glob("synthetic_*/manifest.json"))
+    before = {path.parent.name: path.stat().st_mtime_ns for path in runs_of}
+    gone, stopped = "synthetic_batchhard_compare_m0.5", "synthetic_random_softplus_compare_s1"
+    shutil.rmtree(tmp_path / "outputs" / gone)
+    runs.update_json(tmp_path / "outputs" / stopped / "manifest.json", status="stopped")
+    done = execute(arguments, tmp_path, tmp_path / "outputs", data_root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = "\n".join(texts(nbformat.read(executed, as_version=4)))
+    assert f"2 of {count} rows were made now" in said
+    now = {path.parent.name: path.stat().st_mtime_ns for path in runs_of}
+    assert {name for name in now if now[name] != before[name]} == {gone, stopped}
+
+
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
 def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
     source = os.path.relpath(ROOT / "notebooks" / "03_train.ipynb", folder)
     arguments = ["papermill", source, str(tmp_path / "out.ipynb"), *SMALL]
     # papermill itself refuses none of the parameters that 03_train does not have; the notebook does
-    for name in ("repeats", "drawn_epochs", "dots", "planted"):
+    for name in ("repeats", "drawn_epochs", "dots", "planted", "seeds", "margins", "ladder"):
         at = arguments.index(name)
         del arguments[at - 1 : at + 2]
     arguments += ["-p", "loss", "batch_hard", "-p", "margin", "soft", "-p", "steps", "2"]

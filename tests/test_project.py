@@ -68,18 +68,9 @@ def test_lint():
 # The order of the rooms (see the README): each imports only rooms above it.
 ROOMS = (
     *("paths", "sampling", "networks", "losses", "recipes", "evaluation", "reranking"),
-    *("verification", "progress", "synthetic", "datasets", "images", "runs", "embedding", "search"),
-    *(
-        "export",
-        "suspects",
-        "diagnosis",
-        "training",
-        "pictures",
-        "browser",
-        "linked_map",
-        "notebooks",
-    ),
-    *("release", "__main__"),
+    *("verification", "progress", "significance", "synthetic", "datasets", "images", "runs"),
+    *("health", "embedding", "search", "export", "suspects", "diagnosis", "pictures", "board"),
+    *("training", "browser", "linked_map", "notebooks", "comparison", "release", "__main__"),
 )
 GROUND = {*ROOMS[: ROOMS.index("progress")]}
 

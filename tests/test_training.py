@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from reidlib import load_model, runs, training
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
-from reidlib.training import Trainer, TrainingFailed, collapse, train
+from reidlib.training import Trainer, TrainingFailed, train
 
 SMALL = dict(
     backbone="mobilenet_v3_small",
@@ -249,9 +249,9 @@ def test_a_collapse_is_said_in_plain_words(monkeypatch, capsys, margin, sits):
 
     monkeypatch.setattr(runs, "build_model", collapsed)
     folder = fit("collapsed", margin=margin, steps=60, log_every=4, lr=1e-9, hold_out=0)
-    (warning,) = runs.read_json(folder / "manifest.json")["warnings"]
-    assert "collapsed" in warning and sits in warning
-    assert warning in capsys.readouterr().out
+    (finding,) = runs.read_json(folder / "manifest.json")["health"]
+    assert finding["name"] == "collapsed" and sits in finding["evidence"]
+    assert finding["says"] in capsys.readouterr().err
 
 
 def test_precision_follows_the_device_and_the_input():
@@ -262,11 +262,6 @@ def test_precision_follows_the_device_and_the_input():
     assert choose(precision="bfloat16", width=48).precision == "bfloat16"
     with pytest.raises(ValueError, match='64×48 at least, not 64×32: use precision = "float32"'):
         choose(precision="bfloat16", width=32)
-
-
-def test_a_healthy_run_is_not_called_collapsed():
-    history = [{"step": s, "negative_p95": 4.0} for s in (60, 80)]
-    assert collapse(history, small()) == ""
 
 
 def test_the_run_explains_itself():
