@@ -14,12 +14,15 @@ number is a position in the table, whatever its index. A ``camid`` of -1 in ever
 column, says that cameras are unknown. Embeddings are (N, D) NumPy arrays or tensors beside them.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 TOPK = (1, 2, 5, 10)
 
@@ -82,10 +85,9 @@ def average_precision(ranks: Sequence[int] | np.ndarray) -> tuple[float, float]:
     if ranks.ndim != 1 or ranks.size == 0 or ranks[0] < 1 or (ranks[1:] <= ranks[:-1]).any():
         raise ValueError("ranks must be one or more strictly ascending numbers from 1")
     found = np.arange(1, len(ranks) + 1)
-    at_match = found / ranks
-    # Just before the match; before rank 1 nothing is shown, and precision counts as 1 there.
-    before = np.where(ranks > 1, (found - 1) / np.maximum(ranks - 1, 1), 1.0)
-    return float(at_match.mean()), float((at_match + before).mean() / 2)
+    one_query = np.zeros(len(ranks), np.int64)
+    ap, ap_market = _average_precisions(one_query, found, ranks, found[-1:])
+    return float(ap[0]), float(ap_market[0])
 
 
 class Retrieval:
@@ -180,11 +182,12 @@ class Retrieval:
     def evaluate(self, topk: Sequence[int] = TOPK, *, block_bytes: int = 32 * 2**20) -> Evaluation:
         """Score the ranking.
 
-        Nothing is sorted but near ties: a match's rank is one more than the number of kept gallery
-        images before it. Ranks are those of distances summed directly in float64, so equal images
-        tie exactly and results do not depend on ``block_bytes``. Beyond the inputs, memory holds
-        a float64 copy of query and gallery embeddings, and ``block_bytes`` of distances (at least
-        one query's). Many exact ties (binary codes, a dead network) are right but slower.
+        Ranks are those of distances summed directly in float64, so equal images tie exactly and
+        results do not depend on ``block_bytes``. Only the rank of each match is looked for, in
+        float32; pairs that float32 cannot tell apart are measured directly. Beyond the inputs,
+        memory holds a float32 copy of query and gallery embeddings, and ``block_bytes`` of
+        distances (at least a thousand a thread). Many ties (binary codes, a dead network) and embeddings
+        that float32 cannot hold are right but slower, and take a float64 copy.
 
         Args:
             topk: the k of the reported CMC values.
@@ -206,21 +209,17 @@ class Retrieval:
             raise ValueError(f"all {len(self.gallery)} gallery images are junk (pid -1)")
         kept = np.flatnonzero(self._shown.pids != -1)
         column = np.cumsum(self._shown.pids != -1) - 1  # gallery row -> its place among the kept
-        rows, same_camera, itself = [], 0, 0
-        for i, near, slack in self._near(np.arange(len(self.query)), kept, block_bytes):
-            split = self._split(i)
-            near[column[split.same_camera]] = np.inf
-            near[column[split.itself]] = np.inf
-            same_camera += len(split.same_camera)
-            itself += len(split.itself)
-            ranks = self._ranks(i, near, slack, kept, column[split.matches])
-            rows.append(_scores(np.sort(ranks)))
-
-        per_query = pd.concat([_labels(self._asked, "query"), pd.DataFrame(rows)], axis=1)
+        asked, rows, status = self._pairs(np.arange(len(self.query)))
+        ranks = self._match_ranks(kept, asked, column[rows], status, block_bytes)
+        same_camera, itself = ((status == left_out).sum() for left_out in (SAME_CAMERA, ITSELF))
+        labels = _labels(self._asked, "query")
+        per_query = pd.concat([labels, _scores(asked[status == MATCH], ranks, len(labels))], axis=1)
         without = np.flatnonzero(per_query["matches"] == 0)
         if len(without) == len(self.query):
             raise ValueError(self._why_no_match(same_camera, itself))
-        scores = {name: float(value) for name, value in _values(per_query, topk).mean().items()}
+        scores = {
+            name: float(value) for name, value in score_values(per_query, topk).mean().items()
+        }
         scores |= {"queries": len(self.query), "queries_without_match": len(without)}
         protocol = self._protocol(len(kept), same_camera, itself, without)
         return Evaluation(scores, per_query, protocol)
@@ -288,24 +287,36 @@ class Retrieval:
 
     # --- what a query may see
 
-    def _split(self, i: int) -> "_Split":
-        """What the gallery holds of the identity of query ``i``; nothing of nobody's."""
-        pid = int(self._asked.pids[i])
-        rows = self._rows_of.get(pid, np.empty(0, np.int64)) if pid > 0 else np.empty(0, np.int64)
-        same_camera = np.zeros(len(rows), bool)
-        if self._cameras:
-            same_camera = self._shown.camids[rows] == self._asked.camids[i]
-        itself = np.zeros(len(rows), bool)
+    def _pairs(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each of ``queries`` with what the gallery holds of its identity; nothing of nobody's.
+
+        Three arrays (P,): place in ``queries``, gallery row, and status: MATCH, SAME_CAMERA or
+        ITSELF. Query by query, and rows ascending.
+        """
+        nobody = np.empty(0, np.int64)
+        pids = self._asked.pids[queries].tolist()
+        found = [self._rows_of.get(pid, nobody) if pid > 0 else nobody for pid in pids]
+        place = np.repeat(np.arange(len(queries)), [len(rows) for rows in found])
+        rows, asking = np.concatenate(found), queries[place]
+        status = np.full(len(rows), MATCH)
         if self._asked.paths is not None and self._shown.paths is not None:
-            path = self._asked.paths[i]
-            itself = (self._shown.paths[rows] == path) & ~same_camera & bool(path)
-        return _Split(rows[~(same_camera | itself)], rows[same_camera], rows[itself])
+            paths = self._asked.paths[asking]
+            itself = (self._shown.paths[rows] == paths) & paths.astype(bool)
+            status[itself.astype(bool)] = ITSELF
+        if self._cameras:
+            status[self._shown.camids[rows] == self._asked.camids[asking]] = SAME_CAMERA
+        return place, rows, status
+
+    def _split(self, i: int) -> "_Split":
+        """What the gallery holds of the identity of query ``i``."""
+        _, rows, status = self._pairs(np.array([i]))
+        return _Split(*(rows[status == one] for one in (MATCH, SAME_CAMERA, ITSELF)))
 
     # --- how far, and in which order
 
-    def _key(self, i: int, rows: np.ndarray) -> np.ndarray:
-        """What orders gallery ``rows`` for query ``i``, (len(rows),): the distance if it was given,
-        else its square, summed directly in float64.
+    def _key(self, i: int | np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """What orders gallery ``rows`` for query ``i``, one or one a row, (len(rows),): the distance
+        if it was given, else its square, summed directly in float64.
 
         The one measure that decides order. A row's value does not depend on its neighbours: each
         step rounds by itself, unlike in a BLAS, whose edge blocks round differently.
@@ -313,13 +324,141 @@ class Retrieval:
         if self._given is not None:
             return self._given[i, rows]
         squared = np.empty(len(rows))
-        step = max(1, 2**18 // self._shown.emb.shape[1])  # 2 MB at a time, at home in the cache
+        step = max(1, 2**16 // self._shown.emb.shape[1])  # 512 kB at a time, at home in the cache
         for start in range(0, len(rows), step):
+            part = slice(start, start + step)
             # (n, D)
-            difference = self._shown.emb[rows[start : start + step]].astype(np.float64)
-            difference -= self._asked.emb[i]
-            squared[start : start + step] = np.square(difference, out=difference).sum(axis=1)
+            difference = self._shown.emb[rows[part]].astype(np.float64)
+            difference -= self._asked.emb[i if np.ndim(i) == 0 else i[part]]
+            squared[part] = np.square(difference, out=difference).sum(axis=1)
         return squared
+
+    def _match_ranks(
+        self,
+        kept: np.ndarray,
+        asked: np.ndarray,
+        columns: np.ndarray,
+        status: np.ndarray,
+        block_bytes: int,
+    ) -> np.ndarray:
+        """Ranks of all matches of all queries, (M,), from the arrays (P,) of `_pairs`, where
+        ``columns`` are places among the gallery rows ``kept``.
+
+        A rank is 1, plus the matches before it, which are all measured directly, plus the others
+        before it. Those are counted in float32, and only the ones within its error measured.
+        """
+        is_match = status == MATCH
+        asking, match = asked[is_match], columns[is_match]  # (M,)
+        key = self._key(asking, kept[match])
+        first = np.searchsorted(asking, asking)  # where the matches of the same query begin
+        ranks = np.empty(len(match), np.int64)
+        # Stable, and `match` ascends: equal distances rank in gallery order.
+        ranks[np.lexsort((key, asking))] = np.arange(len(match)) - first + 1
+
+        threads = min(os.cpu_count() or 1, 8)
+        # Tiles of `rows` x `width`, at home in the cache: time grows with the gallery, no faster.
+        rows = min(64, max(1, block_bytes // (16 * threads * 1024)))
+        width = max(1024, block_bytes // (16 * threads * rows))
+        tiles = [slice(start, start + width) for start in range(0, len(kept), width)]
+        near32 = self._near32(kept)
+
+        def count(start: int) -> np.ndarray:
+            """Add the others to the ranks of ``rows`` queries; return the queries left for later."""
+            queries = slice(start, start + rows)
+            pairs, mine = (
+                slice(*np.searchsorted(a, [start, start + rows])) for a in (asked, asking)
+            )
+            row, target = asking[mine] - start, match[mine]
+            many = False
+            for tile in tiles:
+                near, own, slack = near32(queries, tile)  # (B, G'), (B,), (B,)
+                column = columns[pairs] - tile.start
+                inside = (column >= 0) & (column < near.shape[1])
+                out = (asked[pairs] - start)[inside], column[inside]
+                near[out] = np.finfo(np.float32).max  # of the query's identity: none of the others
+                # One sort brings values and columns: in the last 29 bits of a float64, which a
+                # float32 leaves free, stands the column.
+                near = near.astype(np.float64)
+                bits = near.view(np.int64)
+                bits |= np.arange(near.shape[1])
+                near.sort(axis=1)
+
+                with np.errstate(invalid="ignore"):  # inf - inf, of queries that are left for later
+                    at = key[mine] - own[row]
+                    ends = at - slack[row], at + slack[row]
+                low, high = (_search(near, row, end) for end in ends)
+                unsure = high - low
+                many |= (np.bincount(row, unsure, len(near)) > 1000) | ~np.isfinite(slack)
+                unsure[many[row]] = 0
+                # (U,) the match and the other of each pair to measure
+                m = np.repeat(np.arange(len(row)), unsure)
+                nth = np.arange(len(m)) - np.repeat(np.cumsum(unsure) - unsure, unsure)
+                other = bits[row[m], low[m] + nth] & (2**29 - 1)
+                other += tile.start
+                theirs, ours = self._key(asking[mine][m], kept[other]), key[mine][m]
+                before = (theirs < ours) | ((theirs == ours) & (other < target[m]))
+                ranks[mine] += low + np.bincount(m[before], minlength=len(row))
+            return start + np.flatnonzero(many)
+
+        # A thread a block, instead of a matrix product in threads and all the rest in one.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+            slow = np.concatenate([*pool.map(count, range(0, len(self.query), rows))])
+        if len(slow):
+            for i, near, slack in self._near(slow, kept, block_bytes):
+                pairs = slice(*np.searchsorted(asked, [i, i + 1]))
+                near[columns[pairs][~is_match[pairs]]] = np.inf
+                mine = slice(*np.searchsorted(asking, [i, i + 1]))
+                ranks[mine] = self._ranks(i, near, slack, kept, match[mine])
+        return ranks
+
+    def _near32(
+        self, kept: np.ndarray
+    ) -> Callable[[slice, slice], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Return a function of two slices, some queries and some of the gallery rows ``kept``, to
+        (near, own, slack): near (B, G') is in float32 their `_key` less the query's ``own`` (B,),
+        wrong by less than ``slack`` (B,), which is infinite where float32 does not hold a distance.
+        """
+        unit, tiny = np.finfo(np.float32).eps / 2, np.finfo(np.float32).tiny
+        if self._given is not None:
+
+            def cast(part: slice, tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                near = self._given[part][:, kept[tile]].astype(np.float64)
+                size = np.abs(near).max(axis=1)
+                slack = np.where(size < 1e36, 4 * unit * size + tiny, np.inf)
+                with np.errstate(over="ignore"):
+                    return near.astype(np.float32), np.zeros(len(near)), slack
+
+            return cast
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            # Far from the origin all digits would be lost, so both sets are centred first.
+            centre = self._shown.emb.mean(axis=0, dtype=np.float64)
+            asked, own = _centred32(self._asked.emb, np.arange(len(self.query)), centre)
+            shown, norms = _centred32(self._shown.emb, kept, centre)
+            reach = np.sqrt(own) + np.sqrt(norms.max())  # (Q,)
+            # A bound on all rounding, whatever the order in which a BLAS adds up `width` products
+            # (Higham, Accuracy and Stability, section 3.1): width / 2 for them, as 2 |q| |g| is at
+            # most reach^2 / 2; 1/2 for each sum of such sums; and less than 8 for coordinates,
+            # norms and the column. Below `tiny` a processor may take numbers for 0.
+            dim = len(centre)
+            width = min(dim, 256)  # longer sums leave more to be measured
+            slack = unit * ((width + -(-dim // width)) / 2 + 8) * reach**2
+            slack += 4 * dim * tiny * (1 + reach)
+            slack[~(reach < 1e18)] = np.inf
+            asked *= -2
+            norms = norms.astype(np.float32)
+
+        def product(part: slice, tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            with np.errstate(over="ignore", invalid="ignore"):
+                # (B, W) @ (W, G') -> (B, G'), |g|^2 - 2 q.g
+                near = asked[part, :width] @ shown[tile, :width].T
+                for start in range(width, dim, width):
+                    some = slice(start, start + width)
+                    near += asked[part, some] @ shown[tile, some].T
+                near += norms[tile]
+            return near, own[part], slack[part]
+
+        return product
 
     def _near(
         self, queries: np.ndarray, kept: np.ndarray | None = None, block_bytes: int = 32 * 2**20
@@ -578,12 +717,12 @@ def confidence_interval(
     """
     if repeats < 1 or not 0 < level < 1:
         raise ValueError(f"repeats must be 1 or more and level in (0, 1): {repeats=}, {level=}")
-    values = _values(per_query, topk)
+    values = score_values(per_query, topk)
     if versus is not None:
         same = ["query", "pid", "matches"]
         if not np.array_equal(per_query[same].to_numpy(), versus[same].to_numpy()):
             raise ValueError("the two tables are not about the same queries and matches")
-        values = values - _values(versus, topk)
+        values = values - score_values(versus, topk)
     groups = values.groupby(per_query.loc[values.index, by])
     sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)
     if len(sizes) < 2:
@@ -614,25 +753,69 @@ class _Split(NamedTuple):
     itself: np.ndarray
 
 
-def _scores(ranks: np.ndarray) -> dict[str, float]:
-    """One row of the per-query table, from the ranks of the matches."""
-    if len(ranks) == 0:
-        names = ("AP", "AP_market", "first_rank", "last_rank", "INP")
-        return {"matches": 0} | dict.fromkeys(names, np.nan)
-    ap, ap_market = average_precision(ranks)
-    first, last = float(ranks[0]), float(ranks[-1])
-    return {
-        "matches": len(ranks),
-        "AP": ap,
-        "AP_market": ap_market,
-        "first_rank": first,
-        "last_rank": last,
-        "INP": len(ranks) / last,
-    }
+def _centred32(
+    emb: np.ndarray, rows: np.ndarray, centre: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """These rows less ``centre``, rounded to float32, (N, D), and their squared norms, (N,)."""
+    centred, norms = np.empty((len(rows), emb.shape[1]), np.float32), np.empty(len(rows))
+    step = max(1, 2**16 // emb.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        centred[part] = emb[rows[part]] - centre
+        exact = centred[part].astype(np.float64)
+        norms[part] = np.einsum("nd,nd->n", exact, exact)
+    return centred, norms
 
 
-def _values(per_query: pd.DataFrame, topk: Sequence[int]) -> pd.DataFrame:
-    """What each score is the mean of, over the queries that have a match: one denominator."""
+def _search(near: np.ndarray, row: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """How many of the ascending ``near[row]`` are less than each value, (N,); ``row`` ascends."""
+    counts = np.empty(len(values), np.int64)
+    cuts = np.searchsorted(row, np.arange(len(near) + 1))
+    for ascending, start, stop in zip(near, cuts, cuts[1:], strict=False):
+        counts[start:stop] = ascending.searchsorted(values[start:stop])
+    return counts
+
+
+def _average_precisions(
+    asked: np.ndarray, found: np.ndarray, ranks: np.ndarray, matches: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """AP and Market AP, (Q,), NaN without matches, where a query's found-th match is at a rank."""
+    at_match = found / ranks
+    # Just before the match; before rank 1 nothing is shown, and precision counts as 1 there.
+    before = np.where(ranks > 1, (found - 1) / np.maximum(ranks - 1, 1), 1.0)
+    sums = (
+        np.bincount(asked, terms, len(matches)) for terms in (at_match, (at_match + before) / 2)
+    )
+    with np.errstate(invalid="ignore"):
+        ap, ap_market = (by_query / matches for by_query in sums)
+    return ap, ap_market
+
+
+def _scores(asked: np.ndarray, ranks: np.ndarray, queries: int) -> pd.DataFrame:
+    """The per-query table from the ranks of all matches, (M,), and whose they are, ascending."""
+    order = np.lexsort((ranks, asked))
+    ranks = ranks[order]
+    first = np.searchsorted(asked, np.arange(queries + 1))
+    found = np.arange(1, len(ranks) + 1) - first[asked]  # its number among the query's matches
+    matches = np.diff(first)
+    ap, ap_market = _average_precisions(asked, found, ranks, matches)
+    have = matches > 0
+    first_rank, last_rank = np.full((2, queries), np.nan)
+    first_rank[have], last_rank[have] = ranks[first[:-1][have]], ranks[first[1:][have] - 1]
+    return pd.DataFrame(
+        {
+            "matches": matches,
+            "AP": ap,
+            "AP_market": ap_market,
+            "first_rank": first_rank,
+            "last_rank": last_rank,
+            "INP": matches / last_rank,
+        }
+    )
+
+
+def score_values(per_query: pd.DataFrame, topk: Sequence[int] = TOPK) -> pd.DataFrame:
+    """Return what each score is the mean of: a row a query that has a match, a column a score."""
     with_match = per_query[per_query["matches"] > 0]
     values = {"mAP": with_match["AP"], "mAP_market": with_match["AP_market"]}
     values |= {f"top{k}": (with_match["first_rank"] <= k).astype(float) for k in topk}

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -219,18 +220,22 @@ class Augmentation:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return (B, 3, h, w) with random crop, flip and erasing."""
-        images = _resized(pixels, self.enlarged)
-        images = self._crop_and_flip(images)
-        images = self._normalised(images)
+        # Normalised while it is small: resizing takes weighted means, which change nothing of that.
+        images = self._normalised(pixels.permute(0, 3, 1, 2).float())
+        images = self._resized_crop_and_flip(images)
         return self._erased(images) if self.erasing else images
 
     def _uniform(self, n: int) -> Tensor:
         return torch.rand(n, generator=self.generator)
 
-    def _crop_and_flip(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, 3, h, w): one gather for all crops and flips."""
+    def _resized_crop_and_flip(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, 3, h, w): two matrix products for resize, crop and flip at once.
+
+        Bilinear resizing is linear in each direction. The matrix that would make the whole enlarged
+        image, cut to the rows and columns of the crop, in flipped order, makes no more than the crop.
+        """
         b, (h, w) = len(images), self.size
-        room_y, room_x = images.shape[2] - h, images.shape[3] - w
+        room_y, room_x = self.enlarged[0] - h, self.enlarged[1] - w
         # Always drawn, so that switching one kind off does not change the others.
         top = (self._uniform(b) * (room_y + 1)).long()
         left = (self._uniform(b) * (room_x + 1)).long()
@@ -238,13 +243,19 @@ class Augmentation:
         rows = top[:, None] + torch.arange(h)  # (B, h)
         x = torch.arange(w).expand(b, w)
         columns = left[:, None] + torch.where(flipped[:, None], w - 1 - x, x)  # (B, w)
-        rows, columns = rows.to(images.device), columns.to(images.device)
-        batch = torch.arange(b, device=images.device)
-        # Indexing puts the three batched axes first: (B, h, w, 3), channels last in memory.
-        cropped = images.permute(0, 2, 3, 1)[
-            batch[:, None, None], rows[:, :, None], columns[:, None]
-        ]
-        return cropped.permute(0, 3, 1, 2)  # (B, 3, h, w)
+        device, (height, width) = images.device, images.shape[2:]
+        if (height, width) == self.enlarged:  # nothing to resize: a gather is faster
+            batch, rows, columns = torch.arange(b), rows[:, :, None], columns[:, None]
+            indices = (i.to(device) for i in (batch[:, None, None], rows, columns))
+            # Indexing puts the three batched axes first: (B, h, w, 3), channels last in memory.
+            return images.permute(0, 2, 3, 1)[*indices].permute(0, 3, 1, 2)
+        to_rows = _resize_matrix(height, self.enlarged[0])[rows].to(device)  # (B, h, H)
+        to_columns = _resize_matrix(width, self.enlarged[1])[columns].to(device)  # (B, w, W)
+        # (B, 3, H, W) -> (B, H 3, W) @ (B, W, w) -> (B, H, 3 w)
+        wide = torch.bmm(images.permute(0, 2, 1, 3).reshape(b, -1, width), to_columns.mT)
+        # (B, h, H) @ (B, H, 3 w) -> (B, h, 3, w) -> (B, 3, h, w)
+        out = torch.bmm(to_rows, wide.view(b, height, -1)).view(b, h, 3, w)
+        return out.permute(0, 2, 1, 3)
 
     def _normalised(self, images: Tensor) -> Tensor:
         if self.normalise == "unit":
@@ -273,6 +284,14 @@ class Augmentation:
         ]
         fill = 0.0 if self.normalise == "imagenet" else 0.5
         return images.masked_fill(mask.to(images.device), fill)
+
+
+@lru_cache(maxsize=16)
+def _resize_matrix(old: int, new: int) -> Tensor:
+    """(new, old) weights of bilinear resizing with antialiasing, in one direction."""
+    return interpolate(
+        torch.eye(old)[None, None], size=(new, old), mode="bilinear", antialias=True
+    )[0, 0]
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

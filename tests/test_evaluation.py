@@ -616,3 +616,113 @@ def test_refuses_topk():
 def test_examples():
     assert doctest.testmod(evaluation).attempted > 0
     assert doctest.testmod(evaluation).failed == 0
+
+
+# --- float32 first, and what it cannot tell apart in float64
+
+
+def direct(query_emb, query, gallery_emb, gallery):
+    """Matches, first and last rank of each query by stable sorts of directly summed distances."""
+    kept = np.flatnonzero(gallery["pid"] != -1)
+    pids, camids = gallery["pid"].to_numpy()[kept], gallery["camid"].to_numpy()[kept]
+    rows = []
+    for emb, pid, camid in zip(query_emb, query["pid"], query["camid"], strict=True):
+        difference = gallery_emb[kept].astype(np.float64) - emb.astype(np.float64)
+        order = np.argsort(np.square(difference).sum(axis=1), kind="stable")
+        order = order[(pids[order] != pid) | (camids[order] != camid)]
+        ranks = np.flatnonzero(pids[order] == pid) + 1
+        ap = np.mean(np.arange(1, len(ranks) + 1) / ranks) if len(ranks) else np.nan
+        rows.append([len(ranks), ap, *(ranks[[0, -1]] if len(ranks) else [np.nan] * 2)])
+    return pd.DataFrame(rows, columns=["matches", "AP", "first_rank", "last_rank"])
+
+
+def crowd(seed, dim, queries=70, size=2600, people=40):
+    """People so close to each other that float32 is unsure of many pairs; some images twice."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(people + 1, dim))
+    pids = [rng.integers(1, people, queries), rng.integers(-1, people, size)]
+    embs = [centres[p] + 2 * rng.normal(size=(len(p), dim)) for p in pids]
+    copies = rng.integers(0, size, (2, size // 4))
+    # Every other copy is off by about the last digit of float32.
+    embs[1][copies[0]] = embs[1][copies[1]]
+    embs[1][copies[0, ::2]] *= 1 + 5e-8 * rng.normal(size=(len(copies[0, ::2]), dim))
+    camids = [rng.integers(0, 4, len(p)) for p in pids]
+    tables = [table(p, c) for p, c in zip(pids, camids, strict=True)]
+    return embs[0], tables[0], embs[1], tables[1]
+
+
+def assert_exact(args, **options):
+    result, expected = evaluate(*args, **options).per_query, direct(*args)
+    for name in ("matches", "first_rank", "last_rank"):
+        np.testing.assert_array_equal(result[name], expected[name], name)
+    np.testing.assert_allclose(result["AP"], expected["AP"], rtol=0, atol=1e-12)
+    return result
+
+
+@pytest.mark.parametrize("dim", [2, 40, 600])  # 600: three partial products
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ranks_are_exact_where_float32_is_unsure(dim, dtype):
+    query_emb, query, gallery_emb, gallery = crowd(dim, dim)
+    args = query_emb.astype(dtype), query, gallery_emb.astype(dtype), gallery
+    result = assert_exact(args)
+    # Ranks by float32 alone are others: else this test would prove nothing.
+    centre = args[2].mean(axis=0)
+    shown, asked = (np.float32(emb - centre) for emb in (args[2], args[0]))
+    near = (shown**2).sum(axis=1) - 2 * asked @ shown.T
+    kept = np.flatnonzero(gallery["pid"] != -1)
+    wrong = [
+        not np.array_equal(
+            np.argsort(row[kept], kind="stable"),
+            np.argsort(np.square(np.float64(args[2][kept]) - emb).sum(axis=1), kind="stable"),
+        )
+        for row, emb in zip(near, np.float64(args[0]), strict=True)
+    ]
+    assert any(wrong)
+    # Several tiles of the gallery and blocks of queries.
+    small = evaluate(*args, block_bytes=2**18).per_query
+    pd.testing.assert_frame_equal(small, result, check_exact=True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-21, 1e-15, 1e12, 1e18, 1e25, 1e100])
+def test_numbers_that_float32_cannot_hold(scale):
+    query_emb, query, gallery_emb, gallery = crowd(1, 6, queries=30, size=1200)
+    assert_exact((query_emb * scale, query, gallery_emb * scale, gallery))
+
+
+def test_far_queries_and_a_far_image():
+    query_emb, query, gallery_emb, gallery = crowd(2, 6, queries=30, size=1200)
+    query_emb[::3] *= 1e6
+    query_emb[1::3] *= 1e20
+    assert_exact((query_emb, query, gallery_emb, gallery))
+    gallery_emb[7] = 1e7
+    assert_exact((query_emb, query, gallery_emb, gallery))
+
+
+def test_dead_network_and_binary_codes_rank_by_gallery_order():
+    rng = np.random.default_rng(0)
+    _, query, _, gallery = crowd(3, 2, queries=20, size=2600)
+    assert_exact((np.ones((20, 3)), query, np.ones((2600, 3)), gallery))
+    assert_exact((rng.integers(0, 2, (20, 5)), query, rng.integers(0, 2, (2600, 5)), gallery))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.uint8])
+def test_given_distances_rank_exactly(dtype):
+    rng = np.random.default_rng(4)
+    _, query, _, gallery = crowd(4, 2, queries=30, size=2600)
+    distances = rng.integers(0, 200, (30, 2600)).astype(dtype)
+    if dtype == np.float64:  # apart by less than float32 shows
+        distances = 1 + rng.permutation(distances.size).reshape(distances.shape) * 1e-12
+    if dtype == np.int64:  # apart by less than float64 shows
+        distances = 2**60 + rng.integers(0, 2000, distances.shape)
+    result = Retrieval.from_distances(distances, query, gallery).evaluate(block_bytes=2**18)
+    kept = np.flatnonzero(gallery["pid"] != -1)
+    shown = gallery.iloc[kept].to_numpy()
+    for row, asked, got in zip(
+        distances, query.itertuples(), result.per_query.itertuples(), strict=True
+    ):
+        order = np.argsort(row[kept], kind="stable")
+        pids, camids = shown[order].T
+        pids = pids[(pids != asked.pid) | (camids != asked.camid)]
+        ranks = np.flatnonzero(pids == asked.pid) + 1
+        assert (got.first_rank, got.last_rank) == (ranks[0], ranks[-1])
+        assert abs(got.AP - average_precision(ranks)[0]) < 1e-12

@@ -222,3 +222,23 @@ def test_plain_resizes_and_normalises_only():
     pillow = Image.fromarray(pixels[0].numpy()).resize((10, 15), Image.Resampling.BILINEAR)
     pillow = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
     assert (resized[0] - pillow).abs().max() < 2.0
+
+
+@pytest.mark.parametrize(("size", "enlarge"), [((40, 20), 1.25), ((16, 8), 1.25), ((26, 12), 1.0)])
+def test_crops_are_those_of_the_whole_enlarged_image(size, enlarge):
+    # The definition: enlarge all, then cut and mirror image by image.
+    pixels = torch.randint(0, 256, (30, 26, 12, 3), dtype=torch.uint8)
+    augment = Augmentation(size, enlarge, normalise="unit", seed=3)
+    got = augment(pixels)
+    draw = torch.Generator().manual_seed(3)
+    top, left, mirror = (torch.rand(30, generator=draw) for _ in range(3))
+    high, wide = round(size[0] * enlarge), round(size[1] * enlarge)
+    whole = torch.nn.functional.interpolate(
+        pixels.permute(0, 3, 1, 2) / 255, (high, wide), mode="bilinear", antialias=True
+    )
+    assert 5 < (mirror < 0.5).sum() < 25
+    for i in range(30):
+        y, x = int(top[i] * (high - size[0] + 1)), int(left[i] * (wide - size[1] + 1))
+        image = whole[i, :, y : y + size[0], x : x + size[1]]
+        expected = image.flip(2) if mirror[i] < 0.5 else image
+        torch.testing.assert_close(got[i], expected, rtol=0, atol=1e-6)

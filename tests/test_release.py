@@ -3,12 +3,17 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from reidlib import release, runs
-from reidlib.embedding import embed
+from reidlib.datasets import load
+from reidlib.embedding import embed, load_images
+from reidlib.evaluation import evaluate
+from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
+from reidlib.synthetic import draw_dataset
 
 RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, margin=0.3)
 
@@ -61,3 +66,53 @@ def test_a_run_that_has_not_ended_is_not_released(folder):
     (folder / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="training has not ended"):
         release.release("synthetic_batchhard_mine")
+
+
+# --- the runs that came with the repository
+
+RELEASED = sorted(path.parent for path in (ROOT / "outputs").glob("*/README.md"))
+COMMITTED = (*release.FILES, "per_query_held_out.csv")
+
+
+def committed(folder):
+    return [f for f in folder.iterdir() if f.name in COMMITTED or "tfevents" in f.name]
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
+def test_a_released_run_is_whole_light_and_tells_what_its_files_say(folder):
+    sizes = {f.name: f.stat().st_size for f in committed(folder)}
+    assert {*release.FILES} <= {*sizes} and any("tfevents" in name for name in sizes)
+    assert sizes.pop("weights.safetensors") < 9e6
+    assert sum(sizes.values()) < 2e6
+    metrics, table = runs.read_json(folder / "metrics.json"), pd.read_csv(folder / "per_query.csv")
+    answered = table.dropna(subset=["AP"])
+    assert len(table) == metrics["queries"]
+    assert metrics["mAP"] == pytest.approx(answered["AP"].mean(), abs=1e-12)
+    assert metrics["top1"] == pytest.approx((answered["first_rank"] == 1).mean(), abs=1e-12)
+    assert not metrics["flip"] and metrics["precision"] == "float32"
+    card = (folder / "README.md").read_text()
+    assert card == release.model_card(folder)
+    for file in committed(folder):  # of no machine, and of nobody's face
+        content = file.read_bytes()
+        assert str(ROOT.parent).encode() + b"/" not in content and b"/home/" not in content, file
+        assert b"\xff\xd8\xff" not in content or file.suffix == ".safetensors", file
+        assert b"\x89PNG" not in content, file
+
+
+def test_the_example_has_the_scores_that_it_states(tmp_path, monkeypatch):
+    monkeypatch.setenv("REID_DATA", str(tmp_path))
+    monkeypatch.setenv("REID_CACHE", str(tmp_path / "cache"))
+    folder = ROOT / "outputs" / runs.EXAMPLE
+    draw_dataset(tmp_path / "synthetic")
+    data, model = load("synthetic"), runs.load_model(folder)
+    sides = []
+    for table in (data.query, data.gallery):
+        pixels, table = load_images(table, model.recipe, show_progress=False, room=False)
+        sides += [
+            embed(model, pixels, model.recipe, precision="float32", show_progress=False),
+            table,
+        ]
+    scores, stated = evaluate(*sides).scores, runs.read_json(folder / "metrics.json")
+    for key in ("mAP", "mAP_market", "top1", "top5", "top10", "mINP"):
+        assert scores[key] == pytest.approx(stated[key], abs=0.0005), key
+    assert scores["mAP"] > 0.7
