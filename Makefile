@@ -5,13 +5,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate 05_compare_margins \
-	10_rerank_and_tta 12_search 13_same_person 14_why_wrong
+	10_rerank_and_tta 11_speed 12_search 13_same_person 14_why_wrong
 
 # Threads that wait sleep instead of spinning: several times faster where other programs share the
 # cores, and no slower where none does.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo example gallery test setup lab tensorboard notebooks lint format clean
+.PHONY: help demo example gallery bench test setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +28,9 @@ gallery: setup  ## the README's pictures again, after `make demo`
 	$(PY) -m reidlib run 04_evaluate 10_rerank_and_tta 13_same_person 14_why_wrong \
 	  -p run synthetic_batchhard_softplus_demo -p lists 1
 	$(PY) docs/gallery.py synthetic_batchhard_softplus_demo
+
+bench: setup    ## each part of the library beside its peers, as ratios
+	$(PY) benchmarks/run.py
 
 test: setup     ## the whole test suite
 	$(PY) -m pytest -q

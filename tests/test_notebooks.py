@@ -150,7 +150,10 @@ def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
     source = os.path.relpath(ROOT / "notebooks" / "03_train.ipynb", folder)
     arguments = ["papermill", source, str(tmp_path / "out.ipynb"), *SMALL]
     # papermill itself refuses none of the parameters that 03_train does not have; the notebook does
-    for name in ("repeats", "drawn_epochs", "dots", "planted", "seeds", "margins", "ladder"):
+    theirs = (
+        "repeats drawn_epochs dots planted seeds margins ladder queries gallery_size batch rounds"
+    )
+    for name in theirs.split():
         at = arguments.index(name)
         del arguments[at - 1 : at + 2]
     arguments += ["-p", "loss", "batch_hard", "-p", "margin", "soft", "-p", "steps", "2"]
