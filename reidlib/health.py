@@ -510,8 +510,8 @@ EXPLAINS = {
     "diverging": _AFTERMATH | {"overfitting", "too short"},
     "collapsed": _AFTERMATH | {"overfitting", "far from origin", "too short"},
     "near collapse": {"still learning"},
-    "not learning": {"still learning", "margin out of reach", "overfitting"},
-    "margin out of reach": {"still learning"},
+    "not learning": {"still learning", "overfitting"},
+    "margin out of reach": {"still learning", "not learning", "overfitting"},
     "overfitting": {"still learning"},
 }
 
@@ -615,7 +615,9 @@ def stretch(marked: pd.Series, steps: pd.Series) -> tuple[float, float, int]:
     stretches = [group for _, group in steps[marked].groupby((~marked).cumsum()[marked])]
     at_end = [s for s in stretches[-1:] if len(s) >= 2 and s.iloc[-1] == steps.iloc[-1]]
     chosen = max(at_end or stretches, key=len, default=())
-    return (chosen.iloc[0], chosen.iloc[-1], len(chosen)) if len(chosen) else (0, 0, 0)
+    return (
+        (chosen.iloc[0].item(), chosen.iloc[-1].item(), len(chosen)) if len(chosen) else (0, 0, 0)
+    )
 
 
 def falls(values: pd.Series) -> bool:

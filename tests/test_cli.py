@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import reidlib
-from reidlib import training
+from reidlib import health, training
 from reidlib.__main__ import main
 from reidlib.datasets import load
 from reidlib.embedding import read_embeddings, write_embeddings
@@ -165,6 +165,7 @@ def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatc
             return training.outputs_dir()
 
     monkeypatch.setattr(training, "Trainer", Trainer)
+    monkeypatch.setattr(health, "report_run", lambda folder: [])
     words = shlex.split(reproduce_command(recipe, "seed1"))
     assert words[:3] == ["python", "-m", "reidlib"]
     assert main(words[3:]) == 0

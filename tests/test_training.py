@@ -207,9 +207,14 @@ def test_other_settings_are_refused_and_named(monkeypatch):
 
 def test_a_finished_run_is_kept():
     folder = fit("done")
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def content():
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    before = content()
     assert fit("done") == folder
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert content() == before
     with pytest.raises(FileExistsError, match="Give another tag"):
         fit("done", resume="never")
     fit("done", resume="restart", seed=1)
