@@ -42,6 +42,10 @@ class Recipe(BaseModel):
         le=2,
         description="resize to this times the input, then crop at random; 1: no crop",
     )
+    small: Share = Field(
+        0.0,
+        description="share of the steps, from the first, with images of half that height and width",
+    )
     flip: bool = Field(True, description="flip half the images from left to right")
     erasing: Share = Field(0.0, description="share of images with a random rectangle erased")
     normalise: Literal["imagenet", "unit"] = Field(

@@ -149,14 +149,11 @@ class Trainer:
         self.model = runs.build_model(recipe, pretrained=checkpoint is None)
         self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.lr)
-        self.augmentation = Augmentation(
-            (recipe.height, recipe.width),
-            recipe.enlarge,
-            recipe.flip,
-            recipe.erasing,
-            recipe.normalise,
-            recipe.seed,
-        )
+        size = (recipe.height, recipe.width)
+        options = (recipe.enlarge, recipe.flip, recipe.erasing, recipe.normalise, recipe.seed)
+        self.augmentation = Augmentation(size, *options)
+        self.small = Augmentation(tuple(side // 2 for side in size), *options)
+        self.small.generator = self.augmentation.generator  # one state to save
         self.step, self.best, self.seconds, self.history = 0, None, 0.0, []
         # What the health report needs besides the history. `facts` cannot be seen later.
         images = self.table["pid"].value_counts()
@@ -205,7 +202,9 @@ class Trainer:
         while self.step < self.steps:
             for rows in self.sampler:
                 rows = torch.from_numpy(rows)
-                batch = self.augmentation(pixels[rows.to(pixels.device)].to(self.device))
+                small = self.step < recipe.small * self.steps
+                augment = self.small if small else self.augmentation
+                batch = augment(pixels[rows.to(pixels.device)].to(self.device))
                 batch = batch.contiguous(memory_format=torch.channels_last)
                 lr = recipe.learning_rate(self.step, self.steps)
                 for group in self.optimiser.param_groups:
@@ -386,11 +385,13 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     Raises:
         ValueError: bfloat16 was asked for on a CPU with an input too small for it.
     """
-    too_small = not bfloat16_is_right(recipe, device)
+    smallest = {"height": recipe.height // 2, "width": recipe.width // 2} if recipe.small else {}
+    too_small = not bfloat16_is_right(recipe.model_copy(update=smallest), device)
     if recipe.precision == "bfloat16" and too_small:
         raise ValueError(
             f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
-            f'{recipe.width}: use precision = "float32".'
+            f"{recipe.width}{' and half of it' if recipe.small else ''}: "
+            'use precision = "float32".'
         )
     if recipe.precision != "auto":
         return recipe

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from reidlib.networks import BACKBONES, EmbeddingNet, read_weights
+from reidlib.networks import BACKBONES, EmbeddingNet, StridedDepthwise, read_weights
 
 
 def features(net, size=(64, 32)):
@@ -53,6 +53,47 @@ def test_without_a_head_the_embedding_is_the_pooled_features():
     x = torch.rand(2, 3, 64, 32)
     with torch.no_grad():
         torch.testing.assert_close(net(x), net.backbone(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (3, (2, 1)), (3, 3)])
+@pytest.mark.parametrize("size", [(8, 4), (7, 5), (2, 1)])
+def test_the_strided_depthwise_gradient_is_pytorchs(kernel, stride, size):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6, bias=False).double()
+    x = torch.rand(3, 6, *size, dtype=torch.float64, requires_grad=True)
+    expected = plain(x)
+    gradient = torch.rand_like(expected)
+    expected = (expected, *torch.autograd.grad(expected, [x, plain.weight], gradient))
+    assert all(value.abs().sum() > 0 for value in expected)
+    plain.__class__ = StridedDepthwise
+    out = plain(x)
+    torch.testing.assert_close(
+        (out, *torch.autograd.grad(out, [x, plain.weight], gradient)), expected
+    )
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_small"])
+def test_a_mobilenets_gradients_are_torchvisions(backbone):
+    """All strided depthwise convolutions are replaced, and nothing else changes, in bfloat16 too."""
+    torch.manual_seed(0)
+    net = EmbeddingNet(backbone).backbone
+    strided = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    assert [type(m) for m in strided] == [nn.Conv2d] + [StridedDepthwise] * (len(strided) - 1)
+    assert len(strided) > 3
+    reference = nn.Sequential()
+    reference.features = BACKBONES[backbone][0]().features
+    reference.load_state_dict(net.state_dict())
+    x = torch.rand(4, 3, 96, 64).contiguous(memory_format=torch.channels_last)
+    for autocast, tolerance in ((False, 1e-4), (True, 0.05)):
+        sides = []
+        for model in (net, reference):
+            model.to(memory_format=torch.channels_last).eval()  # eval: no batch statistics
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = model(x)
+            gradients = torch.autograd.grad(out.float().square().mean(), [*model.parameters()])
+            sides.append(torch.cat([g.flatten() for g in gradients]))
+        assert sides[1].norm() > 0
+        assert (sides[0] - sides[1]).norm() <= tolerance * sides[1].norm()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -98,6 +98,26 @@ def fit_and_signal(tag, step, number, **changes):
     return done
 
 
+def test_the_first_share_of_the_steps_sees_small_images(monkeypatch):
+    seen = []
+    original = training.Augmentation.__call__
+    monkeypatch.setattr(
+        training.Augmentation,
+        "__call__",
+        lambda self, pixels: seen.append((out := original(self, pixels)).shape[2:]) or out,
+    )
+    fit("small", height=64, width=32, small=0.25)
+    assert seen == [(32, 16)] * 3 + [(64, 32)] * 9
+
+
+def test_small_images_need_bfloat16_to_be_right_at_half_the_size():
+    cpu = torch.device("cpu")
+    recipe = make_recipe("trinet", height=128, width=64, precision="bfloat16")
+    assert training.resolve_precision(recipe, cpu) == recipe
+    with pytest.raises(ValueError, match="not 128×64 and half of it"):
+        training.resolve_precision(recipe.model_copy(update={"small": 0.5}), cpu)
+
+
 def test_a_killed_run_resumes_bit_for_bit():
     expected = final_state(fit("whole"))
     for step in (2, 7, 12):  # before the first checkpoint; between two; in the last step
