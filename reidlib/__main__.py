@@ -232,6 +232,9 @@ def scores(args) -> int:
                 f"{folder.name}: not evaluated yet; python -m reidlib run 04_evaluate "
                 f"-p run {folder.name}"
             )
+        if "with_flips" in metrics:
+            labels.append("  with flips averaged")
+            rows.append(metrics["with_flips"])
         baselines = metrics.get("baselines", {}) if args.baselines else {}
         labels += [f"  {name.replace('_', ' ')}" for name in baselines]
         rows += baselines.values()

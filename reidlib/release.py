@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from reidlib import notebooks
+from reidlib.datasets import load
+from reidlib.embedding import embed_views, load_images, read_embeddings
+from reidlib.evaluation import Retrieval
 from reidlib.paths import outputs_dir
 from reidlib.runs import (
     find_run,
@@ -23,6 +26,9 @@ FILES = (  # what is released; the rest of a run is large, or shows people
 def release(run: str | Path) -> list[Path]:
     """Halve a run's weights, score these by running 04_evaluate, and write its model card.
 
+    `with_flips` in metrics.json are the scores with the embeddings of an image and of its mirror
+    image averaged.
+
     Returns:
         The files to give away: those of `FILES`, and TensorBoard's events. All are in the run's
         folder; nothing is removed from it.
@@ -35,18 +41,35 @@ def release(run: str | Path) -> list[Path]:
     save_weights(folder / "weights.safetensors", model, model.recipe, half=True)
     update_json(folder / "manifest.json", weights="float16 where they are matrices or filters")
     notebooks.run(["04_evaluate"], {"run": str(folder)}, output=outputs_dir() / "notebooks")
+    update_json(folder / "metrics.json", with_flips=_scores_with_flips(folder))
     write_text(folder / "README.md", model_card(folder))
     return [*(folder / name for name in FILES), *sorted(folder.glob("events.out.tfevents.*"))]
+
+
+def _scores_with_flips(folder: Path) -> dict[str, float]:
+    """Return the scores of an evaluated run with mirror images averaged; only those are embedded."""
+    model, sides = load_model(folder), []
+    data = load(model.recipe.dataset)
+    for side, table in (("query", data.query), ("gallery", data.gallery)):
+        pixels, table = load_images(table, model.recipe, room=False)
+        plain, _ = read_embeddings(folder / f"embeddings_{side}.h5")
+        mirrored = embed_views(model, pixels, model.recipe, ("mirrored",))["mirrored"]
+        sides += [(plain + mirrored) / 2, table]
+    return Retrieval(*sides).evaluate().scores
 
 
 def model_card(folder: Path) -> str:
     """Return the model card of an evaluated run, in Markdown; every number is from its files."""
     recipe, manifest = read_recipe(folder), read_json(folder / "manifest.json")
     metrics = read_json(folder / "metrics.json")
+    # The scores with flips came later than the first released runs.
+    flipped = metrics.get("with_flips")
     rows = [
         f"| {name} | {100 * metrics[name]:.2f} | {100 * low:.2f} to {100 * high:.2f} |"
+        + (f" {100 * flipped[name]:.2f} |" if flipped else "")
         for name, (low, high) in metrics["intervals"].items()
     ]
+    small = f", the first {recipe.small:.0%} at half of it" if recipe.small else ""
     head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
     flips = "averaged" if metrics["flip"] else "not averaged"
     lines = [
@@ -64,7 +87,7 @@ def model_card(folder: Path) -> str:
         f"Backbone weights before training: `{Path(recipe.weights).name}`.",
         "",
         f"**Recipe.** {recipe.loss}, margin {recipe.margin}, batches of {recipe.p} people ×",
-        f"{recipe.k} images, input {recipe.height}×{recipe.width}, {manifest['step']:,} steps, seed",
+        f"{recipe.k} images, input {recipe.height}×{recipe.width}, {manifest['step']:,} steps{small}, seed",
         f"{recipe.seed}, {recipe.precision}; all settings are in `config.json`. To train it again",
         "(packages and commit are in `manifest.json`):",
         "",
@@ -74,8 +97,8 @@ def model_card(folder: Path) -> str:
         f"{metrics['queries']:,} queries, flips {flips}, {metrics['precision']}, of the weights in",
         "this folder. The intervals (95 %, bootstrap over queries) say nothing of another seed.",
         "",
-        "| | per cent | interval |",
-        "|---|---|---|",
+        "| | per cent | interval |" + (" with flips averaged |" if flipped else ""),
+        "|---|---|---|" + ("---|" if flipped else ""),
         *rows,
         "",
         metrics["protocol"],

@@ -9,7 +9,7 @@ import torch
 
 from reidlib import release, runs
 from reidlib.datasets import load
-from reidlib.embedding import embed, load_images
+from reidlib.embedding import embed, load_images, write_embeddings
 from reidlib.evaluation import evaluate
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
@@ -33,11 +33,27 @@ def folder(tmp_path):
 
 
 def evaluated(names, parameters, output):
-    """In place of 04_evaluate."""
+    """In place of 04_evaluate: its embeddings, and scores that are easy to find again."""
     assert names == ["04_evaluate"]
+    folder = runs.find_run(parameters["run"])
+    data, model = load("synthetic"), runs.load_model(folder)
+    for side, table in (("query", data.query), ("gallery", data.gallery)):
+        pixels, table = load_images(table, RECIPE, show_progress=False, room=False)
+        emb = embed(model, pixels, RECIPE, show_progress=False)
+        write_embeddings(folder / f"embeddings_{side}.h5", emb, table)
     with_scores = {"mAP": 0.51234, "intervals": {"mAP": [0.48, 0.54]}, "queries": 166}
     rest = {"evaluated_on": "synthetic", "flip": False, "precision": "float32", "protocol": "P."}
-    runs.write_json(runs.find_run(parameters["run"]) / "metrics.json", with_scores | rest)
+    runs.write_json(folder / "metrics.json", with_scores | rest)
+
+
+def released_scores(folder, flip):
+    """The scores of a run on the embedded data, in one go."""
+    data, model = load("synthetic"), runs.load_model(folder)
+    sides = []
+    for table in (data.query, data.gallery):
+        pixels, table = load_images(table, model.recipe, show_progress=False, room=False)
+        sides += [embed(model, pixels, model.recipe, flip=flip, show_progress=False), table]
+    return evaluate(*sides).scores
 
 
 def test_a_release(folder, monkeypatch):
@@ -56,7 +72,10 @@ def test_a_release(folder, monkeypatch):
             assert torch.equal(state[name], value), name
     assert release.release("synthetic_batchhard_mine") == files, "twice is once"
     card = (folder / "README.md").read_text()
-    assert "| mAP | 51.23 | 48.00 to 54.00 |" in card
+    flipped = released_scores(folder, flip=True)
+    assert flipped != pytest.approx(released_scores(folder, flip=False))
+    assert runs.read_json(folder / "metrics.json")["with_flips"] == pytest.approx(flipped)
+    assert f"| mAP | 51.23 | 48.00 to 54.00 | {100 * flipped['mAP']:.2f} |" in card
     assert "python -m reidlib train --margin 0.3" in card and "1,234 images of\n30 people" in card
     assert str(folder.parent) not in card and not re.search(r"\{|\}|None", card)
     assert [f.name for f in files] == list(release.FILES)
@@ -104,15 +123,7 @@ def test_the_example_has_the_scores_that_it_states(tmp_path, monkeypatch):
     monkeypatch.setenv("REID_CACHE", str(tmp_path / "cache"))
     folder = ROOT / "outputs" / runs.EXAMPLE
     draw_dataset(tmp_path / "synthetic")
-    data, model = load("synthetic"), runs.load_model(folder)
-    sides = []
-    for table in (data.query, data.gallery):
-        pixels, table = load_images(table, model.recipe, show_progress=False, room=False)
-        sides += [
-            embed(model, pixels, model.recipe, precision="float32", show_progress=False),
-            table,
-        ]
-    scores, stated = evaluate(*sides).scores, runs.read_json(folder / "metrics.json")
+    scores, stated = released_scores(folder, False), runs.read_json(folder / "metrics.json")
     for key in ("mAP", "mAP_market", "top1", "top5", "top10", "mINP"):
         assert scores[key] == pytest.approx(stated[key], abs=0.0005), key
     assert scores["mAP"] > 0.7
