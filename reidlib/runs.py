@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -135,6 +136,18 @@ def read_json(path: Path) -> dict:
 def update_json(path: Path, **content) -> None:
     """Add keys to a JSON file, or make it."""
     write_json(path, (read_json(path) if path.exists() else {}) | content)
+
+
+def note_scored(run: Path, **facts) -> None:
+    """Add an entry to `scored` in a run's manifest: when, what of, and the embeddings' SHA-256.
+
+    Whoever chooses settings on a test split scores it more than once, and the manifest tells.
+    """
+    path = run / "manifest.json"
+    before = read_json(path).get("scored", []) if path.exists() else []
+    when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    files = {side: sha256(run / f"embeddings_{side}.h5") for side in ("query", "gallery")}
+    update_json(path, scored=[*before, {"at": when, **facts, "embeddings_sha256": files}])
 
 
 def read_recipe(run: Path) -> Recipe:

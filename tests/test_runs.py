@@ -1,7 +1,9 @@
 """The folder of a run: names, atomic files, checkpoints that survive a kill at any instant."""
 
+import hashlib
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -11,6 +13,21 @@ from reidlib.paths import outputs_dir
 from reidlib.recipes import Recipe, make_recipe
 
 SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
+
+
+def test_every_scoring_leaves_an_entry_in_the_manifest(tmp_path):
+    for side in ("query", "gallery"):
+        (tmp_path / f"embeddings_{side}.h5").write_bytes(side.encode())
+    runs.note_scored(tmp_path, data="market1501", flip=False)
+    runs.update_json(tmp_path / "manifest.json", status="finished")
+    (tmp_path / "embeddings_query.h5").write_bytes(b"other")
+    runs.note_scored(tmp_path, data="market1501", flip=True)
+    first, second = runs.read_json(tmp_path / "manifest.json")["scored"]
+    assert (first["flip"], second["flip"]) == (False, True)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["at"])
+    sha = hashlib.sha256(b"query").hexdigest()
+    assert first["embeddings_sha256"]["query"] == sha != second["embeddings_sha256"]["query"]
+    assert first["embeddings_sha256"]["gallery"] == second["embeddings_sha256"]["gallery"]
 
 
 def test_names():
