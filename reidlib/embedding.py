@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reidlib.datasets import image_list
 from reidlib.images import Augmentation, common_size, load_pixels
+from reidlib.networks import folded
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
 from reidlib.runs import write_atomically
@@ -75,18 +76,19 @@ def embed(
     pixels: np.ndarray,
     recipe: Recipe,
     flip: bool = False,
-    batch: int = 128,
+    batch: int | None = None,
     precision: str = "float32",
     show_progress: bool = True,
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of uint8 pixels (N, H, W, 3).
 
     Args:
-        model: the network; it is put into evaluation mode for the time of the call.
+        model: the network; used as in evaluation mode, and left as it is.
         pixels: what `load_images` returned.
         recipe: says the size and the normalisation of the input.
         flip: embed the mirrored image too and take the mean of both.
-        batch: images at a time.
+        batch: images at a time; by default 16 on the CPU, whose caches hold what a layer makes of
+            them (twice as fast as 128 at 256×128), and 128 elsewhere.
         precision: `"float32"`, the default, gives the same scores on every machine; `"bfloat16"` is
             faster and moves them by some hundredths of a point.
         show_progress: draw a bar.
@@ -105,7 +107,7 @@ def embed_views(
     pixels: np.ndarray,
     recipe: Recipe,
     views: Sequence[str] = VIEWS,
-    batch: int = 128,
+    batch: int | None = None,
     precision: str = "float32",
     show_progress: bool = True,
 ) -> dict[str, np.ndarray]:
@@ -137,8 +139,8 @@ def embed_views(
             f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
             f'{recipe.width}: use precision = "float32".'
         )
-    was_training = model.training
-    model.eval().to(memory_format=torch.channels_last)
+    batch = batch or (16 if device.type == "cpu" else 128)
+    model = folded(model).to(memory_format=torch.channels_last)
     parts = {view: [] for view in views}
     bar = progress(total=len(pixels), desc="embed", unit="img", show=show_progress)
     for start in range(0, len(pixels), batch):
@@ -157,7 +159,6 @@ def embed_views(
                     parts[view].append(emb.cpu())
         bar.update(len(block))
     bar.close()
-    model.train(was_training)
     return {view: torch.cat(of_view).numpy() for view, of_view in parts.items()}
 
 

@@ -4,7 +4,9 @@ TriNet (arXiv 1703.07737, section 4.3): ResNet-50 > global average pooling > Lin
 > ReLU > Linear 128.
 """
 
+import copy
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,6 +14,7 @@ import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -138,7 +141,7 @@ class StridedDepthwise(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, ⌈H/stride⌉, ⌈W/stride⌉) of (B, C, H, W)."""
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or self.bias is not None:
             return super().forward(x)
         weight = self.weight
         if torch.is_autocast_enabled("cpu"):  # which looks for the names of PyTorch's own functions
@@ -185,6 +188,22 @@ def _is_strided_depthwise(module: nn.Module) -> bool:
         and module.padding_mode == "zeros"
         and module.kernel_size == tuple(2 * p + 1 for p in module.padding)
     )
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Return a copy for inference in which each convolution has taken in the BatchNorm after it.
+
+    γ (W∗x − μ) / √(σ² + ε) + β is itself a convolution with a bias, so one pass over the image is
+    saved. The BatchNorm of a convolution is taken to be the module that is registered after it, as in
+    every backbone here.
+    """
+    model = copy.deepcopy(model).eval()
+    leaves = [(name, m) for name, m in model.named_modules() if not [*m.children()]]
+    for (name, convolution), (norm_name, norm) in pairwise(leaves):
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            model.set_submodule(name, fuse_conv_bn_eval(convolution, norm))
+            model.set_submodule(norm_name, nn.Identity())
+    return model
 
 
 def _unstride_last_block(backbone: nn.Module) -> None:

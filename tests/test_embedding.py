@@ -203,14 +203,16 @@ def test_views_are_the_image_its_mirror_and_five_crops_of_both():
 
 
 class Counting(torch.nn.Module):
-    """Counts the images it is shown; embeds the mean of the left and of the right half."""
+    """Counts the images that it and its copies are shown; embeds the means of left and right half."""
+
+    seen = 0
 
     def __init__(self):
         super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.ones(1)), 0
+        self.weight = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, images):
-        self.seen += len(images)
+        Counting.seen += len(images)
         half = images.shape[3] // 2
         return torch.stack(
             [images[..., :half].mean((1, 2, 3)), images[..., half:].mean((1, 2, 3))], 1
@@ -229,8 +231,9 @@ class Counting(torch.nn.Module):
 )
 def test_no_view_is_computed_that_was_not_asked_for(names, enlarge, passes):
     model, recipe = Counting(), RECIPE.model_copy(update={"enlarge": enlarge})
+    Counting.seen = 0
     views = embed_views(model, PIXELS, recipe, names, batch=5, show_progress=False)
-    assert tuple(views) == tuple(names) and model.seen == 13 * passes
+    assert tuple(views) == tuple(names) and Counting.seen == 13 * passes
     for one, other in (("plain", "mirrored"), ("crops", "mirrored crops")):
         if {one, other} <= {*names}:
             np.testing.assert_allclose(views[one], views[other][:, ::-1], atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from reidlib.networks import BACKBONES, EmbeddingNet, StridedDepthwise, read_weights
+from reidlib.networks import BACKBONES, EmbeddingNet, StridedDepthwise, folded, read_weights
 
 
 def features(net, size=(64, 32)):
@@ -94,6 +94,26 @@ def test_a_mobilenets_gradients_are_torchvisions(backbone):
             sides.append(torch.cat([g.flatten() for g in gradients]))
         assert sides[1].norm() > 0
         assert (sides[0] - sides[1]).norm() <= tolerance * sides[1].norm()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_folding_batch_norm_changes_no_output(backbone):
+    net = EmbeddingNet(backbone)
+    for module in net.modules():  # statistics and weights as if it had been trained
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.running_var, module.weight.data):
+                values.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(-0.5, 0.5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    fold = folded(net)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold.modules())
+    assert net.training and not fold.training
+    x = torch.rand(2, 3, 64, 32)
+    with torch.no_grad():
+        expected = net.eval()(x)
+        assert (fold(x) - expected).norm() < 1e-5 * expected.norm()
+    torch.testing.assert_close(fold(x), expected)  # with gradients, too
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
