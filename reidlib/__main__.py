@@ -108,6 +108,7 @@ def evaluate(args) -> int:
 def search(args) -> int:
     """Print the gallery images nearest to each query, as CSV; or write them, and draw them."""
     from reidlib import search as searching
+    from reidlib.datasets import ignored_files
     from reidlib.embedding import pick_device, read_embeddings
     from reidlib.runs import load_model, write_text
 
@@ -128,6 +129,9 @@ def search(args) -> int:
     recipe = model.recipe
     if args.unreadable:
         recipe = recipe.model_copy(update={"unreadable": args.unreadable})
+    for source in dict.fromkeys(getattr(args, name) for name in asked):
+        if note := ignored_files(source):
+            say(note)
     for name, table in asked.items():
         if warning := searching.shape_warning(table, recipe):
             say(f"Warning, {name}: {warning}")
@@ -140,9 +144,10 @@ def search(args) -> int:
             say(f"Unreadable, left out of the {name}: {', '.join(map(repr, sorted(lost)))}.")
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
+    lists = "ranked list" if len(retrieval.query) == 1 else "ranked lists"
     if args.out:
         write_text(files[0], searching.search_csv(found))
-        say(f"{len(retrieval.query):,} ranked lists: {args.out}")
+        say(f"{len(retrieval.query):,} {lists}: {args.out}")
     else:
         print(searching.search_csv(found), end="")
     if args.picture:
@@ -151,7 +156,7 @@ def search(args) -> int:
         shown = min(len(retrieval.query), 20)  # 20 lists make a picture of 47 inches
         figure = pictures.search_lists(found[found["query"] < shown])
         pictures.save(figure, Path(args.picture).expanduser())
-        say(f"Picture of {shown} of {len(retrieval.query):,} ranked lists: {args.picture}")
+        say(f"Picture of {shown} of {len(retrieval.query):,} {lists}: {args.picture}")
     if args.html:
         from reidlib import browser
 

@@ -236,11 +236,14 @@ function start(root, source, { level, page, change = () => {} }) {
         return x - y || a - b;
       });
     }
+    const all = about.total.toLocaleString("en");
+    const some = queries.row.length < about.total;
+    const inFile = some ? ` in this file; the test has ${all}` : "";
+    const missing = some ? ` Or it is not in this file, which has ${queries.row.length.toLocaleString("en")} of ${all}.` : "";
     found.textContent =
       order.length === 0
-        ? "No query fits. Clear the search, or choose another camera."
-        : `${order.length.toLocaleString("en")} of ${count(queries.row.length, "query", "queries")}` +
-          (queries.row.length < about.total ? ` in this file; the test has ${about.total.toLocaleString("en")}` : "");
+        ? "No query fits. Clear the search, or choose another camera." + missing
+        : `${order.length.toLocaleString("en")} of ${count(queries.row.length, "query", "queries")}${inFile}`;
     strip.replaceChildren();
     strip.scrollTop = strip.scrollLeft = 0;
     more();
@@ -251,7 +254,8 @@ function start(root, source, { level, page, change = () => {} }) {
     for (const i of order.slice(from, from + PAGE)) {
       const key = `q${queries.row[i]}`;
       const ap = queries.ap.map((run) => run[i]);
-      const lines = [joined(short(queries.pid[i]) || who(queries.pid[i]), shortCamera(queries.camid[i]))];
+      const name = queries.name[i].split("/").pop(); // of somebody unknown, all that there is
+      const lines = [joined(short(queries.pid[i]) || name || who(queries.pid[i]), shortCamera(queries.camid[i]))];
       if (scored) {
         if (two && ap[0] !== null && ap[1] !== null) {
           lines.push(`${percent(ap[0])} → ${percent(ap[1])}`, `${points(ap[1] - ap[0])} points`);
@@ -261,7 +265,7 @@ function start(root, source, { level, page, change = () => {} }) {
         "button",
         { type: "button", tabIndex: strip.children.length ? -1 : 0, title: queries.name[i] },
         photo(key, `query, ${joined(who(queries.pid[i]), where(queries.camid[i]))}`),
-        make("span", {}, ...lines.flatMap((line, n) => (n ? [make("br"), line] : [line]))),
+        make("span", { className: "words" }, ...lines.flatMap((line, n) => (n ? [make("br"), line] : [line]))),
       );
       button.dataset.key = key;
       button.addEventListener("click", () => go(key));
@@ -357,8 +361,8 @@ function start(root, source, { level, page, change = () => {} }) {
     const first = ranks.filter((rank) => rank <= topk).length;
     return (
       `AP ${percent(record.ap, 2)} (Market's definition: ${percent(record.ap_market, 2)}). ` +
-      `${count(ranks.length, "match", "matches")}, first at rank ${Math.min(...ranks)}` +
-      (ranks.length > 1 ? `, last at rank ${Math.max(...ranks)}` : "") +
+      `${count(ranks.length, "match", "matches")}, first at rank ${Math.min(...ranks).toLocaleString("en")}` +
+      (ranks.length > 1 ? `, last at rank ${Math.max(...ranks).toLocaleString("en")}` : "") +
       `; ${first} of them among the first ${topk}.`
     );
   }

@@ -229,6 +229,12 @@ def image_list(source, *, pattern=None, image_root=None, must_exist=True) -> pd.
     return tables[""]
 
 
+def ignored_files(source) -> str:
+    """Return a sentence on what `image_list` passes over in a folder: no images, or hidden; or ""."""
+    path = _existing(source)
+    return "".join(_walk(path)[1]) if path.is_dir() else ""
+
+
 def hold_out(train: pd.DataFrame, identities=100, seed=0):
     """Take identities out of training for validation: (train, query, gallery).
 
@@ -647,7 +653,7 @@ def _walk(place):
             image = Path(name).suffix.lower() in IMAGE_SUFFIXES and not _hidden([name])
             relative = os.path.relpath(os.path.join(base, name), place).replace(os.sep, "/")
             (images if image else strays).append(relative)
-    note = f"In {place.name}/ ignored, no images: {_some(sorted(strays))}."
+    note = f"In {place.name}/ ignored, hidden or no images: {_some(sorted(strays))}."
     return sorted(images), [note] if strays else []
 
 

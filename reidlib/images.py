@@ -138,12 +138,15 @@ def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progr
 
 def _first_size(paths: list[str]) -> tuple[int, int]:
     """Return (height, width) of the first image that can be read."""
+    errors = []
     for path in paths:
         try:
             return read_image(path).shape[:2]
-        except ValueError:
-            continue
-    raise ValueError(f"None of the {len(paths)} images can be read; the first is {paths[0]}.")
+        except ValueError as error:
+            errors.append(str(error))
+    if len(paths) > 1:
+        raise ValueError(f"None of the {len(paths)} images can be read. The first: {errors[0]}")
+    raise ValueError(errors[0])
 
 
 def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:

@@ -54,6 +54,7 @@ UNKNOWN = Mark("#444444", "", "-")
 STATUS = {"match": RIGHT, "wrong": WRONG, "unknown": UNKNOWN}
 
 STYLE = {
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.prop_cycle": matplotlib.cycler(color=PALETTE, linestyle=LINES),
     "axes.spines.right": False,
@@ -112,6 +113,9 @@ def show(figure: Figure, alt: str, photo: bool = False) -> None:
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure to a file: `.jpg` for photographs, `.png` for curves."""
     Path(path).write_bytes(encode(figure, Path(path).suffix.lower() in (".jpg", ".jpeg")))
+
+
+WIDEST = 16  # inches of a ranked list; across a page of paper, turned, its small print has 5 points
 
 
 # --- photographs. The axes of these figures are in inches, from the upper left corner.
@@ -220,7 +224,8 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     ✓ and a full frame: the same identity; ✗ and a dashed frame: another one, under it whose. Images
     that the protocol leaves out stand in their place, pale and smaller, with the reason; where
     several follow each other the nearest is drawn and all are counted. Under each title stand the
-    list's AP and the ranks of all matches, those beyond the list too.
+    list's AP and the ranks of all matches, those beyond the list too. A list wider than `WIDEST` is
+    broken into lines.
 
     Raises:
         ValueError: no rows, or a list without results.
@@ -228,11 +233,26 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     if len(rows) == 0 or any(len(row.results) == 0 for row in rows):
         raise ValueError("There is nothing to draw: no rows, or a ranked list without results.")
     full, small, gap, head, foot = height / 2 + 0.1, 0.62, 0.08, 0.68, 0.36
-    laid_out = [_tiles(row.results[~_missed(row.results)]) for row in rows]
-    widths = [sum((small if s else full) + gap for s, *_ in tiles) for tiles in laid_out]
-    legend = 0.3
-    band = head + height + foot
-    figure, axes = _sheet(max(8.5, full + 5 * gap + max(widths)), legend + len(rows) * band)
+    left, rank = full + 4 * gap, 0.2  # where results start; what stands over those of a further line
+
+    def width(tile) -> float:
+        return (small if tile[0] else full) + gap
+
+    def in_lines(tiles) -> list[list]:
+        lines, x = [], WIDEST
+        for tile in tiles:
+            if x + width(tile) > WIDEST:
+                lines.append([])
+                x = left
+            lines[-1].append(tile)
+            x += width(tile)
+        return lines
+
+    laid_out = [in_lines(_tiles(row.results[~_missed(row.results)])) for row in rows]
+    widest = max(sum(map(width, line)) for lines in laid_out for line in lines)
+    bands = [head - rank + len(lines) * (rank + height + foot) for lines in laid_out]
+    top = 0.3  # of the legend
+    figure, axes = _sheet(max(8.5, left + gap + widest), top + sum(bands))
     words = [
         f"{RIGHT.sign} full frame: same person",
         f"{WRONG.sign} dashed frame: somebody else",
@@ -240,27 +260,32 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
         "c: camera, id: identity, last line: distance",
     ]
     if all((row.results["status"] == "unknown").any() for row in rows):  # nothing is judged
-        words = words[2:]
+        nameless = all((row.results[["pid", "camid"]] < 0).all(axis=None) for row in rows)
+        words = [words[2], "under each: its file, its distance" if nameless else words[3]]
     axes.text(gap, 0.17, (5 * " ").join(words), size=8.5, va="center", color="#444444")
-    for i, (row, tiles) in enumerate(zip(rows, laid_out, strict=True)):
-        top = legend + i * band
+    for row, lines, band in zip(rows, laid_out, bands, strict=True):
         y = top + head
         axes.text(gap, top + 0.17, row.title, size=10, va="center", weight="bold")
         axes.text(gap, top + 0.36, _account(row.results), size=8.5, va="center")
         query = row.query if isinstance(row.query, np.ndarray) else read_image(row.query)
         _photo(axes, query, gap, y, full, height, QUERY)
         axes.text(gap + full / 2, y - 0.05, "query", size=8.5, ha="center")
-        x = full + 4 * gap
-        axes.plot([x - 1.5 * gap] * 2, [y, y + height], "-", color="#BBBBBB", lw=1)
-        for excluded, path, mark, over, under in tiles:
-            w, h = (small, height * small / full) if excluded else (full, height)
-            _photo(axes, read_image(path), x, y + height - h, w, h, mark)
-            over_y = y + height - h - 0.05
-            text = {"size": 7 if excluded else 8.5, "ha": "center", "color": mark.colour}
-            weight = "normal" if excluded else "bold"
-            axes.text(x + w / 2, over_y, over, va="bottom", weight=weight, **text)
-            axes.text(x + w / 2, y + height + 0.04, under, va="top", **text | {"size": 7.5})
-            x += w + gap
+        bar = [left - 1.5 * gap] * 2, [y, top + band - foot]
+        axes.plot(*bar, "-", color="#BBBBBB", lw=1)
+        for line in lines:
+            x = left
+            for tile in line:
+                excluded, path, mark, over, under = tile
+                w, h = (small, height * small / full) if excluded else (full, height)
+                _photo(axes, read_image(path), x, y + height - h, w, h, mark)
+                text = {"size": 7 if excluded else 8.5, "ha": "center", "color": mark.colour}
+                weight = "normal" if excluded else "bold"
+                over_y = y + height - h - 0.05
+                axes.text(x + w / 2, over_y, over, va="bottom", weight=weight, **text)
+                axes.text(x + w / 2, y + height + 0.04, under, va="top", **text | {"size": 7.5})
+                x += width(tile)
+            y += rank + height + foot
+        top += band
     return figure
 
 
@@ -319,7 +344,10 @@ def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
         end_run()
         mark = STATUS[result.status]
         who = f"id {result.pid}" if result.pid > 0 else ("" if result.pid else "distractor")
-        under = f"{camera(result)}{who}".strip() + f"\n{result.distance:#.3g}"
+        of = f"{camera(result)}{who}".strip()
+        if not of and result.status == "unknown":  # all that there is to know it by
+            of = _one_line(Path(result.path).name, 13)
+        under = f"{of}\n{result.distance:#.3g}"
         tiles.append(
             (False, result.path, mark, f"{mark.sign} {result.rank}".strip(), under.strip())
         )

@@ -120,12 +120,14 @@ def search(
 def search_csv(found: pd.DataFrame) -> str:
     """Return what `search` found as CSV: query, rank, distance, path, status, and who, if known.
 
-    `rank` is empty for the query itself. Names with commas, quotes or line breaks are quoted.
+    `rank` is empty for the query itself. Names with commas, quotes or line breaks are quoted. Bytes
+    of a name that are no UTF-8 are written as `\\udcXX`, so that the file is text for any program.
     """
     table = found.drop(columns=["query", "gallery"]).rename(columns={"query_path": "query"})
     known = [column for column in ("pid", "camid") if (table[column] != -1).any()]
     table = table[["query", "rank", "distance", "path", "status", *known]]
-    return table.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+    text = table.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _check_origin(

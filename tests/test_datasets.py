@@ -176,7 +176,7 @@ def test_strays_are_noted_and_wrong_names_refused(data):
     got = ds.load("set")
     assert got.name == "set" and list(got.query.camid) == [1, 4, 5, 2]
     assert got.notes == (
-        "In query/ ignored, no images: ._0001_c1s1_000001_00.jpg, .ipynb_checkpoints/, Thumbs.db.",
+        "In query/ ignored, hidden or no images: ._0001_c1s1_000001_00.jpg, .ipynb_checkpoints/, Thumbs.db.",
     )
     picture(root / "query" / "holiday.jpg")
     with pytest.raises(ValueError, match=r"1 of 5 image names in .*query do not fit.*holiday\.jpg"):

@@ -4,8 +4,10 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -237,6 +239,37 @@ def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
     words = texts(pictures.ranked_lists([row._replace(results=results)]).axes[0])
     assert "–\njunk ×3" in words and "id 9\n1.00" in words
     assert not any("c-1" in word for word in words)
+
+
+def test_a_long_ranked_list_is_broken_into_lines(row):
+    results = row.results.iloc[[0, *[4] * 40]].reset_index(drop=True)
+    results["rank"] = pd.array([None, *range(1, 41)], dtype="Int64")
+    figure = pictures.ranked_lists([row._replace(results=results), row])
+    assert figure.get_figwidth() <= pictures.WIDEST + 0.1 and inside(figure)
+    places = [i.get_extent() for i in photographs(figure.axes[0])[1:42]]  # without the query
+    tops = sorted({place[3] for place in places[1:]})
+    assert len(tops) == 3 and max(place[2] for place in places) < figure.get_figheight()
+    starts = [min(p[0] for p in places if p[2] == bottom) for bottom in {p[2] for p in places}]
+    assert np.ptp(starts) < 0.1, "all lines start below each other"
+    in_order = [(p[2], p[0]) for p in places]
+    assert in_order == sorted(in_order), "read like text"
+    words = texts(figure.axes[0])
+    assert [word for word in words if word.startswith("✗")][:40] == [f"✗ {i}" for i in range(1, 41)]
+
+
+def test_results_of_nobody_known_carry_their_file_names(row):
+    results = row.results.assign(pid=-1, camid=-1)
+    results["status"] = results["status"].replace(["match", "wrong"], "unknown")
+    results.loc[1, "path"] = str(
+        shutil.copy(
+            results["path"][1], Path(results["path"][1]).with_name("$x_1$ " + 30 * "y" + ".png")
+        )
+    )
+    figure = pictures.ranked_lists([row._replace(results=results)])
+    words = texts(figure.axes[0])
+    assert "4.png\n1.00" in words and r"\$x_1\$ …yy.png" in [w.split("\n")[0] for w in words]
+    assert inside(figure)
+    assert any("its file" in word for word in words)
 
 
 def test_ranked_lists_read_a_query_from_its_path(row):
