@@ -240,10 +240,12 @@ function start(root, source, { level, page, change = () => {} }) {
     const some = queries.row.length < about.total;
     const inFile = some ? ` in this file; the test has ${all}` : "";
     const missing = some ? ` Or it is not in this file, which has ${queries.row.length.toLocaleString("en")} of ${all}.` : "";
+    // A menu cuts long names off, and with them the direction.
+    const direction = two && scored ? `${sort.selectedOptions[0].textContent}: ` : "";
     found.textContent =
       order.length === 0
         ? "No query fits. Clear the search, or choose another camera." + missing
-        : `${order.length.toLocaleString("en")} of ${count(queries.row.length, "query", "queries")}${inFile}`;
+        : `${direction}${order.length.toLocaleString("en")} of ${count(queries.row.length, "query", "queries")}${inFile}`;
     strip.replaceChildren();
     strip.scrollTop = strip.scrollLeft = 0;
     more();

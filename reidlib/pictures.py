@@ -34,6 +34,7 @@ from reidlib.recipes import Recipe
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = "osD^vP*Xhd"
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend that covers nothing
 
 
 class Mark(NamedTuple):
@@ -156,6 +157,7 @@ def photo_grid(
     marks: Sequence[Mark] | None = None,
     row_titles: Sequence[str] | None = None,
     height: float = 1.4,
+    together: int = 1,
 ) -> Figure:
     """Draw photographs in rows, read like text.
 
@@ -168,6 +170,7 @@ def photo_grid(
             goes before the title.
         row_titles: one line left of each row.
         height: of a photograph, inches.
+        together: how many in a row belong together, such as pairs: a wider gap parts them from others.
 
     Raises:
         ValueError: no images, or lists that do not fit them.
@@ -187,14 +190,15 @@ def photo_grid(
     width = max(height * min(shape[1] / shape[0], 2) for shape in shapes)
     lines = [f"{m.sign} {titles[i] if titles else ''}".strip() for i, m in enumerate(marks)]
     heads = [0.18 if any(lines[i * columns : (i + 1) * columns]) else 0.0 for i in range(rows)]
-    gap = 0.11
+    gap, wider = 0.11, 0.25 if together > 1 else 0.0
     left = 0.1 + 0.075 * max(map(len, row_titles)) if row_titles else 0.0
+    places = [left + gap + i * (width + gap) + i // together * wider for i in range(columns)]
     figure, axes = _sheet(
-        left + gap + min(n, columns) * (width + gap), gap + rows * (height + gap) + sum(heads)
+        places[min(n, columns) - 1] + width + gap, gap + rows * (height + gap) + sum(heads)
     )
     for i, (image, mark) in enumerate(zip(images, marks, strict=True)):
         row, column = divmod(i, columns)
-        x = left + gap + column * (width + gap)
+        x = places[column]
         y = gap + row * (height + gap) + sum(heads[: row + 1])  # of the photograph itself
         if row_titles and column == 0:
             axes.text(0.08, y + height / 2, row_titles[row], va="center", size=9)
@@ -233,7 +237,10 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     if len(rows) == 0 or any(len(row.results) == 0 for row in rows):
         raise ValueError("There is nothing to draw: no rows, or a ranked list without results.")
     full, small, gap, head, foot = height / 2 + 0.1, 0.62, 0.08, 0.68, 0.36
-    left, rank = full + 4 * gap, 0.2  # where results start; what stands over those of a further line
+    left, rank = (
+        full + 4 * gap,
+        0.2,
+    )  # where results start; what stands over those of a further line
 
     def width(tile) -> float:
         return (small if tile[0] else full) + gap
@@ -542,7 +549,7 @@ def distance_histograms(
     hatched = {"fill": True, "fc": "none", "ec": "#555555", "lw": 0, "hatch": "///"}
     axes.stairs(both, edges, label=f"overlap: {overlap:.0%} of the area", **hatched)
     axes.set(xlabel=x_label, ylabel="density", yticks=[])
-    axes.legend()
+    axes.legend(**BESIDE)
     return figure
 
 

@@ -590,6 +590,37 @@ def test_driving_the_page(opened, runs, chromium, tables):
 
 
 @needs_chromium
+def test_a_file_with_some_of_the_queries_says_so(opened, runs):
+    page = opened(runs["plain"], queries=3)
+    page.one("input[name=search]").send_keys("no such name")
+    assert page.picked() == [] and "in this file, which has 3 of 11" in page.text(".picker .note")
+
+
+@needs_chromium
+def test_long_names_are_cut_and_stay_in_their_place(opened, tables):
+    long = "r" * 80
+    query, gallery = (table.copy() for table in tables)
+    gallery["path"] = [
+        str(Path(path).rename(Path(path).with_name(f"{i:02d}{'x' * 200}.png")))
+        for i, path in enumerate(shutil.copy(path, f"{path}.copy.png") for path in gallery["path"])
+    ]
+    page = opened({long: retrieval((query, gallery)), f"{long}2": retrieval((query, gallery), 1)})
+    page.choose("order", f"largest loss of AP from {long} to {long}2")
+    assert f"largest loss of AP from {long} to {long}2: 11 of" in page.text(".picker .note")
+    over = page.driver.execute_script(
+        """return [document.documentElement.scrollWidth - document.documentElement.clientWidth,
+            ...[...document.querySelectorAll('.picker p, .picker span')].map(
+                node => node.scrollWidth - node.clientWidth)]"""
+    )
+    assert max(over) <= 1, "nothing sticks out"
+    file = page.all(".results .file")[0]
+    low = file.rect["height"]
+    assert len(file.get_attribute("textContent")) > 200 and low < 60
+    page.driver.execute_script("arguments[0].focus()", page.all(".photo")[0])
+    assert page.all(".results .file")[0].rect["height"] > 2 * low, "in focus, all of it"
+
+
+@needs_chromium
 def test_by_keyboard_alone(opened, runs, chromium):
     from selenium.webdriver.common.keys import Keys
 
@@ -754,6 +785,7 @@ def test_a_page_of_nobody_and_a_page_that_cannot_be_followed(opened, runs, table
     unlabelled = [table.assign(pid=-1, camid=-1) for table in tables]
     page = opened(retrieval(unlabelled))
     assert "Not scored" in page.text("header")
+    assert page.text(".strip button") == Path(tables[0]["path"][int(page.key()[1:])]).name.strip()
     text = page.text(".run")
     assert not re.search(r"\bright:|\bwrong:|\bAP \d|✓|✗", text + page.text("header"))
     assert "not known who is asked for" in text
@@ -833,18 +865,18 @@ def test_the_widget_in_jupyterlab(lab, chromium, tables, tmp_path):
         except WebDriverException:
             return False
 
-    until(answers, 60)
+    until(answers, 240)  # a busy machine takes a minute to start it
     ready = """const notebook = window.jupyterapp?.shell?.currentWidget;
         const kernel = notebook?.sessionContext?.session?.kernel;
         return kernel?.status === 'idle' && notebook.content.widgets.length === 2"""
-    until(lambda: chromium.execute_script(ready), 60)
+    until(lambda: chromium.execute_script(ready), 120)
     complaints(chromium)
     run = """const app = window.jupyterapp;
         app.shell.currentWidget.content.activeCellIndex = arguments[0];
         app.commands.execute('notebook:run-cell')"""
     chromium.execute_script(run, 0)
     page = Page(chromium)
-    until(lambda: page.all(".statement"), 60)
+    until(lambda: page.all(".statement"), 120)
     one = retrieval(tables, 0)
     first = np.argsort(one.evaluate().per_query["AP"].to_numpy(), kind="stable")[0]
     assert page.key() == f"q{first}"

@@ -145,6 +145,14 @@ def test_photo_grid_draws_each_photograph_once_in_reading_order(photos):
     assert inside(figure)
 
 
+def test_photographs_that_belong_together_stand_together(photos):
+    figure = pictures.photo_grid(photos, columns=6, together=2)
+    ends = [photo.get_extent()[:2] for photo in photographs(figure.axes[0])]
+    gaps = [ends[i + 1][0] - ends[i][1] for i in range(5)]
+    assert min(gaps[1], gaps[3]) > 2 * max(gaps[0], gaps[2], gaps[4])
+    assert ends[5][1] < figure.get_figwidth() and ends[6:] == ends[:6]
+
+
 def test_photographs_keep_their_proportions():
     wide, tall = np.zeros((50, 100, 3), np.uint8), np.zeros((100, 25, 3), np.uint8)
     for photo in photographs(pictures.photo_grid([wide, tall], height=1).axes[0]):
@@ -365,6 +373,14 @@ def test_distance_histograms_are_densities_and_name_their_overlap():
     assert both.get_label() == "overlap: 50% of the area"
     assert line_a.get_linestyle() != line_b.get_linestyle()
     assert line_a.get_edgecolor() != line_b.get_edgecolor()
+
+
+def test_the_legend_of_histograms_covers_nothing():
+    figure = pictures.distance_histograms([1, 2, 3, 4], [3, 4, 5])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    legend = axes.get_legend().get_window_extent()
+    assert legend.x0 >= axes.get_window_extent().x1 and legend.x1 <= figure.bbox.x1
 
 
 def test_embedding_map_highlights_the_largest_identities(photos):

@@ -1,7 +1,9 @@
 """Search without labels: any pictures in, the evaluator's ranking out, and what is said on the way."""
 
 import io
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -262,6 +264,20 @@ def test_csv_holds_every_name(model, photos):
     assert known == "query,rank,distance,path,status,pid"
 
 
+def test_bytes_that_are_no_text_in_a_name(run, model, photos, tmp_path, capsys):
+    try:
+        crop(70).save(photos / os.fsdecode(b"caf\xe9.png"))
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes no such name")
+    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
+    files = [str(tmp_path / f"o.{kind}") for kind in ("csv", "jpg", "html")]
+    for option, file in zip(("--out", "--picture", "--html"), files, strict=True):
+        line += [option, file]
+    assert main([*line, "--top", "30"]) == 0
+    assert any(path.endswith(r"caf\udce9.png") for path in pd.read_csv(files[0])["path"])
+    assert "caf?.png" in Path(files[2]).read_text(encoding="utf-8")
+
+
 # --- figures
 
 
@@ -364,6 +380,16 @@ def test_search_of_a_folder_writes_files(run, photos, tmp_path, capsys):
     assert "17 of 17 ranked lists" in err
 
 
+def test_what_a_search_passes_over_is_said(run, photos, capsys):
+    for name in ("notes.txt", ".hidden.png"):
+        (photos / name).write_text("no picture")
+    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    assert err.count("ignored, hidden or no images: .hidden.png, notes.txt.") == 1
+    assert "hidden" not in out and "notes" not in out
+
+
 def test_search_in_embeddings(run, model, photos, tmp_path, capsys):
     table = picture_table(photos)
     pixels, _ = load_images(table, RECIPE, show_progress=False, room=False)
@@ -387,12 +413,14 @@ def test_search_in_embeddings(run, model, photos, tmp_path, capsys):
         (["--query", ".", "--gallery", ".", "--out", "."], "is a folder"),
         (["--query", "empty", "--gallery", "."], "holds no images"),
         (["--query", ".", "--gallery", "g.h5"], "no embedding file g.h5"),
+        (["--query", "text.jpg", "--gallery", "a"], "text.jpg: no image format that Pillow knows"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(run, photos, capsys, monkeypatch, options, message):
     monkeypatch.delenv("REID_DEBUG", raising=False)
     monkeypatch.chdir(photos)
     (photos / "empty").mkdir()
+    Path("text.jpg").write_text("no picture")
     assert main(["search", "--model", run, *options]) == 1
     out, err = capsys.readouterr()
     assert out == "" and message in err and len(err.splitlines()) == 1
