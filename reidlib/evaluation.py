@@ -265,6 +265,7 @@ class Retrieval:
             table["path"] = self._shown.paths[rows]
         table["pid"], table["camid"] = self._shown.pids[rows], self._shown.camids[rows]
         table["distance"] = key if self._given is not None else np.sqrt(key)
+        table.attrs["all_matches"] = show_missed or topk is None  # for who states an AP of it
         table["status"] = np.array(STATUSES, dtype=object)[status]
         return table if show_excluded else table.dropna(subset="rank").reset_index(drop=True)
 

@@ -232,7 +232,7 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     broken into lines.
 
     Raises:
-        ValueError: no rows, or a list without results.
+        ValueError: no rows, a list without results, or one made without `show_missed=True`.
     """
     if len(rows) == 0 or any(len(row.results) == 0 for row in rows):
         raise ValueError("There is nothing to draw: no rows, or a ranked list without results.")
@@ -305,6 +305,11 @@ def _account(results: pd.DataFrame, most: int = 8) -> str:
     """Return a list's AP and what it is made of, the ranks of its matches; "" without labels."""
     if (results["status"] == "unknown").any():
         return ""
+    if not results.attrs.get("all_matches", True):
+        raise ValueError(
+            "A ranked list that lacks its later matches has no AP to state: make it with "
+            "show_missed=True."
+        )
     is_match = results["status"] == "match"
     ranks = results.loc[is_match, "rank"].to_numpy(np.int64)
     if len(ranks) == 0:

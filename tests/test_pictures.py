@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from reidlib import pictures
+from reidlib.evaluation import Retrieval
 from reidlib.pictures import EXCLUDED, PLAIN, QUERY, RIGHT, WRONG
 from reidlib.recipes import make_recipe
 
@@ -239,6 +240,19 @@ def test_ranked_lists_state_the_ap_of_what_they_list(row):
     assert "no match in the gallery: not scored" in shown(nothing)
     unknown = row.results.replace({"status": {"match": "unknown", "wrong": "unknown"}})
     assert not any("AP" in word or "✓" in word or "✗" in word for word in shown(unknown))
+
+
+def test_ranked_lists_state_no_ap_of_half_a_list(row):
+    query = pd.DataFrame({"pid": [1], "camid": [1], "path": [row.results["path"][0]]})
+    gallery = pd.DataFrame({"pid": [2, 1, 2, 1], "camid": 2, "path": row.results["path"][1:5]})
+    found = Retrieval([[0.0]], query, [[1.0], [2.0], [3.0], [4.0]], gallery)
+    half = row._replace(results=found.ranked_list(0, topk=2))
+    with pytest.raises(ValueError, match="show_missed=True"):
+        pictures.ranked_lists([half])
+    for whole in ({"topk": 2, "show_missed": True}, {"topk": None}):
+        results = found.ranked_list(0, **whole)
+        words = texts(pictures.ranked_lists([row._replace(results=results)]).axes[0])
+        assert any(word.startswith("AP 50.00% of 2 matches") for word in words)
 
 
 def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
