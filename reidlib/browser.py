@@ -96,6 +96,7 @@ def ranked_list_page(
     Raises:
         ValueError: no run or more than two, two runs that differ in their queries, gallery or
             protocol (says in what), no such query row, or a number below 1.
+        TypeError: what is given is no `Retrieval` and no dict of them.
     """
     shown = _shown(retrievals, topk)
     rows, choice = _choose(shown, queries, seed)
@@ -239,7 +240,11 @@ class Browser(anywidget.AnyWidget):
 
 def _shown(retrievals: Retrieval | Mapping[str, Retrieval], topk: int) -> _Shown:
     """Check the runs, and score them."""
-    runs = {"": retrievals} if isinstance(retrievals, Retrieval) else dict(retrievals)
+    runs = {"": retrievals} if isinstance(retrievals, Retrieval) else retrievals
+    if not (
+        isinstance(runs, Mapping) and all(isinstance(one, Retrieval) for one in runs.values())
+    ):
+        raise TypeError("the browser shows a Retrieval, or one or two of them by name in a dict")
     if not 1 <= len(runs) <= 2:
         raise ValueError(f"the browser shows one run or two side by side, not {len(runs)}")
     if topk < 1:

@@ -205,13 +205,14 @@ def csv_lists(
 def image_list(source, *, pattern=None, image_root=None, must_exist=True) -> pd.DataFrame:
     """One table from a folder (all images in it, at any depth) or a CSV list, to embed or search.
 
-    Identities and cameras of a folder come from `pattern` alone; without it both are -1.
+    Identities and cameras of a folder come from `pattern` alone; without it both are -1. A list
+    with a header needs no `pid`, only `path`: then it is -1.
     Identities that are names raise ValueError: numbered list by list they would not agree. With
     `must_exist=False` a list's images need not be here: it may belong to embeddings from elsewhere.
     """
     path = _existing(source)
     if path.is_file():
-        rows = _read_list(path, image_root, pattern, must_exist)
+        rows = _read_list(path, image_root, pattern, must_exist, labelled=False)
     elif pattern and "pid" in _compiled(pattern).groupindex:
         rows, _ = _read_folder(path, pattern)
     else:
@@ -679,8 +680,8 @@ def _read_folder(place, pattern):
     return pd.DataFrame({"path": paths, "pid": groups["pid"], "camid": camid}), notes
 
 
-def _read_list(source, image_root, pattern, must_exist=True):
-    """Rows (path, pid, camid as text) of one CSV list."""
+def _read_list(source, image_root, pattern, must_exist=True, labelled=True):
+    """Rows (path, pid, camid as text) of one CSV list; a header may leave `pid` out if not labelled."""
     source = _existing(source)
     base = _existing(image_root) if image_root else source.parent
     with open(source, newline="", encoding="utf-8-sig") as file:
@@ -688,7 +689,7 @@ def _read_list(source, image_root, pattern, must_exist=True):
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
     columns = ["pid", "path", "camid"]
     header = [cell.lower() for cell in lines[0][1]] if lines else []
-    if {"pid", "path"} <= set(header):
+    if {"path", *(["pid"] if labelled else [])} <= set(header):
         columns, lines = header, lines[1:]
     if not lines:
         raise ValueError(f"{source} lists no images.")
@@ -700,6 +701,8 @@ def _read_list(source, image_root, pattern, must_exist=True):
                 f"{source}, line {number}: expected {','.join(wanted)}, got {','.join(row)!r}."
             )
     rows = pd.DataFrame([row for _, row in lines], columns=wanted)
+    if "pid" not in rows:
+        rows["pid"] = "-1"
     if "camid" not in rows:
         names = list(rows.path)
         rows["camid"] = _groups(names, pattern, source)["camid"] if pattern else "-1"

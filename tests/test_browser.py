@@ -280,6 +280,9 @@ def test_what_cannot_be_shown_is_refused(tables, runs):
             ranked_list_page(one, queries=queries)
     with pytest.raises(ValueError, match="topk"):
         ranked_list_page(one, topk=0)
+    for wrong in ([one], "plain", {"a": "plain"}):
+        with pytest.raises(TypeError, match="shows a Retrieval"):
+            ranked_list_page(wrong)
 
 
 def test_the_same_data_in_another_folder_can_be_compared(tables, runs):

@@ -462,6 +462,15 @@ def test_image_list_of_folder_and_csv(data):
     named = ds.image_list(root / "query", pattern="market1501")
     assert list(named.pid) == [1, 3] and list(named.camid) == [1, 2]
     assert list(ds.image_list(root / "market1501_query.csv").pid) == [1, 3]
+    names = [str(path) for path in plain.path]
+    pd.DataFrame({"path": names, "rank": 1}).to_csv(root / "unlabelled.csv", index=False)
+    unlabelled = ds.image_list(root / "unlabelled.csv")
+    assert unlabelled.path.tolist() == names
+    assert set(unlabelled.pid) == set(unlabelled.camid) == {-1}
+    (root / "unlabelled.csv").write_text("\n".join(["path", *names]))
+    assert ds.image_list(root / "unlabelled.csv").path.tolist() == names
+    with pytest.raises(ValueError, match="expected pid,path"):  # to train on, labels are needed
+        ds.csv_lists(*[root / "unlabelled.csv"] * 3)
     (root / "names.csv").write_text(f"ann,query/{SMALL['query'][0]}\n")
     with pytest.raises(ValueError, match="identities that are names"):
         ds.image_list(root / "names.csv")
