@@ -172,8 +172,8 @@ def _card(model: EmbeddingNet, recipe: Recipe, name: str, digest: str) -> dict:
                 "with the scale; half-pixel centres; proportions are not kept",
                 "arithmetic": "float32. Pillow: Image.BILINEAR on each channel in mode F; PyTorch: "
                 "interpolate(mode='bilinear', antialias=True). Resizing 8-bit pictures rounds to "
-                "whole levels, OpenCV's and ONNX's plain linear filters do not antialias: both "
-                "move embeddings",
+                "whole levels (so does reidlib where a folder has pictures of several sizes), "
+                "OpenCV's and ONNX's plain linear filters do not antialias: both move embeddings",
             },
             "normalisation": {
                 "inside_the_graph": True,
