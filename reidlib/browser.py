@@ -241,9 +241,7 @@ class Browser(anywidget.AnyWidget):
 def _shown(retrievals: Retrieval | Mapping[str, Retrieval], topk: int) -> _Shown:
     """Check the runs, and score them."""
     runs = {"": retrievals} if isinstance(retrievals, Retrieval) else retrievals
-    if not (
-        isinstance(runs, Mapping) and all(isinstance(one, Retrieval) for one in runs.values())
-    ):
+    if not (isinstance(runs, Mapping) and all(isinstance(one, Retrieval) for one in runs.values())):
         raise TypeError("the browser shows a Retrieval, or one or two of them by name in a dict")
     if not 1 <= len(runs) <= 2:
         raise ValueError(f"the browser shows one run or two side by side, not {len(runs)}")
