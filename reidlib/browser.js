@@ -111,6 +111,7 @@ const who = (pid) => (pid > 0 ? `identity ${pid}` : pid === 0 ? "distractor" : "
 const where = (camid) => (camid >= 0 ? `camera ${camid}` : "camera unknown");
 const short = (pid) => (pid > 0 ? `id ${pid}` : pid === 0 ? "distractor" : "");
 const shortCamera = (camid) => (camid >= 0 ? `c${camid}` : "");
+const last = (name) => name.split("/").pop();
 const joined = (...parts) => parts.filter(Boolean).join(", ");
 
 function shuffled(rows, seed) {
@@ -256,7 +257,7 @@ function start(root, source, { level, page, change = () => {} }) {
     for (const i of order.slice(from, from + PAGE)) {
       const key = `q${queries.row[i]}`;
       const ap = queries.ap.map((run) => run[i]);
-      const name = queries.name[i].split("/").pop(); // of somebody unknown, all that there is
+      const name = last(queries.name[i]); // of somebody unknown, all that there is
       const lines = [joined(short(queries.pid[i]) || name || who(queries.pid[i]), shortCamera(queries.camid[i]))];
       if (scored) {
         if (two && ap[0] !== null && ap[1] !== null) {
@@ -372,7 +373,8 @@ function start(root, source, { level, page, change = () => {} }) {
   function draw() {
     const { key, records } = shown;
     const [name, pid, camid] = imageOf(key);
-    const title = `Query: ${joined(who(pid), where(camid))}`;
+    const unnamed = pid < 0 && camid < 0 && name; // else nothing is known but the file
+    const title = `Query: ${unnamed ? last(name) : joined(who(pid), where(camid))}`;
     const facts = [name || `row ${key.slice(1)} of the ${key[0] === "q" ? "query" : "gallery"} table`];
     if (key[0] === "g") facts.push("a gallery image, asked as a query");
     const ranks = records.map(matchRanks);
@@ -463,7 +465,8 @@ function start(root, source, { level, page, change = () => {} }) {
       move.said = up === 0 ? `same ${other}` : `moved ${word} ${places}, ${side} ${other}`;
     }
     const can = source.has(its);
-    const alt = joined(rank, word, pid > 0 ? who(pid) : pid === 0 ? who(0) : "", where(camid), move.said);
+    const place = pid < 0 && camid < 0 && name ? last(name) : where(camid);
+    const alt = joined(rank, word, pid >= 0 ? who(pid) : "", place, move.said);
     const button = make(
       "button",
       {

@@ -789,6 +789,12 @@ def test_a_page_of_nobody_and_a_page_that_cannot_be_followed(opened, runs, table
     page = opened(retrieval(unlabelled))
     assert "Not scored" in page.text("header")
     assert page.text(".strip button") == Path(tables[0]["path"][int(page.key()[1:])]).name.strip()
+    assert page.text(".asked h2").startswith("Query: ") and "unknown" not in page.text(".asked")
+    names = [
+        page.driver.execute_script("return arguments[0].textContent", f) for f in page.all(".file")
+    ]
+    alts = [image.get_attribute("alt") for image in page.all(".results img")]
+    assert all(name.split("/")[-1] in alt for name, alt in zip(names[1:], alts, strict=True))
     text = page.text(".run")
     assert not re.search(r"\bright:|\bwrong:|\bAP \d|✓|✗", text + page.text("header"))
     assert "not known who is asked for" in text
