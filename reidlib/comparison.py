@@ -14,9 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from reidlib import runs
 from reidlib.datasets import fingerprint, hold_out, load
-from reidlib.embedding import pick_device
+from reidlib.embedding import embed, load_images, pick_device, read_embeddings, write_embeddings
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
@@ -48,6 +51,7 @@ def complete(
     rows: Mapping[str, Row],
     split: Split = "test",
     *,
+    train: bool = True,
     jobs: int = 2,
     device: str = "auto",
     show_progress: bool = True,
@@ -63,6 +67,8 @@ def complete(
         rows: by label.
         split: `"test"` scores by 04_evaluate, without flips, in float32. `"held_out"` takes the
             last held-out scores of training, and never looks at the test split.
+        train: False takes the runs that are there, scores those that have no scores yet, and says of
+            every other row what the nearest run has set otherwise.
         jobs: notebooks at once, each with its share of the CPU's cores; 1 where the device is no CPU.
         device: as in `Trainer`.
 
@@ -97,7 +103,7 @@ def complete(
                 f"{twin!r} and {label!r} would both be the run {name}: give other tags."
             )
 
-    notebooks = _Notebooks(split, device, jobs if target.type == "cpu" else 1)
+    notebooks = _Notebooks(split, device, jobs if target.type == "cpu" else 1, train)
     made: dict[str, Made] = {}
     bar = progress(total=len(set(names.values())), desc="rows", unit="row", show=show_progress)
     with ThreadPoolExecutor(notebooks.jobs) as pool:
@@ -137,6 +143,62 @@ def find(row: Row) -> Path | None:
     return None
 
 
+def nearest(row: Row) -> str:
+    """Return in words which finished run is nearest to a row, and what it has set otherwise."""
+    wanted, found = _settings(row.recipe), []
+    for file in sorted(outputs_dir().glob("*/manifest.json")):
+        try:
+            finished = runs.read_json(file).get("status") == "finished"
+            its = _settings(runs.read_recipe(file.parent))
+        except (ValueError, OSError):
+            continue
+        if finished:
+            differ = [f"{k} = {its[k]!r}, not {wanted[k]!r}" for k in wanted if its[k] != wanted[k]]
+            # A run of another loss or network is farther than any that differs in the details.
+            far = sum(its[k] != wanted[k] for k in ("loss", "margin", "dataset", "backbone"))
+            found.append((far, len(differ), file.parent.name, differ or ["other training images"]))
+    if not found:
+        return "There is no finished run at all."
+    *_, name, differ = min(found)
+    return f"The nearest is {name}: {'; '.join(differ)}."
+
+
+def embedded(
+    folder: Path, split: Split = "test", device: str = "auto", *, flip: bool = False
+) -> tuple[np.ndarray, pd.DataFrame, np.ndarray, pd.DataFrame]:
+    """Return the embeddings of a run: queries (Q, D), their table, gallery (G, D), its table.
+
+    Those of the test split without flips are read from the run's folder. A released run has none
+    there: they are made from its weights, in float32 as its scores were, and kept.
+
+    Args:
+        folder: of the run.
+        split: as in `complete`.
+        device: as in `Trainer`.
+        flip: the mean over each image and its mirror image; never kept.
+    """
+    files = [folder / f"embeddings_{side}.h5" for side in ("query", "gallery")]
+    kept = split == "test" and not flip
+    if kept and all(file.is_file() for file in files):
+        (query_emb, query), (gallery_emb, gallery) = map(read_embeddings, files)
+        return query_emb, query, gallery_emb, gallery
+    model = runs.load_model(folder, pick_device(device))
+    recipe, data = model.recipe, _data(model.recipe.dataset)
+    tables = (data.query, data.gallery)
+    if split == "held_out":
+        tables = hold_out(data.train, recipe.hold_out, seed=0)[1:]
+    # As the scores beside them were computed: those of training in its own precision and images.
+    precision = "float32" if split == "test" else recipe.precision
+    found = []
+    for file, table in zip(files, tables, strict=True):
+        pixels, table = load_images(table, recipe, room=split == "held_out")
+        emb = embed(model, pixels, recipe, flip=flip, precision=precision)
+        if kept:
+            write_embeddings(file, emb, table)
+        found += [emb, table]
+    return tuple(found)
+
+
 def _first(names: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return each run once, with the first label that has it, in order."""
     return [
@@ -160,7 +222,32 @@ def _own(row: Row) -> Path:
 
 
 def _settings(recipe: Recipe) -> dict:
-    return recipe.model_dump(exclude=set(WATCHING))
+    """Return what makes a row. A file of weights goes by its name: where it lies is no setting."""
+    settings = recipe.model_dump(exclude=set(WATCHING))
+    return settings | {"weights": Path(recipe.weights).name}
+
+
+def _goes_on(own: Path, row: Row) -> bool:
+    """Return whether `03_train` may go on with a row's own run: same settings, all of them, and data.
+
+    Where broken images are left out, 03_train alone can tell whether the data is the same.
+    """
+    recipe = row.recipe
+    try:
+        data = runs.read_json(own / "manifest.json").get("train_data")
+        known = recipe.unreadable == "skip" or data == _train_data(recipe.dataset, recipe.hold_out)
+        return known and runs.read_recipe(own) == recipe
+    except (ValueError, OSError):
+        return False
+
+
+def _busy(folder: Path) -> bool:
+    """Return whether a process is writing a run."""
+    try:
+        with runs.lock(folder):
+            return False
+    except RuntimeError:
+        return True
 
 
 def _scored(folder: Path, split: Split) -> bool:
@@ -177,8 +264,8 @@ def _scored(folder: Path, split: Split) -> bool:
 class _Notebooks:
     """Runs the notebooks of rows, several at once, each in a process that `stop` can end."""
 
-    def __init__(self, split: Split, device: str, jobs: int):
-        self.split, self.device, self.jobs = split, device, jobs
+    def __init__(self, split: Split, device: str, jobs: int, train: bool):
+        self.split, self.device, self.jobs, self.train = split, device, jobs, train
         self.stopped = False
         self.children: set[subprocess.Popen] = set()
 
@@ -192,6 +279,8 @@ class _Notebooks:
         """Find one row's run and scores, or make what is missing of them."""
         own, trained = _own(row), False
         folder = find(row)
+        if not folder and not self.train:
+            return Made(None, f"No run with these settings is there. {nearest(row)}")
         if not folder:
             trained, problem = True, self._train(row, own)
             if problem:
@@ -210,18 +299,17 @@ class _Notebooks:
 
     def _train(self, row: Row, own: Path) -> str:
         settings = {k: v for k, v in row.recipe.model_dump().items() if v is not None}
-        try:
-            same = _settings(runs.read_recipe(own)) == _settings(row.recipe)
-        except (ValueError, OSError):
-            same = False
-        settings |= {"recipe": "trinet", "tag": row.tag, "resume": "auto" if same else "restart"}
+        settings |= {"recipe": "trinet", "tag": row.tag}
         while True:
+            settings["resume"] = "auto" if _goes_on(own, row) else "restart"
             problem = self._run("03_train", own, settings)
             if "Another process is writing" not in problem:
                 return problem
             # A comparison that was killed leaves its last trainings behind; they end by themselves.
-            time.sleep(3)
-            settings["resume"] = "auto"
+            while not self.stopped and _busy(own):
+                time.sleep(2)
+            if find(row):
+                return ""
 
     def _evaluate(self, folder: Path) -> str:
         # The other figures of 04_evaluate are for a reader of one run.

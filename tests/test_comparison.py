@@ -2,14 +2,20 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from reidlib import comparison, runs
-from reidlib.comparison import Made, Row, complete, find
+from reidlib.comparison import Made, Row, complete, embedded, find, nearest
+from reidlib.datasets import load
+from reidlib.embedding import read_embeddings, write_embeddings
+from reidlib.evaluation import evaluate
 from reidlib.paths import outputs_dir
 from reidlib.recipes import make_recipe
-from reidlib.training import reproduce_command
+from reidlib.training import Trainer, reproduce_command
 
 SMALL = dict(height=32, width=16, p=4, k=2, steps=3, precision="float32", hold_out=3)
 
@@ -144,8 +150,49 @@ def test_unfinished_foreign_and_broken_runs_are_not_taken(fake, file, content):
     fake.asked.clear()
     done({"one": row()})
     assert fake.ran[0] == ("03_train", SOFT)
-    same = file == "manifest.json"
-    assert fake.asked[0][2]["resume"] == ("auto" if same else "restart")
+    assert fake.asked[0][2]["resume"] == ("auto" if "status" in content else "restart")
+
+
+def test_an_unfinished_run_goes_on_only_where_training_would(fake):
+    """03_train refuses to go on with other settings of any kind, those that only watch too."""
+    folder = done({"one": row()})["one"].folder
+    runs.update_json(folder / "manifest.json", status="running")
+    fake.asked.clear()
+    done({"one": row(checkpoint_every=7)})
+    assert fake.asked[0][2]["resume"] == "restart"
+
+
+def test_a_file_of_weights_goes_by_its_name(fake):
+    done({"one": row(weights="here/w.safetensors")})
+    fake.asked.clear()
+    done({"one": row(weights="/there/w.safetensors")})
+    assert fake.ran == []
+    done({"one": row(weights="here/v.safetensors")})
+    assert fake.ran[0] == ("03_train", SOFT)
+
+
+def test_without_training_rows_say_which_run_is_nearest(fake):
+    done({"soft": row(), "hinge": row(margin=0.2)})
+    (outputs_dir() / SOFT / "per_query.csv").unlink()
+    fake.asked.clear()
+    rows = {
+        "soft": row(),
+        "far": row("b", margin=0.2, lr=1e-2, seed=4),
+        "random": row(loss="random"),
+    }
+    made = done(rows, train=False)
+    assert made["soft"].folder.name == SOFT and fake.ran == [("04_evaluate", SOFT)]
+    assert made["far"].problem == (
+        "No run with these settings is there. "
+        f"The nearest is {A}: lr = 0.001, not 0.01; seed = 0, not 4."
+    )
+    assert f"The nearest is {SOFT}: loss = 'batch_hard', not 'random'." in made["random"].problem
+    runs.update_json(outputs_dir() / SOFT / "manifest.json", train_data="others")
+    assert "nearest is synthetic_batchhard_softplus_a: other training images" in nearest(row())
+    for folder in outputs_dir().iterdir():
+        runs.update_json(folder / "manifest.json", status="stopped")
+    with pytest.raises(RuntimeError, match="No row could be made.*There is no finished run at all"):
+        done({"one": row()}, train=False)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +226,32 @@ def test_a_row_that_fails_leaves_the_others_alone(fake):
 
 
 def test_a_run_that_another_process_trains_is_waited_for(fake, monkeypatch):
-    monkeypatch.setattr(comparison.time, "sleep", lambda seconds: None)
-    fake.problems["03_train", SOFT] = 3 * ["Another process is writing it. Wait for it."]
-    made = done({"one": row()})
-    assert made["one"].folder.name == SOFT
-    assert fake.ran == 4 * [("03_train", SOFT)] + [("04_evaluate", SOFT)]
+    """As the trainings that a killed comparison has left behind."""
+    busy = "Another process is writing it. Wait for it."
+    folder, waits = outputs_dir() / SOFT, []
+    with runs.lock(folder):
+        assert comparison._busy(folder)
+    assert not comparison._busy(folder)
+    monkeypatch.setattr(comparison, "_busy", lambda folder: len(waits) % 4 != 3)
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(sleep=waits.append))
+    # The other one was killed, too: the row is trained here.
+    fake.problems["03_train", SOFT] = [busy]
+    assert done({"one": row()})["one"].folder == folder
+    assert fake.ran == 2 * [("03_train", SOFT)] + [("04_evaluate", SOFT)] and len(waits) == 3
+    # It came to its end: nothing is left to train.
+    runs.update_json(folder / "manifest.json", status="running")
+    (folder / "per_query.csv").unlink()
+    fake.asked.clear()
+
+    def finish(seconds):
+        waits.append(seconds)
+        runs.update_json(folder / "manifest.json", status="finished")
+
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(sleep=finish))
+    fake.problems["03_train", SOFT] = [busy]
+    waits.clear()
+    assert done({"one": row()})["one"].folder == folder
+    assert fake.ran == [("03_train", SOFT), ("04_evaluate", SOFT)] and len(waits) == 3
 
 
 def test_jobs_is_how_many_run_at_once(fake):
@@ -219,3 +287,24 @@ def test_the_real_notebooks_are_run_and_their_problems_told(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)No row could be made.*03_train, cell.*identities"):
         done({"one": row(p=1000)})
     assert (outputs_dir() / "notebooks" / SOFT / "03_train.failed.ipynb").is_file()
+
+
+def test_embeddings_are_read_where_they_are_and_made_where_not(tmp_path):
+    recipe = make_recipe("demo", **(SMALL | dict(hold_out=5)))
+    folder = Trainer(recipe, "a", device="cpu", show_progress=False).fit()
+    query_emb, query, gallery_emb, gallery = embedded(folder)
+    data = load("synthetic")
+    assert len(query_emb) == len(query) == len(data.query)
+    assert len(gallery_emb) == len(gallery) == len(data.gallery)
+    kept = folder / "embeddings_query.h5"
+    assert np.array_equal(read_embeddings(kept)[0], query_emb)
+    write_embeddings(kept, 2 * query_emb, query)
+    assert np.array_equal(embedded(folder)[0], 2 * query_emb), "read, not made again"
+    flipped = embedded(folder, flip=True)[0]
+    assert not np.allclose(flipped, query_emb, atol=1e-6)
+    assert np.array_equal(read_embeddings(kept)[0], 2 * query_emb), "flips are not kept"
+    # The held-out scores of training come from these very embeddings.
+    held = evaluate(*embedded(folder, "held_out"))
+    table = pd.read_csv(folder / "per_query_held_out.csv")
+    np.testing.assert_allclose(held.per_query["AP"], table["AP"], atol=1e-9)
+    assert held.per_query["pid"].nunique() == 5
