@@ -18,7 +18,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,21 +121,34 @@ def write_evaluation(
     Returns:
         how many images the map has.
     """
+    write_scores(folder, evaluation.scores, name)
     name = re.sub(r"\W", "_", name)  # part of file names and tags
-    manifest = runs.read_json(folder / "manifest.json")
-    with _afresh(folder, name) as writer:
-        # Again, for runs trained before there were any, and released ones.
-        add_hyperparameters(writer, runs.read_recipe(folder), manifest["steps"])
-        for key, score in evaluation.scores.items():
-            if not key.startswith("queries"):
-                writer.add_scalar(f"{name}/{key}", score, manifest["step"])
     with _afresh(folder / PICTURES, name) as writer:
-        _add_ranked_lists(writer, name, retrieval, evaluation, manifest["step"])
+        step = runs.read_json(folder / "manifest.json")["step"]
+        _add_ranked_lists(writer, name, retrieval, evaluation, step)
     sides = zip(("query", "gallery"), (retrieval.query, retrieval.gallery), strict=True)
     table = pd.concat([t.assign(split=split) for split, t in sides], ignore_index=True)
     return write_projector(
         folder / PICTURES, np.concatenate(emb), table, [*pixels[0], *pixels[1]], name=name
     )
+
+
+def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") -> None:
+    """Show the scores of an evaluation, and the run's settings beside them in the HParams tab.
+
+    Args:
+        folder: of the run. Its event files of the same name are replaced.
+        scores: fractions, as in `metrics.json`; numbers of queries are left out.
+        name: under which they stand, as in `write_evaluation`.
+    """
+    name = re.sub(r"\W", "_", name)
+    manifest = runs.read_json(folder / "manifest.json")
+    with _afresh(folder, name) as writer:
+        # Again, for runs trained before there were any.
+        add_hyperparameters(writer, runs.read_recipe(folder), manifest["steps"])
+        for key, score in scores.items():
+            if not key.startswith("queries"):
+                writer.add_scalar(f"{name}/{key}", score, manifest["step"])
 
 
 @contextmanager

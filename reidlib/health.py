@@ -124,6 +124,10 @@ class Run(NamedTuple):
         return self.history["lr"] > 0.5 * self.recipe.lr
 
 
+# TriNet's rate for Adam, and that of most recipes since.
+GOOD_RATE = 3e-4
+
+
 # --- before the first step
 
 
@@ -153,6 +157,20 @@ def wrong_normalisation(run: Run) -> Finding | None:
         "given others.",
         f'normalise = "{run.recipe.normalise}" with weights = {Path(run.recipe.weights).name!r}',
         'normalise="imagenet"',
+    )
+
+
+def no_margin(run: Run) -> Finding | None:
+    """A hinge with margin 0 asks for nothing that one point for all images does not give."""
+    if run.recipe.margin != 0:
+        return None
+    return Finding(
+        "no margin",
+        "With a margin of 0 a network that maps all images to one point has no loss: nothing pushes "
+        "people apart, and the loss cannot show a collapse.",
+        f"margin = 0; median distance between identities {run.plain(run.start['negative_p50']):.3g} at "
+        f"the start, {run.plain(run.end['negative_p50']):.3g} at the end",
+        'margin=0.2 to 1, or margin="soft".',
     )
 
 
@@ -201,9 +219,10 @@ def diverging(run: Run) -> Finding | None:
     """The loss or the embeddings grow out of bounds."""
     loss, norm, steps = run.loss, run.history["norm"], run.history["step"]
     high = max(loss.iloc[0], run.collapsed_loss)
-    lower = f"A lower learning rate (now lr = {run.recipe.lr:g}): a tenth of it" + (
-        ", or squared=False" if run.recipe.squared else ""
+    lower = f"A lower learning rate (now lr = {run.recipe.lr:g}): " + (
+        f"{GOOD_RATE:g}" if run.recipe.lr > 10 * GOOD_RATE else "a tenth of it"
     )
+    lower += ", or squared=False" if run.recipe.squared else ""
     if run.failed:
         logged = (
             f"loss {loss.iloc[0]:.3g} at step {steps.iloc[0]:.0f}, {loss.iloc[-1]:.3g} at step "
@@ -273,7 +292,8 @@ def collapsed(run: Run) -> Finding | None:
         f"{run.loss.iloc[-1]:.3f} at step {rows['step'].iloc[-1]:.0f}, and a collapsed network sits "
         f"at {value}",
         "Look at the images (00_explore_data): they give one embedding from the start, as black or "
-        "identical pictures do."
+        "identical pictures do"
+        + (". Or the file of weights: zeros do so, too." if recipe.weights != "none" else ".")
         if from_start
         else 'A lower learning rate, or loss="batch_all". Some runs leave it by themselves, with more '
         "steps. If none helps, look at the labels (00_explore_data): wrong ones cannot be learnt.",
@@ -310,28 +330,34 @@ MOVED_APART = 1.1
 
 def not_learning(run: Run) -> Finding | None:
     """Strangers are no farther than before training, or are not found any better."""
+    if len(run.history) < MIN_ROWS:
+        return None
     evidence, says = [], "The network tells people apart no better than before training."
     if len(run.held_out) and run.before is not None:
         best = run.held_out.max()
         if best < run.before + MAP_NOISE:
             evidence = [f"held-out mAP {run.before:.1%} before training, {best:.1%} at best"]
             says = "People whom the network never saw are found no better than before training."
-    if len(run.history) >= MIN_ROWS:
-        before, after = run.moved_apart
-        if after < MOVED_APART * max(1, before) and run.end["active"] > 0.1:
-            evidence += [
-                f"a stranger is {after:.2f} times as far as the same person (medians), "
-                f"{before:.2f} at the start",
-                f"loss {run.loss.iloc[0]:.3f} → {run.loss_at_end:.3f}",
-            ]
+    before, after = run.moved_apart
+    if after < MOVED_APART * max(1, before) and run.end["active"] > 0.1:
+        evidence += [
+            f"a stranger is {after:.2f} times as far as the same person (medians), "
+            f"{before:.2f} at the start",
+            f"loss {run.loss.iloc[0]:.3f} → {run.loss_at_end:.3f}",
+        ]
     if not evidence:
         return None
+    data = (
+        "the labels and images (00_explore_data): do the pictures of one identity show one person?"
+    )
+    rate = f"learning rate (now lr = {run.recipe.lr:g}; {GOOD_RATE:g} is a good first one)."
     return Finding(
         "not learning",
         says,
         "; ".join(evidence),
-        f"Look at the labels and images (00_explore_data): do the pictures of one identity show one "
-        f"person? Then the learning rate (now lr = {run.recipe.lr:g}; 3e-4 is a good first one).",
+        f"A higher {rate} Then look at {data}"
+        if run.recipe.lr < GOOD_RATE / 10
+        else f"Look at {data} Then the {rate}",
     )
 
 
@@ -499,15 +525,18 @@ def too_short(run: Run) -> Finding | None:
 # --- the report
 
 CHECKS = (
-    *(weights_did_not_load, wrong_normalisation, too_few_identities),
+    *(weights_did_not_load, wrong_normalisation, no_margin, too_few_identities),
     *(diverging, collapsed, near_collapse, not_learning, margin_out_of_reach, too_easy),
     *(overfitting, still_learning, far_from_origin, too_short),
 )
 # Worth a line as soon as they are seen: the rest of the run is lost time.
-AT_ONCE = (weights_did_not_load, wrong_normalisation, too_few_identities, diverging, collapsed)
+AT_ONCE = (
+    *(weights_did_not_load, wrong_normalisation, no_margin, too_few_identities),
+    *(diverging, collapsed),
+)
 _AFTERMATH = {"near collapse", "not learning", "margin out of reach", "still learning", "too easy"}
 EXPLAINS = {
-    "diverging": _AFTERMATH | {"overfitting", "too short"},
+    "diverging": _AFTERMATH | {"overfitting", "far from origin", "too short"},
     "collapsed": _AFTERMATH | {"overfitting", "far from origin", "too short"},
     "near collapse": {"still learning"},
     "not learning": {"still learning", "overfitting"},

@@ -237,10 +237,12 @@ def load_backbone_weights(backbone: nn.Module, name: str, weights: str | Path) -
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    broken = [k for k in own if k in state and not state[k].isfinite().all()]
     for keys, what in (
         (missing, "lacks"),
         (unknown, "has unknown"),
         (shapes, "has other shapes in"),
+        (broken, "has NaN or infinity in"),
     ):
         if keys:
             raise ValueError(

@@ -331,7 +331,10 @@ class Trainer:
         runs.write_text(self.folder / "history.csv", table.to_csv(index=False))
 
     def _fail(self, what: str) -> None:
-        self._write_manifest("failed", f"At step {self.step} {what}")
+        where = f"At step {self.step} {what}"
+        self._write_manifest("failed", where)
+        found = self._findings(health.AT_ONCE, where)
+        print(health.as_text(found), file=sys.stderr, flush=True)
         kept = (self.folder / "checkpoint.pt").exists()
         raise TrainingFailed(
             f"At step {self.step} {what} became NaN or infinite, so training stopped"

@@ -98,9 +98,10 @@ BROKEN = {
     "far": (dict(loss="batch_all"), built(lambda h: h.bias.fill_(100.0)), {"far from origin"}),
     "margin 50": (dict(margin=50.0), unchanged, {"margin out of reach"}),
     "easy": (dict(loss="batch_all", margin=0.2), one_colour_each, {"too easy"}),
+    "margin 0": (dict(margin=0.0, loss="batch_all"), unchanged, {"no margin"}),
     "all people": (dict(p=12, steps=20, log_every=1), unchanged, {"too few identities"}),
     "few images": (dict(k=16, steps=4), unchanged, {"too few identities", "too short"}),
-    "5 steps": (dict(steps=5), unchanged, {"too short"}),
+    "5 steps": (dict(steps=5, hold_out=3, evaluate_every=2), unchanged, {"too short"}),
     "cut short by its schedule": (
         dict(p=6, loss="batch_all", steps=24, log_every=1),
         unchanged,
@@ -120,6 +121,17 @@ def test_a_run_cut_short_is_still_learning():
 SMALL_TOO = {"still learning", "far from origin", "too easy"}
 
 
+# What to try first names the setting that broke the run.
+ADVICE = {
+    "rate 10": "(now lr = 10): 0.0003",
+    "rate 1e-9": "A higher learning rate (now lr = 1e-09",
+    "shuffled": "Look at the labels",
+    "black": "Look at the images",
+    "margin 0": "margin=0.2",
+    "margin 50": "A smaller margin",
+}
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_run_is_found(case, monkeypatch):
     changes, breaks, expected = BROKEN[case]
@@ -127,6 +139,9 @@ def test_a_broken_run_is_found(case, monkeypatch):
     breaks(broken, monkeypatch)
     findings = report_run(broken.fit())
     assert expected <= {*names(findings)} <= expected | SMALL_TOO
+    assert findings[0].try_first.startswith(ADVICE.get(case, "")) or (
+        ADVICE[case] in findings[0].try_first
+    )
     for finding in findings:  # each with numbers, and with something to do
         assert any(c.isdigit() for c in finding.evidence), finding
         assert len(finding.try_first) > 5
@@ -190,7 +205,7 @@ def test_fresh_layers_are_those_with_either_pair_untouched():
 
 
 @pytest.mark.parametrize(("lr", "first_step"), [(1e18, False), (None, True)])
-def test_a_run_that_fails_says_so_in_its_manifest(monkeypatch, lr, first_step):
+def test_a_run_that_fails_says_so_in_its_manifest_and_at_once(monkeypatch, capsys, lr, first_step):
     failing = trainer("nan", lr=lr or 1e-3, log_every=1)
     if first_step:
         built(lambda head: head.weight.fill_(math.nan))(failing, monkeypatch)
@@ -198,6 +213,8 @@ def test_a_run_that_fails_says_so_in_its_manifest(monkeypatch, lr, first_step):
         failing.fit()
     (finding,) = [f for f in report_run(failing.folder) if f.name == "diverging"]
     assert "became NaN or infinite, so training stopped" in finding.says
+    # In 03_train the error ends the cell before the report is shown, so it stands above it.
+    assert as_text([finding]) in capsys.readouterr().err
     assert ("the first step" in finding.evidence) == first_step
     assert ("lower learning rate" in finding.try_first) != first_step
 
@@ -309,6 +326,8 @@ def shrunk(negative, loss):
         (dict(active=at_end(5, 0, 0.1), recipe=dict(margin=0.2)), []),
         (dict(active=0.0), []),  # the soft margin still pulls
         (dict(loss=at_end(6, 9e-4, 0.2)), ["too easy"]),
+        (dict(recipe=dict(margin=0.0)), ["no margin"]),
+        (dict(recipe=dict(margin=0.01)), []),
         (dict(recipe=dict(margin=10.3)), ["margin out of reach"]),
         (dict(recipe=dict(margin=9.0)), []),
         # held-out scores over time

@@ -149,6 +149,11 @@ def test_a_file_that_does_not_fit_says_which_keys(tmp_path):
     torch.save(state, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="other shapes in 1 .*conv1.weight"):
         EmbeddingNet("resnet18", weights=tmp_path / "c.pth")
+    state = torchvision.models.resnet18().state_dict()
+    state["bn1.running_var"][3] = torch.nan
+    torch.save(state, tmp_path / "d.pth")
+    with pytest.raises(ValueError, match="NaN or infinity in 1 .*bn1.running_var"):
+        EmbeddingNet("resnet18", weights=tmp_path / "d.pth")
 
 
 class Evil:

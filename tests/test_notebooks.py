@@ -128,7 +128,13 @@ def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(tmp_path
     count = int(re.search(r"\*\*(\d+) rows\*\*", said)[1])
     assert count == 5 + 6 + 6 + 6, "variants, margins, the path, the departures"
     assert f"{count} of {count} rows were made now" in said and "NOT IN THE TABLES" not in said
-    assert "The largest gain is" in said and "one seed each says nothing" in said
+    assert re.search("The largest gain is|No step gains", said)
+    assert "one seed each says nothing" in said and "(not another seed)" in said
+    every = pd.read_csv(tmp_path / "outputs" / "compare_margins_runs.csv")
+    assert len(every) == every["run"].nunique() == count
+    for row in every.itertuples():
+        table = pd.read_csv(tmp_path / "outputs" / row.run / "per_query_held_out.csv")
+        assert row.mAP == pytest.approx(table["AP"].mean(), abs=1e-12)
     assert not list((tmp_path / "outputs").glob("synthetic_*/per_query.csv")), "the test split"
 
     # Interrupted: one run was deleted, one stopped on its way. The others stay as they are.
@@ -143,6 +149,24 @@ def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(tmp_path
     assert f"2 of {count} rows were made now" in said
     now = {path.parent.name: path.stat().st_mtime_ns for path in runs_of}
     assert {name for name in now if now[name] != before[name]} == {gone, stopped}
+
+    # Only what is there: the second seed is missing, and so is one row of the first.
+    shutil.rmtree(tmp_path / "outputs" / "synthetic_batchhard_compare_s0")
+    done = execute(
+        [*arguments, "-p", "seeds", "2", "-p", "train", "False"],
+        tmp_path,
+        tmp_path / "outputs",
+        data_root,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = "\n".join(texts(nbformat.read(executed, as_version=4)))
+    assert f"0 of {count + 5} rows were made now" in said and "6 are missing" in said
+    near = "The nearest is synthetic_batchall_compare_s0: seed = 0, not 1."
+    assert (
+        f"NOT IN THE TABLES, batch-all 0.2, seed 1: No run with these settings is there. {near}"
+        in said
+    )
+    assert not (tmp_path / "outputs" / "synthetic_batchhard_compare_s0").exists()
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])

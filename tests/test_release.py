@@ -1,11 +1,15 @@
 """A released run: half the bytes, the same scores but for rounding, and a card that tells no tales."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams import metadata
 
 from reidlib import release, runs
 from reidlib.datasets import load
@@ -116,6 +120,25 @@ def test_a_released_run_is_whole_light_and_tells_what_its_files_say(folder):
         assert str(ROOT.parent).encode() + b"/" not in content and b"/home/" not in content, file
         assert b"\xff\xd8\xff" not in content or file.suffix == ".safetensors", file
         assert b"\x89PNG" not in content, file
+
+
+def test_tensorboard_shows_released_runs_with_settings_and_scores_at_once():
+    """Straight after a clone: numbers of all, and pictures of drawn people alone."""
+    for folder in RELEASED:
+        points, sessions = {}, 0
+        for file in folder.glob("events.out.tfevents.*"):
+            for event in EventFileLoader(str(file)).Load():
+                for value in event.summary.value:
+                    sessions += value.tag == metadata.SESSION_START_INFO_TAG
+                    if value.tag.startswith("test/"):
+                        points[value.tag] = value.tensor.float_val[0]
+        assert sessions, f"no row of {folder.name} in the HParams tab"
+        metrics = runs.read_json(folder / "metrics.json")
+        for key in metrics["intervals"]:
+            assert points[f"test/{key}"] == pytest.approx(metrics[key], abs=1e-6), folder.name
+    shown = ["git", "ls-files", "outputs/*/pictures/*"]
+    listed = subprocess.run(shown, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {Path(name).parts[1] for name in listed.splitlines()} <= {runs.EXAMPLE}
 
 
 def test_the_example_has_the_scores_that_it_states(tmp_path, monkeypatch):
