@@ -54,9 +54,11 @@ class PKSampler:
         starts = np.flatnonzero(np.diff(pids[order])) + 1
         self._rows = np.split(order, starts)
         if len(self._rows) < p:
+            advice = "lower P, or hold out fewer identities"
+            if len(self._rows) < 2:
+                advice = "without a second identity there is no negative, and nothing to learn"
             raise ValueError(
-                f"A batch needs P = {p} identities, the data has {len(self._rows)}: "
-                f"lower P, or hold out fewer identities."
+                f"A batch needs P = {p} identities, the data has {len(self._rows)}: {advice}."
             )
         self._random = np.random.default_rng(seed)
         self._batches: list[np.ndarray] = []  # what is left of the epoch under way

@@ -98,6 +98,7 @@ def test_a_restored_sampler_gives_the_batches_that_would_have_come(epoch, stop):
     [
         (dict(pids=[], p=2, k=2), "list of identities"),
         (dict(pids=[1, 1, 2], p=3, k=2), "P = 3 identities, the data has 2"),
+        (dict(pids=[1, 1, 1], p=2, k=2), "the data has 1: without a second identity there is no"),
         (dict(pids=[1, -1, 2], p=2, k=2), "1 rows are junk"),
         (dict(pids=[1, 2], p=0, k=2), "at least 1"),
         (dict(pids=[1, 2], p=2, k=0), "at least 1"),
