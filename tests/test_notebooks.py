@@ -160,7 +160,7 @@ def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = "\n".join(texts(nbformat.read(executed, as_version=4)))
-    assert f"0 of {count + 5} rows were made now" in said and "6 are missing" in said
+    assert f"0 of {count + 5} rows were made now" in said and "missing: 6, see below" in said
     near = "The nearest is synthetic_batchall_compare_s0: seed = 0, not 1."
     assert (
         f"NOT IN THE TABLES, batch-all 0.2, seed 1: No run with these settings is there. {near}"
