@@ -139,6 +139,8 @@ def test_tensorboard_shows_released_runs_with_settings_and_scores_at_once():
     shown = ["git", "ls-files", "outputs/*/pictures/*"]
     listed = subprocess.run(shown, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {Path(name).parts[1] for name in listed.splitlines()} <= {runs.EXAMPLE}
+    example = (ROOT / "outputs" / runs.EXAMPLE).rglob("*")
+    assert sum(file.stat().st_size for file in example if file.is_file()) < 10e6
 
 
 def test_the_example_has_the_scores_that_it_states(tmp_path, monkeypatch):
