@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -345,65 +346,71 @@ class Retrieval:
         """Ranks of all matches of all queries, (M,), from the arrays (P,) of `_pairs`, where
         ``columns`` are places among the gallery rows ``kept``.
 
-        A rank is 1, plus the matches before it, which are all measured directly, plus the others
-        before it. Those are counted in float32, and only the ones within its error measured.
+        A rank is 1, plus the others before it, plus the matches before it, which are all measured
+        directly. The others are counted in float32, and only those within its error measured.
         """
         is_match = status == MATCH
         asking, match = asked[is_match], columns[is_match]  # (M,)
-        key = self._key(asking, kept[match])
-        first = np.searchsorted(asking, asking)  # where the matches of the same query begin
         ranks = np.empty(len(match), np.int64)
-        # Stable, and `match` ascends: equal distances rank in gallery order.
-        ranks[np.lexsort((key, asking))] = np.arange(len(match)) - first + 1
-
+        many = np.zeros(len(self.query), bool)  # queries left for later
         threads = min(os.cpu_count() or 1, 8)
-        # Tiles of `rows` x `width`, at home in the cache: time grows with the gallery, no faster.
-        rows = min(64, max(1, block_bytes // (16 * threads * 1024)))
-        width = max(1024, block_bytes // (16 * threads * rows))
-        tiles = [slice(start, start + width) for start in range(0, len(kept), width)]
-        near32 = self._near32(kept)
+        # Half of the bytes for a tile of the gallery, `width` x D, and half for the distances of
+        # `rows` queries to it in each thread. A row of them is at home in the cache.
+        width = min(2**14, max(2**10, block_bytes // (8 * self._shown.emb.shape[1])))
+        rows = min(2**9, max(1, block_bytes // (8 * threads * width)))
+        blocks = [slice(start, start + rows) for start in range(0, len(self.query), rows)]
+        of_block = [slice(*np.searchsorted(asking, [b.start, b.stop])) for b in blocks]
+        pairs_of = [slice(*np.searchsorted(asked, [b.start, b.stop])) for b in blocks]
+        key = np.empty(len(match), np.float64 if self._given is None else self._given.dtype)
 
-        def count(start: int) -> np.ndarray:
-            """Add the others to the ranks of ``rows`` queries; return the queries left for later."""
-            queries = slice(start, start + rows)
-            pairs, mine = (
-                slice(*np.searchsorted(a, [start, start + rows])) for a in (asked, asking)
+        def measure(mine: slice) -> None:
+            key[mine] = self._key(asking[mine], kept[match[mine]])
+
+        def count(tile: slice, near32: Callable, block: slice, mine: slice, pairs: slice) -> None:
+            """Add the others of a tile to the ranks of a block of queries."""
+            near, own, slack = near32(block)  # (B, G'), (B,), (B,)
+            column = columns[pairs] - tile.start
+            inside = (column >= 0) & (column < near.shape[1])
+            out = (asked[pairs] - block.start)[inside], column[inside]
+            near[out] = np.inf  # of the query's identity: none of the others
+            row = asking[mine] - block.start  # (m,)
+            later = many[block]  # a view
+            later |= ~np.isfinite(slack)
+            with np.errstate(invalid="ignore"):  # inf - inf, of queries that are left for later
+                at = key[mine] - own[row]
+                # One step outwards, for the rounding to float32.
+                low = np.nextafter(np.float32(at - slack[row]), np.float32(-np.inf))
+                high = np.nextafter(np.float32(at + slack[row]), np.float32(np.inf))
+            cuts = np.searchsorted(row, np.arange(len(near) + 1))
+            before, unsure = np.zeros(len(row), np.int64), [np.empty(0, np.int64)] * len(near)
+            for i in np.flatnonzero(~later & (np.diff(cuts) > 0)):
+                ends = slice(cuts[i], cuts[i + 1])
+                before[ends], unsure[i] = _count_before(near[i], low[ends], high[ends])
+                if len(unsure[i]) > 1000:
+                    later[i], unsure[i] = True, unsure[i][:0]
+            ranks[mine] += before
+            # (U,) whose they are, and which gallery images
+            whose = np.repeat(np.arange(len(near)), [len(columns) for columns in unsure])
+            other = np.concatenate(unsure) + tile.start
+            theirs = self._key(whose + block.start, kept[other])
+            # Matches and unsure ones by distance, equal ones in gallery order: (m + U,)
+            order = np.lexsort(
+                [np.concatenate(x) for x in ((match[mine], other), (key[mine], theirs), (row, whose))]
             )
-            row, target = asking[mine] - start, match[mine]
-            many = False
-            for tile in tiles:
-                near, own, slack = near32(queries, tile)  # (B, G'), (B,), (B,)
-                column = columns[pairs] - tile.start
-                inside = (column >= 0) & (column < near.shape[1])
-                out = (asked[pairs] - start)[inside], column[inside]
-                near[out] = np.finfo(np.float32).max  # of the query's identity: none of the others
-                # One sort brings values and columns: in the last 29 bits of a float64, which a
-                # float32 leaves free, stands the column.
-                near = near.astype(np.float64)
-                bits = near.view(np.int64)
-                bits |= np.arange(near.shape[1])
-                near.sort(axis=1)
-
-                with np.errstate(invalid="ignore"):  # inf - inf, of queries that are left for later
-                    at = key[mine] - own[row]
-                    ends = at - slack[row], at + slack[row]
-                low, high = (_search(near, row, end) for end in ends)
-                unsure = high - low
-                many |= (np.bincount(row, unsure, len(near)) > 1000) | ~np.isfinite(slack)
-                unsure[many[row]] = 0
-                # (U,) the match and the other of each pair to measure
-                m = np.repeat(np.arange(len(row)), unsure)
-                nth = np.arange(len(m)) - np.repeat(np.cumsum(unsure) - unsure, unsure)
-                other = bits[row[m], low[m] + nth] & (2**29 - 1)
-                other += tile.start
-                theirs, ours = self._key(asking[mine][m], kept[other]), key[mine][m]
-                before = (theirs < ours) | ((theirs == ours) & (other < target[m]))
-                ranks[mine] += low + np.bincount(m[before], minlength=len(row))
-            return start + np.flatnonzero(many)
+            is_match = order < len(row)
+            ahead = np.cumsum(~is_match)[is_match]
+            order = order[is_match]
+            ranks[mine][order] += ahead - np.searchsorted(whose, row[order])
 
         # A thread a block, instead of a matrix product in threads and all the rest in one.
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
-            slow = np.concatenate([*pool.map(count, range(0, len(self.query), rows))])
+            list(pool.map(measure, of_block))
+            first = np.searchsorted(asking, asking)  # where the matches of the same query begin
+            # Stable, and `match` ascends: equal distances rank in gallery order.
+            ranks[np.lexsort((key, asking))] = np.arange(len(match)) - first + 1
+            for tile, near32 in self._near32(kept, width, pool):
+                list(pool.map(partial(count, tile, near32), blocks, of_block, pairs_of))
+        slow = np.flatnonzero(many)
         if len(slow):
             for i, near, slack in self._near(slow, kept, block_bytes):
                 pairs = slice(*np.searchsorted(asked, [i, i + 1]))
@@ -413,53 +420,61 @@ class Retrieval:
         return ranks
 
     def _near32(
-        self, kept: np.ndarray
-    ) -> Callable[[slice, slice], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Return a function of two slices, some queries and some of the gallery rows ``kept``, to
-        (near, own, slack): near (B, G') is in float32 their `_key` less the query's ``own`` (B,),
-        wrong by less than ``slack`` (B,), which is infinite where float32 does not hold a distance.
+        self, kept: np.ndarray, width: int, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[slice, Callable[[slice], tuple[np.ndarray, np.ndarray, np.ndarray]]]]:
+        """Yield tiles, some of the gallery rows ``kept``, and for each a function of a slice of
+        queries to (near, own, slack): near (B, G') is in float32 their `_key` less the query's
+        ``own`` (B,), wrong by less than ``slack`` (B,), which is infinite where float32 does not
+        hold a distance.
         """
         unit, tiny = np.finfo(np.float32).eps / 2, np.finfo(np.float32).tiny
+        tiles = [slice(i, min(i + width, len(kept))) for i in range(0, len(kept), width)]
         if self._given is not None:
 
-            def cast(part: slice, tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            def cast(tile: slice, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 near = self._given[part][:, kept[tile]].astype(np.float64)
                 size = np.abs(near).max(axis=1)
                 slack = np.where(size < 1e36, 4 * unit * size + tiny, np.inf)
                 with np.errstate(over="ignore"):
                     return near.astype(np.float32), np.zeros(len(near)), slack
 
-            return cast
+            yield from ((tile, partial(cast, tile)) for tile in tiles)
+            return
 
+        # Far from the origin all digits would be lost, so both sets are centred first.
         with np.errstate(over="ignore", invalid="ignore"):
-            # Far from the origin all digits would be lost, so both sets are centred first.
             centre = self._shown.emb.mean(axis=0, dtype=np.float64)
-            asked, own = _centred32(self._asked.emb, np.arange(len(self.query)), centre)
-            shown, norms = _centred32(self._shown.emb, kept, centre)
-            reach = np.sqrt(own) + np.sqrt(norms.max())  # (Q,)
-            # A bound on all rounding, whatever the order in which a BLAS adds up `width` products
-            # (Higham, Accuracy and Stability, section 3.1): width / 2 for them, as 2 |q| |g| is at
-            # most reach^2 / 2; 1/2 for each sum of such sums; and less than 8 for coordinates,
-            # norms and the column. Below `tiny` a processor may take numbers for 0.
-            dim = len(centre)
-            width = min(dim, 256)  # longer sums leave more to be measured
-            slack = unit * ((width + -(-dim // width)) / 2 + 8) * reach**2
-            slack += 4 * dim * tiny * (1 + reach)
-            slack[~(reach < 1e18)] = np.inf
+        asked, own = _centred32(self._asked.emb, np.arange(len(self.query)), centre, pool)
+        with np.errstate(over="ignore"):
             asked *= -2
-            norms = norms.astype(np.float32)
-
-        def product(part: slice, tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        dim = len(centre)
+        part = min(dim, 256)  # longer sums leave more to be measured
+        for tile in tiles:
+            shown, norms = _centred32(self._shown.emb, kept[tile], centre, pool)
             with np.errstate(over="ignore", invalid="ignore"):
-                # (B, W) @ (W, G') -> (B, G'), |g|^2 - 2 q.g
-                near = asked[part, :width] @ shown[tile, :width].T
-                for start in range(width, dim, width):
-                    some = slice(start, start + width)
-                    near += asked[part, some] @ shown[tile, some].T
-                near += norms[tile]
-            return near, own[part], slack[part]
+                reach = np.sqrt(own) + np.sqrt(norms.max())  # (Q,)
+                # A bound on all rounding, whatever the order in which a BLAS adds up `part`
+                # products (Higham, Accuracy and Stability, section 3.1): part / 2 for them, as
+                # 2 |q| |g| is at most reach^2 / 2; 1/2 for each sum of such sums; and less than 8
+                # for coordinates and norms. Below `tiny` a processor may take numbers for 0.
+                slack = unit * ((part + -(-dim // part)) / 2 + 8) * reach**2
+                slack += 4 * dim * tiny * (1 + reach)
+                slack[~(reach < 1e18)] = np.inf
+                norms = norms.astype(np.float32)
 
-        return product
+            def product(
+                queries: slice, shown=shown, norms=norms, slack=slack
+            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    # (B, W) @ (W, G') -> (B, G'), |g|^2 - 2 q.g
+                    near = asked[queries, :part] @ shown[:, :part].T
+                    for start in range(part, dim, part):
+                        some = slice(start, start + part)
+                        near += asked[queries, some] @ shown[:, some].T
+                    near += norms
+                return near, own[queries], slack[queries]
+
+            yield tile, product
 
     def _near(
         self, queries: np.ndarray, kept: np.ndarray | None = None, block_bytes: int = 32 * 2**20
@@ -755,26 +770,56 @@ class _Split(NamedTuple):
 
 
 def _centred32(
-    emb: np.ndarray, rows: np.ndarray, centre: np.ndarray
+    emb: np.ndarray, rows: np.ndarray, centre: np.ndarray, pool: ThreadPoolExecutor
 ) -> tuple[np.ndarray, np.ndarray]:
     """These rows less ``centre``, rounded to float32, (N, D), and their squared norms, (N,)."""
     centred, norms = np.empty((len(rows), emb.shape[1]), np.float32), np.empty(len(rows))
-    step = max(1, 2**16 // emb.shape[1])
-    for start in range(0, len(rows), step):
+    # In float32, if they come so: the difference of two such numbers is then rounded once.
+    dtype = np.float64 if emb.dtype.itemsize > 4 or emb.dtype.kind != "f" else np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        centre = centre.astype(dtype)
+    step = max(1, 2**18 // emb.shape[1])
+
+    def fill(start: int) -> None:
         part = slice(start, start + step)
-        centred[part] = emb[rows[part]] - centre
-        exact = centred[part].astype(np.float64)
-        norms[part] = np.einsum("nd,nd->n", exact, exact)
+        with np.errstate(over="ignore", invalid="ignore"):
+            centred[part] = emb[rows[part]].astype(dtype, copy=False) - centre
+            exact = centred[part].astype(np.float64)
+            norms[part] = np.einsum("nd,nd->n", exact, exact)
+
+    list(pool.map(fill, range(0, len(rows), step)))
     return centred, norms
 
 
-def _search(near: np.ndarray, row: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """How many of the ascending ``near[row]`` are less than each value, (N,); ``row`` ascends."""
-    counts = np.empty(len(values), np.int64)
-    cuts = np.searchsorted(row, np.arange(len(near) + 1))
-    for ascending, start, stop in zip(near, cuts, cuts[1:], strict=False):
-        counts[start:stop] = ascending.searchsorted(values[start:stop])
-    return counts
+def _count_before(
+    near: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count (G,) numbers below each ``low`` (m,), less those that lie between a ``low`` and its
+    ``high``; and say which these are: counts (m,), columns (u,).
+    """
+    if len(low) > 40:
+        return _count_before_sorted(near, low, high)
+    # A pass for each match is quicker than a sort: processors compare many numbers at a time.
+    below = near < low[:, None]  # (m, G)
+    unsure = near <= high[:, None]
+    unsure ^= below
+    columns = np.flatnonzero(np.logical_or.reduce(unsure, axis=0))
+    if len(columns):
+        below[:, columns] = False
+    return np.fromiter(map(np.count_nonzero, below), np.int64, len(low)), columns
+
+
+def _count_before_sorted(
+    near: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same by a sort, where there are many matches."""
+    order = near.argsort()
+    ascending = near[order]
+    first, end = ascending.searchsorted(low), ascending.searchsorted(high, "right")
+    opened, closed = (np.bincount(x, minlength=len(near) + 1) for x in (first, end))
+    unsure = np.cumsum(opened - closed)[:-1] > 0  # (G,)
+    earlier = np.concatenate([[0], np.cumsum(unsure)])
+    return first - earlier[first], order[unsure]
 
 
 def _average_precisions(
