@@ -1,6 +1,6 @@
 """Scores of the full Market-1501 test: 3,368 queries, 15,913 gallery images and 3,819 of junk.
 
-Embeddings are drawn: people as clusters, as wide as gives an mAP of some 40 %. Size: the gallery.
+Embeddings are drawn: people as clusters, as wide as gives an mAP of 40 % at 128-d. Size: the gallery.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def drawn(size: float, dim: int = 128, seed: int = 0):
     asked = rng.integers(1, people + 1, queries)
     embs = []
     for who in (asked, shown):
-        emb = 1.9 * rng.normal(size=(len(who), dim)).astype(np.float32)
+        emb = 1.3 * rng.normal(size=(len(who), dim)).astype(np.float32)
         emb[who > 0] += centres[who[who > 0]]
         embs.append(emb)
     tables = [pd.DataFrame({"pid": p, "camid": rng.integers(0, 6, len(p))}) for p in (asked, shown)]

@@ -17,19 +17,25 @@ column, says that cameras are unknown. Embeddings are (N, D) NumPy arrays or ten
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 TOPK = (1, 2, 5, 10)
 
 # What a ranked list says of an image; those after "unknown" are dropped from the ranking.
 STATUSES = ("match", "wrong", "unknown", "same camera", "junk", "query itself")
 MATCH, WRONG, UNKNOWN, SAME_CAMERA, JUNK, ITSELF = range(len(STATUSES))
+
+UNSURE = 1000  # a query with more images than this near its matches is ranked in float64
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -121,6 +127,8 @@ class Retrieval:
         self.query, self.gallery = query, gallery
         self._asked = _side(query_emb, query, "query")
         self._shown = _side(gallery_emb, gallery, "gallery")
+        on_cpu = not isinstance(gallery_emb, Tensor) or gallery_emb.device.type == "cpu"
+        self._device = None if on_cpu else gallery_emb.device  # None: NumPy
         self._given: np.ndarray | None = None  # (Q, G) distances that came ready
         if self._asked.emb.shape[1] != self._shown.emb.shape[1]:
             raise ValueError(
@@ -180,19 +188,28 @@ class Retrieval:
             exclude_same_camera=self.exclude_same_camera,
         )
 
-    def evaluate(self, topk: Sequence[int] = TOPK, *, block_bytes: int = 32 * 2**20) -> Evaluation:
+    def evaluate(
+        self,
+        topk: Sequence[int] = TOPK,
+        *,
+        block_bytes: int = 32 * 2**20,
+        device: str | torch.device | None = None,
+    ) -> Evaluation:
         """Score the ranking.
 
         Ranks are those of distances summed directly in float64, so equal images tie exactly and
-        results do not depend on ``block_bytes``. Only the rank of each match is looked for, in
-        float32; pairs that float32 cannot tell apart are measured directly. Beyond the inputs,
-        memory holds a float32 copy of query and gallery embeddings, and ``block_bytes`` of
-        distances (at least a thousand a thread). Many ties (binary codes, a dead network) and embeddings
-        that float32 cannot hold are right but slower, and take a float64 copy.
+        results do not depend on ``block_bytes`` or the device. Only the rank of each match is looked
+        for, by counting what float32 shows to be nearer; pairs that it cannot tell apart are
+        measured directly. Beyond the inputs, memory holds a float32 copy of the query embeddings,
+        and ``block_bytes`` each of gallery embeddings and of distances (at least a thousand a
+        thread). Many ties (binary codes, a dead network) and embeddings that float32 cannot hold are
+        right but slower, and take a float64 copy.
 
         Args:
             topk: the k of the reported CMC values.
-            block_bytes: bytes of distances held at one time.
+            block_bytes: bytes of gallery embeddings, and of distances, held at one time.
+            device: where distances are made and counted; None: where the gallery embeddings were
+                given, NumPy doing the work on a CPU. What is measured directly is so on the CPU.
 
         Raises:
             ValueError: the whole gallery is junk, a query is junk or distractor, or no query at
@@ -211,7 +228,8 @@ class Retrieval:
         kept = np.flatnonzero(self._shown.pids != -1)
         column = np.cumsum(self._shown.pids != -1) - 1  # gallery row -> its place among the kept
         asked, rows, status = self._pairs(np.arange(len(self.query)))
-        ranks = self._match_ranks(kept, asked, column[rows], status, block_bytes)
+        device = self._device if device is None else torch.device(device)
+        ranks = self._match_ranks(kept, asked, column[rows], status, block_bytes, device)
         same_camera, itself = ((status == left_out).sum() for left_out in (SAME_CAMERA, ITSELF))
         labels = _labels(self._asked, "query")
         per_query = pd.concat([labels, _scores(asked[status == MATCH], ranks, len(labels))], axis=1)
@@ -342,6 +360,7 @@ class Retrieval:
         columns: np.ndarray,
         status: np.ndarray,
         block_bytes: int,
+        device: torch.device | None,
     ) -> np.ndarray:
         """Ranks of all matches of all queries, (M,), from the arrays (P,) of `_pairs`, where
         ``columns`` are places among the gallery rows ``kept``.
@@ -354,13 +373,15 @@ class Retrieval:
         ranks = np.empty(len(match), np.int64)
         many = np.zeros(len(self.query), bool)  # queries left for later
         threads = min(os.cpu_count() or 1, 8)
-        # Half of the bytes for a tile of the gallery, `width` x D, and half for the distances of
-        # `rows` queries to it in each thread. A row of them is at home in the cache.
-        width = min(2**14, max(2**10, block_bytes // (8 * self._shown.emb.shape[1])))
-        rows = min(2**9, max(1, block_bytes // (8 * threads * width)))
+        # A tile of the gallery is `width` x D; in each thread stand the distances of `rows` queries
+        # to it, of which a row is at home in the cache. So time grows with the gallery, no faster.
+        width = min(2**14, max(2**10, block_bytes // (4 * self._shown.emb.shape[1])))
+        rows = min(2**8, max(1, block_bytes // (8 * threads * width)))
         blocks = [slice(start, start + rows) for start in range(0, len(self.query), rows)]
         of_block = [slice(*np.searchsorted(asking, [b.start, b.stop])) for b in blocks]
         pairs_of = [slice(*np.searchsorted(asked, [b.start, b.stop])) for b in blocks]
+        # Counting is many short calls of NumPy: two threads at it would wait for Python's lock.
+        one_at_a_time = Lock()
         key = np.empty(len(match), np.float64 if self._given is None else self._given.dtype)
 
         def measure(mine: slice) -> None:
@@ -373,42 +394,45 @@ class Retrieval:
             inside = (column >= 0) & (column < near.shape[1])
             out = (asked[pairs] - block.start)[inside], column[inside]
             near[out] = np.inf  # of the query's identity: none of the others
-            row = asking[mine] - block.start  # (m,)
             later = many[block]  # a view
             later |= ~np.isfinite(slack)
-            with np.errstate(invalid="ignore"):  # inf - inf, of queries that are left for later
-                at = key[mine] - own[row]
-                # One step outwards, for the rounding to float32.
-                low = np.nextafter(np.float32(at - slack[row]), np.float32(-np.inf))
-                high = np.nextafter(np.float32(at + slack[row]), np.float32(np.inf))
-            cuts = np.searchsorted(row, np.arange(len(near) + 1))
-            before, unsure = np.zeros(len(row), np.int64), [np.empty(0, np.int64)] * len(near)
-            for i in np.flatnonzero(~later & (np.diff(cuts) > 0)):
-                ends = slice(cuts[i], cuts[i + 1])
-                before[ends], unsure[i] = _count_before(near[i], low[ends], high[ends])
-                if len(unsure[i]) > 1000:
-                    later[i], unsure[i] = True, unsure[i][:0]
-            ranks[mine] += before
-            # (U,) whose they are, and which gallery images
-            whose = np.repeat(np.arange(len(near)), [len(columns) for columns in unsure])
-            other = np.concatenate(unsure) + tile.start
-            theirs = self._key(whose + block.start, kept[other])
+            now = mine.start + np.flatnonzero(~later[asking[mine] - block.start])
+            row = asking[now] - block.start  # (m,)
+            at = key[now] - own[row]
+            # One step outwards, for the rounding to float32.
+            low = np.nextafter(np.float32(at - slack[row]), np.float32(-np.inf))
+            high = np.nextafter(np.float32(at + slack[row]), np.float32(np.inf))
+            count_before = _count_before if isinstance(near, np.ndarray) else _count_before_torch
+            with one_at_a_time:
+                before, whose, other = count_before(near, row, low, high)
+            later |= np.bincount(whose, minlength=len(near)) > UNSURE
+            ours, theirs = ~later[row], ~later[whose]
+            now, row, whose, other = now[ours], row[ours], whose[theirs], other[theirs]
+            other += tile.start
             # Matches and unsure ones by distance, equal ones in gallery order: (m + U,)
-            order = np.lexsort(
-                [np.concatenate(x) for x in ((match[mine], other), (key[mine], theirs), (row, whose))]
-            )
+            keys = [
+                (match[now], other),
+                (key[now], self._key(whose + block.start, kept[other])),
+                (row, whose),
+            ]
+            order = np.lexsort([np.concatenate(both) for both in keys])
             is_match = order < len(row)
             ahead = np.cumsum(~is_match)[is_match]
             order = order[is_match]
-            ranks[mine][order] += ahead - np.searchsorted(whose, row[order])
+            ranks[now] += before[ours]
+            ranks[now[order]] += ahead - np.searchsorted(whose, row[order])
 
         # A thread a block, instead of a matrix product in threads and all the rest in one.
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+        with (
+            threadpool_limits(1, "blas"),
+            _exact_products(),
+            ThreadPoolExecutor(threads) as pool,
+        ):
             list(pool.map(measure, of_block))
             first = np.searchsorted(asking, asking)  # where the matches of the same query begin
             # Stable, and `match` ascends: equal distances rank in gallery order.
             ranks[np.lexsort((key, asking))] = np.arange(len(match)) - first + 1
-            for tile, near32 in self._near32(kept, width, pool):
+            for tile, near32 in self._near32(kept, width, pool, device):
                 list(pool.map(partial(count, tile, near32), blocks, of_block, pairs_of))
         slow = np.flatnonzero(many)
         if len(slow):
@@ -420,23 +444,28 @@ class Retrieval:
         return ranks
 
     def _near32(
-        self, kept: np.ndarray, width: int, pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[slice, Callable[[slice], tuple[np.ndarray, np.ndarray, np.ndarray]]]]:
+        self,
+        kept: np.ndarray,
+        width: int,
+        pool: ThreadPoolExecutor,
+        device: torch.device | None,
+    ) -> Iterator[tuple[slice, Callable[[slice], tuple[Any, np.ndarray, np.ndarray]]]]:
         """Yield tiles, some of the gallery rows ``kept``, and for each a function of a slice of
         queries to (near, own, slack): near (B, G') is in float32 their `_key` less the query's
         ``own`` (B,), wrong by less than ``slack`` (B,), which is infinite where float32 does not
-        hold a distance.
+        hold a distance. It is an array, or a tensor on a device.
         """
+        put = (lambda x: x) if device is None else lambda x: torch.from_numpy(x).to(device)
         unit, tiny = np.finfo(np.float32).eps / 2, np.finfo(np.float32).tiny
         tiles = [slice(i, min(i + width, len(kept))) for i in range(0, len(kept), width)]
         if self._given is not None:
 
-            def cast(tile: slice, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            def cast(tile: slice, part: slice) -> tuple[Any, np.ndarray, np.ndarray]:
                 near = self._given[part][:, kept[tile]].astype(np.float64)
                 size = np.abs(near).max(axis=1)
                 slack = np.where(size < 1e36, 4 * unit * size + tiny, np.inf)
                 with np.errstate(over="ignore"):
-                    return near.astype(np.float32), np.zeros(len(near)), slack
+                    return put(near.astype(np.float32)), np.zeros(len(near)), slack
 
             yield from ((tile, partial(cast, tile)) for tile in tiles)
             return
@@ -447,7 +476,7 @@ class Retrieval:
         asked, own = _centred32(self._asked.emb, np.arange(len(self.query)), centre, pool)
         with np.errstate(over="ignore"):
             asked *= -2
-        dim = len(centre)
+        asked, dim = put(asked), len(centre)
         part = min(dim, 256)  # longer sums leave more to be measured
         for tile in tiles:
             shown, norms = _centred32(self._shown.emb, kept[tile], centre, pool)
@@ -460,11 +489,11 @@ class Retrieval:
                 slack = unit * ((part + -(-dim // part)) / 2 + 8) * reach**2
                 slack += 4 * dim * tiny * (1 + reach)
                 slack[~(reach < 1e18)] = np.inf
-                norms = norms.astype(np.float32)
+                shown, norms = put(shown), put(norms.astype(np.float32))
 
             def product(
                 queries: slice, shown=shown, norms=norms, slack=slack
-            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            ) -> tuple[Any, np.ndarray, np.ndarray]:
                 with np.errstate(over="ignore", invalid="ignore"):
                     # (B, W) @ (W, G') -> (B, G'), |g|^2 - 2 q.g
                     near = asked[queries, :part] @ shown[:, :part].T
@@ -641,6 +670,7 @@ def evaluate(
     topk: Sequence[int] = TOPK,
     exclude_same_camera: bool = True,
     block_bytes: int = 32 * 2**20,
+    device: str | torch.device | None = None,
 ) -> Evaluation:
     """Rank the gallery for every query by Euclidean distance, and score the ranks.
 
@@ -649,7 +679,7 @@ def evaluate(
     retrieval = Retrieval(
         query_emb, query, gallery_emb, gallery, exclude_same_camera=exclude_same_camera
     )
-    return retrieval.evaluate(topk, block_bytes=block_bytes)
+    return retrieval.evaluate(topk, block_bytes=block_bytes, device=device)
 
 
 def ranked_list(
@@ -792,34 +822,87 @@ def _centred32(
 
 
 def _count_before(
+    near: np.ndarray, row: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count the numbers of a row of ``near`` (B, G) below each ``low`` (m,), less those that lie
+    between a ``low`` and its ``high`` of this row; and say which these are.
+
+    ``row`` (m,) says which row of ``near`` each is about, ascending. Returns counts (m,), and rows
+    (U,) and columns (U,) of what lies between; of these no more than are needed to see that a row
+    has more than `UNSURE`.
+    """
+    counts, between = np.zeros(len(row), np.int64), [np.empty(0, np.int64)] * len(near)
+    cuts = np.searchsorted(row, np.arange(len(near) + 1))
+    for i in np.flatnonzero(np.diff(cuts)):
+        mine = slice(cuts[i], cuts[i + 1])
+        # A pass for each match is quicker than a sort, unless they are many: processors compare
+        # sixteen numbers at a time.
+        count = _count_by_passes if cuts[i + 1] - cuts[i] <= 40 else _count_by_sort
+        counts[mine], columns = count(near[i], low[mine], high[mine])
+        between[i] = columns[: UNSURE + 1]
+    rows = np.repeat(np.arange(len(near)), [len(columns) for columns in between])
+    return counts, rows, np.concatenate(between)
+
+
+def _count_by_passes(
     near: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count (G,) numbers below each ``low`` (m,), less those that lie between a ``low`` and its
-    ``high``; and say which these are: counts (m,), columns (u,).
-    """
-    if len(low) > 40:
-        return _count_before_sorted(near, low, high)
-    # A pass for each match is quicker than a sort: processors compare many numbers at a time.
+    """`_count_before` for one row (G,): counts (m,) and columns (U,)."""
+    front = near <= high.max()  # of a good network few images: the rest ranks behind the last match
+    places = np.flatnonzero(front) if np.count_nonzero(front) < len(near) // 4 else slice(None)
+    near = near[places]
     below = near < low[:, None]  # (m, G)
-    unsure = near <= high[:, None]
-    unsure ^= below
-    columns = np.flatnonzero(np.logical_or.reduce(unsure, axis=0))
+    between = near <= high[:, None]
+    between ^= below
+    columns = np.flatnonzero(np.logical_or.reduce(between, axis=0))
     if len(columns):
         below[:, columns] = False
-    return np.fromiter(map(np.count_nonzero, below), np.int64, len(low)), columns
+    counts = np.fromiter(map(np.count_nonzero, below), np.int64, len(low))
+    return counts, columns if isinstance(places, slice) else places[columns]
 
 
-def _count_before_sorted(
+def _count_by_sort(
     near: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same by a sort, where there are many matches."""
+    """The same as `_count_by_passes`, but for the order of the columns."""
     order = near.argsort()
     ascending = near[order]
     first, end = ascending.searchsorted(low), ascending.searchsorted(high, "right")
     opened, closed = (np.bincount(x, minlength=len(near) + 1) for x in (first, end))
-    unsure = np.cumsum(opened - closed)[:-1] > 0  # (G,)
-    earlier = np.concatenate([[0], np.cumsum(unsure)])
-    return first - earlier[first], order[unsure]
+    between = np.cumsum(opened - closed)[:-1] > 0  # (G,)
+    earlier = np.concatenate([[0], np.cumsum(between)])
+    return first - earlier[first], order[between]
+
+
+def _count_before_torch(
+    near: Tensor, row: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_count_before` on the device of ``near``, which it may write to."""
+    nth = np.arange(len(row)) - np.searchsorted(row, row)  # among the matches of its row
+    most = nth.max(initial=-1) + 1
+    ends = np.full((2, len(near), most), -np.inf, np.float32)
+    ends[:, row, nth] = low, high
+    lows, highs = torch.from_numpy(ends).to(near.device)  # (B, most)
+    between = torch.zeros_like(near, dtype=torch.bool)
+    for k in range(most):  # (B, G) each time, never (B, most, G)
+        between |= (near < lows[:, k, None]) ^ (near <= highs[:, k, None])
+    near[between] = torch.inf
+    counts = np.zeros((len(near), most), np.int64)
+    for k in range(most):
+        counts[:, k] = (near < lows[:, k, None]).sum(dim=1).cpu()
+    rows, columns = between.nonzero(as_tuple=True)
+    return counts[row, nth], rows.cpu().numpy(), columns.cpu().numpy()
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Make torch multiply float32 matrices in float32, whatever is allowed elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _average_precisions(
@@ -879,7 +962,7 @@ def _labels(side: _Side, name: str) -> pd.DataFrame:
 
 def _side(emb: Any, table: pd.DataFrame, name: str) -> _Side:
     """Check the embeddings and the table of ``name``, query or gallery."""
-    if hasattr(emb, "detach"):  # a tensor; NumPy knows no bfloat16
+    if isinstance(emb, Tensor):  # NumPy knows no bfloat16
         emb = emb.detach().cpu()
         emb = emb.float() if emb.element_size() < 4 else emb
     emb = np.asarray(emb)
