@@ -29,8 +29,13 @@ gallery: setup  ## the README's pictures again, after `make demo`
 	  -p run synthetic_batchhard_softplus_demo -p lists 1
 	$(PY) docs/gallery.py synthetic_batchhard_softplus_demo
 
-bench: setup    ## each part of the library beside its peers, as ratios
+bench: setup $(VENV)/peers/.ready ## each part of the library beside its peers, as ratios
 	$(PY) benchmarks/run.py
+
+$(VENV)/peers/.ready: benchmarks/peers.txt $(READY)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/peers -r benchmarks/peers.txt
+	@touch $@
 
 test: setup     ## the whole test suite
 	$(PY) -m pytest -q

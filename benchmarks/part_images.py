@@ -1,6 +1,6 @@
 """Input at 256x128 with crop and flip, 16 batches of 72 x size, and the first decode.
 
-The images are drawn and written as JPEG of Market-1501's size, 128x64, into a temporary folder.
+The images are the first of Market-1501, if it is there, else drawn as JPEG of its size, 128x64.
 """
 
 import os
@@ -14,38 +14,54 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from reidlib.datasets import load
 from reidlib.images import Augmentation, load_pixels
 
+SIZES = (1, 2, 4, 8)
+WORKERS = os.cpu_count()
+MEMORY = False
+GOALS = {
+    f"torchvision, DataLoader, {WORKERS} workers": {"least": 8},
+    "ours, first decode of Market-1501": {"seconds": 15},
+}
 FOLDER = tempfile.TemporaryDirectory(prefix="reid_bench_")
+SEED = np.random.default_rng(0)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @cache
+def market() -> list[str]:
+    """Paths of all images of Market-1501; none if it is not there."""
+    try:
+        found = load("market1501")
+    except (FileNotFoundError, ValueError):
+        return []
+    return [path for table in (found.train, found.query, found.gallery) for path in table["path"]]
+
+
+@cache
+def drawn(i: int) -> str:
+    """Path of a JPEG file, smooth colours and some noise."""
+    coarse = Image.fromarray(SEED.integers(0, 256, (16, 8, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((64, 128), Image.Resampling.BICUBIC), np.int16)
+    pixels = (pixels + SEED.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
+    path = str(Path(FOLDER.name) / f"{i:06}.jpg")
+    Image.fromarray(pixels).save(path, quality=90)
+    return path
+
+
 def files(n: int) -> list[str]:
-    """Paths of n JPEG files, smooth colours and some noise."""
-    rng, paths = np.random.default_rng(0), []
-    for i in range(n):
-        coarse = Image.fromarray(rng.integers(0, 256, (16, 8, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((64, 128), Image.Resampling.BICUBIC), np.int16)
-        pixels = (pixels + rng.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
-        paths.append(str(Path(FOLDER.name) / f"{n}_{i:06}.jpg"))
-        Image.fromarray(pixels).save(paths[-1], quality=90)
-    return paths
+    """Paths of n JPEG files."""
+    return market()[:n] or [drawn(i) for i in range(n)]
 
 
-class Pillow(torch.utils.data.Dataset):
-    """One image at a time, as torchreid and its like do."""
+class OneByOne(torch.utils.data.Dataset):
+    """An image at a time through torchvision's transforms, as torchreid and its like do."""
 
-    def __init__(self, paths):
+    def __init__(self, paths, *transform):
         self.paths = paths
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize((288, 144)),
-                transforms.RandomCrop((256, 128)),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            ]
-        )
+        last = transforms.ToTensor(), transforms.Normalize(MEAN, STD)
+        self.transform = transforms.Compose([*transform, *last])
 
     def __len__(self):
         return len(self.paths)
@@ -55,20 +71,29 @@ class Pillow(torch.utils.data.Dataset):
 
 
 def cases(size: float) -> dict:
-    """A pass over the images, from the cache and by a Pillow loader; and the first decode."""
+    """A pass over the images, from the cache and by a DataLoader; and the first decode."""
     paths = files(72 * max(1, round(16 * size)))
     os.environ["REID_CACHE"] = FOLDER.name
-    table = pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
-    pixels, _ = load_pixels(table, show_progress=False)
+
+    def table(paths):
+        return pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
+
+    pixels, _ = load_pixels(table(paths), show_progress=False)
     augment, rng = Augmentation((256, 128), enlarge=1.125), np.random.default_rng(0)
 
     def ours():
         for rows in rng.permutation(len(pixels)).reshape(-1, 72):
             augment(torch.from_numpy(pixels[rows]))
 
-    def pillow(workers):
+    def loader(workers):
+        data = OneByOne(
+            paths,
+            transforms.Resize((288, 144)),
+            transforms.RandomCrop((256, 128)),
+            transforms.RandomHorizontalFlip(),
+        )
         loader = torch.utils.data.DataLoader(
-            Pillow(paths), 72, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+            data, 72, shuffle=True, num_workers=workers, persistent_workers=workers > 0
         )
 
         def run():
@@ -77,19 +102,22 @@ def cases(size: float) -> dict:
 
         return run
 
-    def decode():
+    def decode(paths):
         for file in Path(FOLDER.name).glob("*.npy"):
             file.unlink()
-        load_pixels(table, show_progress=False)
+        load_pixels(table(paths), show_progress=False)
 
     def decode_one_by_one():
         for path in paths:
             np.asarray(Image.open(path).convert("RGB"))
 
-    return {
-        "ours, 256x128, crop and flip": ours,
-        f"Pillow DataLoader, {os.cpu_count()} workers": pillow(os.cpu_count()),
-        "Pillow DataLoader, in the process": pillow(0),
-        "ours, first decode": decode,
-        "Pillow in a loop, decode alone": decode_one_by_one,
+    found = {
+        "ours, input from the cache": ours,
+        f"torchvision, DataLoader, {WORKERS} workers": loader(WORKERS),
+        "torchvision, DataLoader, none": loader(0),
+        "ours, first decode": lambda: decode(paths),
+        "Pillow in a loop": decode_one_by_one,
     }
+    if market() and size == 1:
+        found["ours, first decode of Market-1501"] = lambda: decode(market())
+    return found

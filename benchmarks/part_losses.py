@@ -5,6 +5,10 @@ import torch
 from reidlib.losses import batch_all, batch_hard
 
 MARGIN = 0.2
+SIZES = (1, 2, 4, 8)
+GROWS = ("ours", "limit", "pytorch-metric-learning, batch-hard")
+MEMORY = True
+GOALS = {"masked B x B x B": {"least": 10}}
 
 
 def masked(emb, pids):
@@ -34,8 +38,9 @@ def metric_learning():
 def cases(size: float) -> dict:
     """Batch-all and batch-hard, ours and others."""
     generator = torch.Generator().manual_seed(0)
+    b = 4 * round(128 * size)
 
-    def step(loss, b):
+    def step(loss):
         pids = torch.arange(b) // 4
         centres = torch.randn(b // 4 + 1, 128, generator=generator)
         emb = (centres[pids] + torch.randn(b, 128, generator=generator)).requires_grad_()
@@ -46,13 +51,11 @@ def cases(size: float) -> dict:
 
         return run
 
-    b = 4 * round(128 * size)
     pml_all, pml_hard = metric_learning()
-    found = {
-        "ours, batch-all": step(lambda e, y: batch_all(e, y, MARGIN).loss, b),
-        "pytorch-metric-learning, batch-all": pml_all and step(pml_all, b),
-        "masked B x B x B": step(masked, b),
-        "ours, batch-hard, 2 B": step(lambda e, y: batch_hard(e, y, MARGIN).loss, 2 * b),
-        "pytorch-metric-learning, batch-hard, 2 B": pml_hard and step(pml_hard, 2 * b),
+    return {
+        "ours, batch-all": step(lambda e, y: batch_all(e, y, MARGIN).loss),
+        "pytorch-metric-learning, batch-all": pml_all and step(pml_all),
+        "masked B x B x B": step(masked),
+        "ours, batch-hard": step(lambda e, y: batch_hard(e, y, MARGIN).loss),
+        "pytorch-metric-learning, batch-hard": pml_hard and step(pml_hard),
     }
-    return found

@@ -1,68 +1,139 @@
-"""A training step of ResNet-50 and the extraction of embeddings, at 128x64. Size: the batch.
+"""A training step of ResNet-50 at 128x64 and 256x128, B = 32 x size, and extraction at 128x64.
 
-"network alone" runs the same step on a batch that is ready: what is left to ours is loss, input and
-optimiser together.
+The parts of a step are timed alone, as shares of it: the network (forward and backward), the
+optimiser, and what is ours beside them, input and loss. "limit" is one matrix product after another,
+of as many operations as the step, in its precision.
 """
 
-import numpy as np
+import pandas as pd
 import torch
+from part_images import OneByOne, files
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 
-from reidlib.embedding import autocast, bfloat16_is_right, embed, pick_device
-from reidlib.images import Augmentation
+from reidlib.embedding import autocast, embed, pick_device
+from reidlib.images import Augmentation, load_pixels
 from reidlib.losses import batch_hard
 from reidlib.recipes import Recipe
 from reidlib.runs import build_model
+from reidlib.training import resolve_precision
+
+SIZES = (1 / 4, 1 / 2, 1, 2)
+MEMORY = False
+GOALS = {f"share of {s}: input and loss": {"most": 0.05} for s in ("128x64", "256x128")}
+LAST, PLAIN = torch.channels_last, torch.contiguous_format
 
 
-def cases(size: float) -> dict:
-    """Steps and extraction."""
-    device = pick_device()
-    recipe = Recipe(weights="none", height=128, width=64)
-    b = 4 * max(2, round(8 * size))
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (4 * b, 128, 64, 3), dtype=np.uint8)
+def steps(b: int, height: int, device: torch.device) -> dict:
+    """Steps of training at one size, and their parts."""
+    recipe = Recipe(weights="none", height=height, width=height // 2)
+    kind = resolve_precision(recipe, device).precision
+    pixels = torch.randint(0, 256, (b, 128, 64, 3), dtype=torch.uint8).to(device)
     pids = (torch.arange(b) // 4).to(device)
-    precision = "bfloat16" if bfloat16_is_right(recipe, device) else "float32"
-    augment = Augmentation((128, 64), enlarge=1.125)
+    augment = Augmentation((height, height // 2), enlarge=1.125)
+    where = f"{height}x{height // 2}"
 
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def stepper(kind, layout, alone=False):
+    def stepper(precision, layout, compiled=False):
         model = build_model(recipe, pretrained=False).to(device, memory_format=layout).train()
+        run = torch.compile(model) if compiled else model
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-6)
-        ready = augment(torch.from_numpy(pixels[:b])).to(device).contiguous(memory_format=layout)
+        ready = augment(pixels).contiguous(memory_format=layout)
+        ready_emb = torch.randn(b, 128, device=device)
 
-        def step():
-            batch = ready
-            if not alone:
-                batch = augment(torch.from_numpy(pixels[:b]).to(device))
-                batch = batch.contiguous(memory_format=layout)
-            with autocast(device, kind):
-                emb = model(batch)
-            loss = emb.float().square().mean() if alone else batch_hard(emb, pids, "soft").loss
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            if not alone:
-                optimiser.step()
+        def read():
+            return augment(pixels).contiguous(memory_format=layout)
+
+        def network():
+            with autocast(device, precision):
+                emb = run(ready)
+            emb.float().sum().backward()
             wait()
 
-        return step
+        def loss():
+            emb = ready_emb.detach().requires_grad_()
+            result = batch_hard(emb, pids, "soft").loss
+            result.item()
+            result.backward()
 
+        def update():
+            optimiser.step()
+            wait()
+
+        def step():
+            batch = read()
+            with autocast(device, precision):
+                emb = run(batch)
+            result = batch_hard(emb, pids, "soft").loss
+            optimiser.zero_grad(set_to_none=True)
+            result.backward()
+            optimiser.step()
+            wait()
+
+        def rest():
+            read()
+            loss()
+
+        return {"step": step, "network": network, "optimiser": update, "input": read, "rest": rest}
+
+    ours = stepper(kind, LAST)
+    # Once, so that the optimiser has gradients and a state; and counted.
+    with FlopCounterMode(display=False) as counter:
+        ours["step"]()
+    n, dtype = 2048, torch.bfloat16 if kind == "bfloat16" else torch.float32
+    square = torch.randn(n, n, device=device).to(dtype)
+    products = counter.get_total_flops() / (2 * n**3)
+
+    def limit():
+        for _ in range(round(products)):
+            square @ square
+        part = square[: round(n * (products % 1))]
+        part @ square
+        wait()
+
+    found = {f"ours, step at {where}, {kind}, channels last": ours["step"]}
+    found[f"share of {where}: network"] = ours["network"]
+    found[f"share of {where}: optimiser"] = ours["optimiser"]
+    found[f"share of {where}: input"] = ours["input"]
+    found[f"share of {where}: input and loss"] = ours["rest"]
+    found[f"limit: matrix products, {where}"] = limit
+    if device.type == "cuda":
+        found[f"ours with torch.compile, {where}"] = stepper(kind, LAST, compiled=True)["step"]
+    found[f"plain PyTorch, float32, {where}"] = stepper("float32", PLAIN)["step"]
+    return found
+
+
+def cases(size: float) -> dict:
+    """Steps at both sizes, and extraction."""
+    device = pick_device()
+    b = 4 * max(2, round(8 * size))
+    found = steps(b, 128, device) | steps(b, 256, device)
+
+    recipe = Recipe(weights="none", height=128, width=64)
     model = build_model(recipe, pretrained=False).to(device).eval()
+    paths = files(4 * b)
+    table = pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
+    pixels, _ = load_pixels(table, show_progress=False)
+    images = OneByOne(paths, transforms.Resize((128, 64)))
 
     def one_by_one():
-        for row in range(len(pixels)):
-            embed(model, pixels[row : row + 1], recipe, flip=True, show_progress=False)
+        with torch.inference_mode():
+            for i in range(len(images)):
+                image = images[i][None].to(device)
+                (model(image) + model(image.flip(3))).cpu()
 
-    last, contiguous = torch.channels_last, torch.contiguous_format
-    return {
-        f"ours, step, {precision}, channels last": stepper(precision, last),
-        "network alone, the same": stepper(precision, last, alone=True),
-        "float32, as peers train": stepper("float32", contiguous),
-        "ours, extraction with flips": lambda: embed(
-            model, pixels, recipe, flip=True, show_progress=False
-        ),
-        "extraction, one image at a time": one_by_one,
+    def loader():
+        with torch.inference_mode():
+            for batch in torch.utils.data.DataLoader(images, 128, num_workers=2):
+                batch = batch.to(device)
+                (model(batch) + model(batch.flip(3))).cpu()
+
+    options = {"flip": True, "show_progress": False}
+    return found | {
+        "ours, extraction with flips": lambda: embed(model, pixels, recipe, **options),
+        "batches of a Pillow loader": loader,
+        "an image at a time": one_by_one,
     }
