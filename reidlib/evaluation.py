@@ -127,8 +127,8 @@ class Retrieval:
         self.query, self.gallery = query, gallery
         self._asked = _side(query_emb, query, "query")
         self._shown = _side(gallery_emb, gallery, "gallery")
-        on_cpu = not isinstance(gallery_emb, Tensor) or gallery_emb.device.type == "cpu"
-        self._device = None if on_cpu else gallery_emb.device  # None: NumPy
+        on_cuda = isinstance(gallery_emb, Tensor) and gallery_emb.is_cuda
+        self._device = gallery_emb.device if on_cuda else None  # None: NumPy
         self._given: np.ndarray | None = None  # (Q, G) distances that came ready
         if self._asked.emb.shape[1] != self._shown.emb.shape[1]:
             raise ValueError(
@@ -208,8 +208,8 @@ class Retrieval:
         Args:
             topk: the k of the reported CMC values.
             block_bytes: bytes of gallery embeddings, and of distances, held at one time.
-            device: where distances are made and counted; None: where the gallery embeddings were
-                given, NumPy doing the work on a CPU. What is measured directly is so on the CPU.
+            device: where distances are made and counted; None: on CUDA, if the gallery embeddings
+                were given there, else NumPy on the CPU, where the rest is measured in any case.
 
         Raises:
             ValueError: the whole gallery is junk, a query is junk or distractor, or no query at

@@ -678,9 +678,17 @@ def test_ranks_are_exact_where_float32_is_unsure(dim, dtype):
         for row, emb in zip(near, np.float64(args[0]), strict=True)
     ]
     assert any(wrong)
-    # Several tiles of the gallery and blocks of queries.
-    small = evaluate(*args, block_bytes=2**18).per_query
-    pd.testing.assert_frame_equal(small, result, check_exact=True)
+    # Several tiles of the gallery and blocks of queries; and the code of accelerators, where torch
+    # may multiply in bfloat16 elsewhere.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for options in ({"block_bytes": 2**18}, {"device": "cpu"}):
+            other = evaluate(*args, **options).per_query
+            pd.testing.assert_frame_equal(other, result, check_exact=True)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-21, 1e-15, 1e12, 1e18, 1e25, 1e100])
@@ -701,8 +709,52 @@ def test_far_queries_and_a_far_image():
 def test_dead_network_and_binary_codes_rank_by_gallery_order():
     rng = np.random.default_rng(0)
     _, query, _, gallery = crowd(3, 2, queries=20, size=2600)
-    assert_exact((np.ones((20, 3)), query, np.ones((2600, 3)), gallery))
-    assert_exact((rng.integers(0, 2, (20, 5)), query, rng.integers(0, 2, (2600, 5)), gallery))
+    for options in ({}, {"device": "cpu"}):
+        assert_exact((np.ones((20, 3)), query, np.ones((2600, 3)), gallery), **options)
+        codes = [rng.integers(0, 2, (n, 5)) for n in (20, 2600)]
+        assert_exact((codes[0], query, codes[1], gallery), **options)
+
+
+def test_three_ways_to_count_agree_with_a_loop():
+    rng = np.random.default_rng(6)
+    for spread in (1e-9, 0.01, 1):  # intervals apart, some, and all of them overlapping
+        # Tenths, so that numbers often stand on an end of an interval; one row has none.
+        near = rng.integers(0, 300, (4, 500)).astype(np.float32) / 10
+        row = np.repeat([0, 2, 3], [1, 60, 12])
+        middle = rng.integers(0, 300, len(row)) / np.float32(10)
+        low, high = (np.float32(middle + sign * spread * rng.random(len(row))) for sign in (-1, 1))
+        found = [
+            evaluation._count_before(near, row, low, high),
+            evaluation._count_before_torch(torch.from_numpy(near.copy()), row, low, high),
+        ]
+        between = np.zeros(near.shape, bool)
+        for r, a, b in zip(row, low, high, strict=True):
+            between[r] |= (near[r] >= a) & (near[r] <= b)
+        assert 0 < between.sum() < between.size
+        expected = [((near[r] < a) & ~between[r]).sum() for r, a in zip(row, low, strict=True)]
+        for counts, rows, columns in found:
+            np.testing.assert_array_equal(counts, expected)
+            marked = np.zeros(near.shape, bool)
+            marked[rows, columns] = True
+            np.testing.assert_array_equal(marked, between)
+            assert len(rows) == between.sum()
+        for r in (0, 2, 3):
+            mine = row == r
+            for way in (evaluation._count_by_passes, evaluation._count_by_sort):
+                counts, columns = way(near[r], low[mine], high[mine])
+                np.testing.assert_array_equal(counts, np.array(expected)[mine])
+                np.testing.assert_array_equal(np.sort(columns), np.flatnonzero(between[r]))
+
+
+def test_few_and_many_matches_a_query():
+    # 2,600 images of 40 people are 65 each, which are sorted; of 400, 6 each, which are passed.
+    for people in (40, 400):
+        args = crowd(9, 20, people=people)
+        first = assert_exact(args)
+        other = evaluate(*args, device="cpu").per_query
+        pd.testing.assert_frame_equal(other, first, check_exact=True)
+    with pytest.raises(RuntimeError, match="device"):
+        evaluate(*args, device="nowhere")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.uint8])
