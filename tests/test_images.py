@@ -233,9 +233,16 @@ def test_crops_are_those_of_the_whole_enlarged_image(size, enlarge):
     draw = torch.Generator().manual_seed(3)
     top, left, mirror = (torch.rand(30, generator=draw) for _ in range(3))
     high, wide = round(size[0] * enlarge), round(size[1] * enlarge)
-    whole = torch.nn.functional.interpolate(
-        pixels.permute(0, 3, 1, 2) / 255, (high, wide), mode="bilinear", antialias=True
-    )
+    channels = pixels.permute(0, 3, 1, 2)
+    whole = interpolate(channels, (high, wide), mode="bilinear", antialias=True)
+    # The whole image has whole numbers, as Pillow has them: rounded once each way.
+    exact = interpolate(channels.float(), (high, wide), mode="bilinear", antialias=True)
+    assert (whole - exact).abs().max() < 1.1
+    for image, enlarged in zip(pixels.numpy(), whole, strict=True):
+        pillow = Image.fromarray(image).resize((wide, high), Image.Resampling.BILINEAR)
+        pillow = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
+        assert (enlarged.int() - pillow.int()).abs().max() <= 1
+    whole = whole / 255
     assert 5 < (mirror < 0.5).sum() < 25
     for i in range(30):
         y, x = int(top[i] * (high - size[0] + 1)), int(left[i] * (wide - size[1] + 1))
