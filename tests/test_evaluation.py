@@ -678,15 +678,25 @@ def test_ranks_are_exact_where_float32_is_unsure(dim, dtype):
         for row, emb in zip(near, np.float64(args[0]), strict=True)
     ]
     assert any(wrong)
-    # Several tiles of the gallery and blocks of queries; and the code of accelerators, where torch
-    # may multiply in bfloat16 elsewhere.
+    # Several tiles of the gallery and blocks of queries; and the code of accelerators.
+    for options in ({"block_bytes": 2**18}, {"device": "cpu"}):
+        other = evaluate(*args, **options).per_query
+        pd.testing.assert_frame_equal(other, result, check_exact=True)
+
+
+def test_products_on_a_device_are_exact_whatever_is_allowed_elsewhere(monkeypatch):
+    seen, count = set(), evaluation._count_before_torch
+
+    def watched(*args):
+        seen.add(torch.get_float32_matmul_precision())
+        return count(*args)
+
+    monkeypatch.setattr(evaluation, "_count_before_torch", watched)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium")  # TF32 and less, which the error bound forbids
     try:
-        for options in ({"block_bytes": 2**18}, {"device": "cpu"}):
-            other = evaluate(*args, **options).per_query
-            pd.testing.assert_frame_equal(other, result, check_exact=True)
-        assert torch.get_float32_matmul_precision() == "medium"
+        evaluate(*problem(2), device="cpu")
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
 
