@@ -113,7 +113,10 @@ def test_no_picture_in_the_event_files_of_this_repository():
         text=True,
         check=True,
     )
-    for name in listed.stdout.splitlines():
+    drawn = f"outputs/{runs.EXAMPLE}/{board.PICTURES}/"  # of people that never were
+    names = [name for name in listed.stdout.splitlines() if not name.startswith(drawn)]
+    assert len(names) >= 5
+    for name in names:
         assert "tfevents" in name and f"/{board.PICTURES}/" not in name, name
         assert not holds_pictures(ROOT / name), name
 
