@@ -148,7 +148,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = runs.build_model(recipe, pretrained=checkpoint is None)
         self.model.to(self.device, memory_format=torch.channels_last).train()
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.lr)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.lr, fused=True)
         size = (recipe.height, recipe.width)
         options = (recipe.enlarge, recipe.flip, recipe.erasing, recipe.normalise, recipe.seed)
         self.augmentation = Augmentation(size, *options)
