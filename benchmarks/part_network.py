@@ -1,4 +1,5 @@
-"""A training step of ResNet-50 at 128x64 and 256x128, B = 32 x size, and extraction at 128x64.
+"""Training steps of ResNet-50 at 128x64 and 256x128 and of MobileNetV2 at 128x64, B = 32 x size, and
+extraction at 128x64.
 
 The parts of a step are timed alone, as shares of it: the network (forward and backward), the
 optimiser, and what is ours beside them, input and loss. "limit" is one matrix product after another,
@@ -8,12 +9,14 @@ of as many operations as the step, in its precision.
 import pandas as pd
 import torch
 from part_images import OneByOne, files
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from reidlib.embedding import autocast, embed, pick_device
 from reidlib.images import Augmentation, load_pixels
 from reidlib.losses import batch_hard
+from reidlib.networks import StridedDepthwise
 from reidlib.recipes import Recipe
 from reidlib.runs import build_model
 from reidlib.training import resolve_precision
@@ -24,9 +27,9 @@ GOALS = {f"share of {s}: input and loss": {"most": 0.05} for s in ("128x64", "25
 LAST, PLAIN = torch.channels_last, torch.contiguous_format
 
 
-def steps(b: int, height: int, device: torch.device) -> dict:
+def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50") -> dict:
     """Steps of training at one size, and their parts."""
-    recipe = Recipe(weights="none", height=height, width=height // 2)
+    recipe = Recipe(backbone=backbone, weights="none", height=height, width=height // 2)
     kind = resolve_precision(recipe, device).precision
     pixels = torch.randint(0, 256, (b, 128, 64, 3), dtype=torch.uint8).to(device)
     pids = (torch.arange(b) // 4).to(device)
@@ -37,10 +40,13 @@ def steps(b: int, height: int, device: torch.device) -> dict:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def stepper(precision, layout, compiled=False):
+    def stepper(precision, layout, compiled=False, ours=True):
         model = build_model(recipe, pretrained=False).to(device, memory_format=layout).train()
+        for module in model.modules():
+            if isinstance(module, StridedDepthwise) and not ours:
+                module.__class__ = nn.Conv2d
         run = torch.compile(model) if compiled else model
-        optimiser = torch.optim.Adam(model.parameters(), lr=1e-6)
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-6, fused=ours)
         ready = augment(pixels).contiguous(memory_format=layout)
         ready_emb = torch.randn(b, 128, device=device)
 
@@ -79,6 +85,12 @@ def steps(b: int, height: int, device: torch.device) -> dict:
 
         return {"step": step, "network": network, "optimiser": update, "input": read, "rest": rest}
 
+    if backbone != "resnet50":
+        return {
+            f"ours, {backbone} at {where}, {kind}, channels last": stepper(kind, LAST)["step"],
+            "the same without ours in gradient and Adam": stepper(kind, LAST, ours=False)["step"],
+            f"plain PyTorch, {backbone}, float32": stepper("float32", PLAIN, ours=False)["step"],
+        }
     ours = stepper(kind, LAST)
     # Once, so that the optimiser has gradients and a state; and counted.
     with FlopCounterMode(display=False) as counter:
@@ -102,7 +114,7 @@ def steps(b: int, height: int, device: torch.device) -> dict:
     found[f"limit: matrix products, {where}"] = limit
     if device.type == "cuda":
         found[f"ours with torch.compile, {where}"] = stepper(kind, LAST, compiled=True)["step"]
-    found[f"plain PyTorch, float32, {where}"] = stepper("float32", PLAIN)["step"]
+    found[f"plain PyTorch, float32, {where}"] = stepper("float32", PLAIN, ours=False)["step"]
     return found
 
 
@@ -111,6 +123,7 @@ def cases(size: float) -> dict:
     device = pick_device()
     b = 4 * max(2, round(8 * size))
     found = steps(b, 128, device) | steps(b, 256, device)
+    found |= steps(b, 128, device, "mobilenet_v2")
 
     recipe = Recipe(weights="none", height=128, width=64)
     model = build_model(recipe, pretrained=False).to(device).eval()
