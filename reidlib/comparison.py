@@ -313,7 +313,7 @@ class _Notebooks:
 
     def _evaluate(self, folder: Path) -> str:
         # The other figures of 04_evaluate are for a reader of one run.
-        quick = {"baselines": False, "html_queries": 20}
+        quick = {"baselines": False, "lists": 1, "html_queries": 20}
         return self._run("04_evaluate", folder, {"run": str(folder), **quick})
 
     def _run(self, notebook: str, run: Path, parameters: dict) -> str:

@@ -101,7 +101,7 @@ def test_the_notebook_gets_every_setting_of_the_row(fake):
     config = runs.read_recipe(outputs_dir() / name)
     assert config == wanted.recipe and "--reduction sum" in reproduce_command(config)
     # 04_evaluate scores in its own precision, not in that of training.
-    assert set(fake.asked[1][2]) == {"run", "baselines", "html_queries"}
+    assert set(fake.asked[1][2]) == {"run", "baselines", "lists", "html_queries"}
 
 
 def test_a_row_whose_settings_changed_is_trained_again_and_no_other(fake):
