@@ -135,7 +135,7 @@ class EmbeddingNet(nn.Module):
 class StridedDepthwise(nn.Conv2d):
     """A depthwise convolution with a stride, with a gradient that is quick on the CPU.
 
-    PyTorch's own is so slow there in bfloat16 that the few of MobileNetV2 took half of its training
+    PyTorch's own is so slow there in bfloat16 that the few of MobileNetV2 took nearly half of its training
     step (`make bench` has both). The values are the same, and so are the weights.
     """
 

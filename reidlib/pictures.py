@@ -237,10 +237,8 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     if len(rows) == 0 or any(len(row.results) == 0 for row in rows):
         raise ValueError("There is nothing to draw: no rows, or a ranked list without results.")
     full, small, gap, head, foot = height / 2 + 0.1, 0.62, 0.08, 0.68, 0.36
-    left, rank = (
-        full + 4 * gap,
-        0.2,
-    )  # where results start; what stands over those of a further line
+    left = full + 4 * gap  # where results start
+    rank = 0.2  # height of what stands over those of a further line
 
     def width(tile) -> float:
         return (small if tile[0] else full) + gap
