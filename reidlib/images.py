@@ -133,7 +133,10 @@ def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progr
             temporary.with_name(temporary.name + ".npy").replace(temporary)
         else:
             pixels.flush()
-        np.save(kept_file, kept)
+        # Two runs started together decode the same images: each file is there whole, or not at all.
+        kept_temporary = temporary.with_suffix(".kept.npy")
+        np.save(kept_temporary, kept)
+        os.replace(kept_temporary, kept_file)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from reidlib import images
 from reidlib.datasets import load, read_image
 from reidlib.images import Augmentation, common_size, load_pixels
 from reidlib.paths import cache_dir
@@ -75,6 +76,23 @@ def test_a_broken_cache_is_made_again(table):
                 file.write_bytes(content)
             again, kept = load_quietly(table)
             assert np.array_equal(again, before) and len(kept) == 6
+
+
+def test_two_runs_that_decode_at_once_do_not_disturb_each_other(table, monkeypatch):
+    load_quietly(table)
+    (file,) = cache_dir().glob("*[!t].npy")  # not the .kept.npy
+    kept_file = file.with_suffix(".kept.npy")
+    written, save = [], np.save
+
+    def save_slowly(path, array):
+        with open(path, "wb"):  # empty for a while
+            written.append(images._read_cache(file, kept_file))
+        save(path, array)
+
+    monkeypatch.setattr(np, "save", save_slowly)
+    images._decode_all(table, None, "fail", file, kept_file, False)
+    assert len(written) == 1 and len(written[0][1]) == 6
+    assert [*cache_dir().glob("*.tmp*")] == []
 
 
 def test_what_is_written_to_the_pixels_does_not_reach_the_cache(table):
