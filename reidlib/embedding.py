@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from reidlib.datasets import image_list
 from reidlib.images import Augmentation, common_size, load_pixels
@@ -152,7 +153,8 @@ def embed_views(
             # One (B, 3, h, w), or five.
             cut = _five_crops(augmentation.plain(block), size)
             cut = [images.contiguous(memory_format=torch.channels_last) for images in cut]
-            with autocast(device, precision):
+            # On CUDA, float32 convolutions would be rounded to TensorFloat32's ten bits.
+            with autocast(device, precision), cudnn.flags(enabled=True, allow_tf32=False):
                 for view in {straight, mirrored} & parts.keys():
                     sides = [images.flip(3) for images in cut] if view == mirrored else cut
                     emb = sum(model(images).float() for images in sides) / len(sides)  # (B, D)

@@ -52,6 +52,15 @@ def test_flip_is_the_mean_with_the_mirrored_image():
     np.testing.assert_allclose(both, (plain + mirrored) / 2, atol=1e-3 * scale)
 
 
+def test_float32_is_whole_on_cuda_too():
+    seen, before = [], torch.backends.cudnn.allow_tf32
+    model = runs.build_model(RECIPE)
+    model.head[3].register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    # `folded` copies the model, and its hooks with it.
+    quietly(model, PIXELS, RECIPE)
+    assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
+
+
 def test_bfloat16_is_near_float32():
     model, wide = runs.build_model(RECIPE), RECIPE.model_copy(update={"height": 64, "width": 48})
     one, two = (quietly(model, PIXELS, wide, precision=p) for p in ("float32", "bfloat16"))
