@@ -48,23 +48,23 @@ def train(args) -> int:
     }
     recipe = make_recipe(args.recipe, **changes)
 
-    from reidlib.health import as_text, report_run
+    from reidlib.health import run_text
     from reidlib.training import Trainer
 
     folder = Trainer(recipe, args.tag, args.resume, args.device).fit()
     print(folder)
-    say(as_text(report_run(folder)))
+    say(run_text(folder))
     say(f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
     return 0
 
 
 def health(args) -> int:
     """Print what is wrong with the training of runs, and what to try first."""
-    from reidlib.health import as_text, report_run
+    from reidlib.health import run_text
     from reidlib.runs import find_run
 
     for folder in map(find_run, args.runs):
-        print(f"{folder.name}\n{as_text(report_run(folder))}")
+        print(f"{folder.name}\n{run_text(folder)}")
     return 0
 
 

@@ -319,7 +319,8 @@ def near_collapse(run: Run) -> Finding | None:
         "The network has drawn all images together, and its loss sits where a collapsed one's does.",
         f"median distance between identities {start:.2f} → {end:.2f}; loss {run.loss_at_end:.3f} at "
         f"the end, collapsed: {run.collapsed_loss:.3f}; active triplets {run.end['active']:.0%}",
-        "A lower learning rate, fewer augmentations at first, or more steps before the rate decays.",
+        'A lower learning rate, loss="batch_all", fewer augmentations at first, or more steps before '
+        "the rate decays.",
     )
 
 
@@ -533,6 +534,8 @@ AT_ONCE = (
     *(weights_did_not_load, wrong_normalisation, no_margin, too_few_identities),
     *(diverging, collapsed),
 )
+# Of a run that was stopped or killed on its way; the others ask how it ended.
+UNDER_WAY = (*AT_ONCE, near_collapse)
 _AFTERMATH = {"near collapse", "not learning", "margin out of reach", "still learning", "too easy"}
 EXPLAINS = {
     "diverging": _AFTERMATH | {"overfitting", "far from origin", "too short"},
@@ -578,22 +581,43 @@ def report_run(run: str | Path) -> list[Finding]:
     folder = runs.find_run(run)
     manifest, file = runs.read_json(folder / "manifest.json"), folder / "history.csv"
     written = [Finding(**finding) for finding in manifest.get("health", [])]
-    if "health" in manifest and manifest["status"] != "running":
+    if "health" in manifest and manifest["status"] not in ("running", "stopped"):
         return written
     if not file.is_file():
         raise FileNotFoundError(f"{folder.name} has no history.csv: its training has just begun.")
-    # Killed or under way: the manifest is from its start, and what must end cannot be judged yet.
-    checks = AT_ONCE if manifest["status"] == "running" else CHECKS
+    checks = _checks(manifest["status"])
     recipe, identities = runs.read_recipe(folder), manifest["train_identities"]
     found = report(pd.read_csv(file), recipe, checks, identities=identities)
     names = {finding.name for finding in found}
     return [finding for finding in written if finding.name not in names] + found
 
 
-def as_text(findings: Sequence[Finding]) -> str:
+def _checks(status: str) -> tuple:
+    """Return the checks that can be made of a run of this status."""
+    return UNDER_WAY if status in ("running", "stopped") else CHECKS
+
+
+def run_text(run: str | Path) -> str:
+    """Return the report of a run for the terminal; of one that has not ended, says what is left out.
+
+    Raises:
+        FileNotFoundError: as in `report_run`.
+    """
+    folder = runs.find_run(run)
+    manifest = runs.read_json(folder / "manifest.json")
+    text = as_text(report_run(folder), checks := _checks(manifest["status"]))
+    left_out = [check for check in CHECKS if check not in checks]
+    if left_out:
+        step = pd.read_csv(folder / "history.csv")["step"].iloc[-1]  # a kill leaves no other trace
+        step = f"step {step:,} of {manifest['steps']:,}"
+        text += f"\nIts training has not ended ({step}), so not checked: {checked(left_out)}."
+    return text
+
+
+def as_text(findings: Sequence[Finding], checks=CHECKS) -> str:
     """Return a report for the terminal: two lines a finding, or one that names what was checked."""
     if not findings:
-        return f"Health: no finding. Checked: {checked()}."
+        return f"Health: no finding. Checked: {checked(checks)}."
     lines = [f"Health: {len(findings)} finding{'s' * (len(findings) > 1)}."]
     for finding in findings:
         lines += [
@@ -603,9 +627,9 @@ def as_text(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def checked() -> str:
-    """Return the names of all checks."""
-    return ", ".join(check.__name__.replace("_", " ") for check in CHECKS)
+def checked(checks=CHECKS) -> str:
+    """Return the names of checks, by default of all."""
+    return ", ".join(check.__name__.replace("_", " ") for check in checks)
 
 
 def fresh_layers(backbone: nn.Module) -> list[str]:

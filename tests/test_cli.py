@@ -165,7 +165,7 @@ def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatc
             return training.outputs_dir()
 
     monkeypatch.setattr(training, "Trainer", Trainer)
-    monkeypatch.setattr(health, "report_run", lambda folder: [])
+    monkeypatch.setattr(health, "run_text", lambda folder: "Health: no finding.")
     words = shlex.split(reproduce_command(recipe, "seed1"))
     assert words[:3] == ["python", "-m", "reidlib"]
     assert main(words[3:]) == 0

@@ -416,6 +416,23 @@ def test_runs_from_before_the_report_are_judged_by_their_history(tmp_path):
     assert names(report_run(folder)) == ["weights did not load", "too few identities"]
 
 
+def test_a_run_that_was_stopped_is_judged_as_far_as_it_went(tmp_path, capsys):
+    folder = tmp_path / "outputs" / "halfway"
+    folder.mkdir(parents=True)
+    runs.write_json(folder / "config.json", make_recipe("demo", margin="soft").model_dump())
+    manifest = {"status": "stopped", "train_identities": 200, "health": [], "steps": 4000}
+    runs.write_json(folder / "manifest.json", manifest)
+    fell = {"negative_p50": np.linspace(4.7, 0.1, 20), "negative_p95": 0.2, "loss": 0.72}
+    for changes, found in ((fell, ["near collapse"]), ({}, [])):
+        history(**changes).to_csv(folder / "history.csv", index=False)
+        assert names(report_run(folder)) == found
+        assert main(["health", "halfway"]) == 0
+        said = capsys.readouterr().out
+        assert "has not ended (step 380 of 4,000), so not checked: not learning, margin" in said
+        assert "near collapse" in said.split("Its training")[0], "found, or checked"
+        assert "still learning" not in said.split("Its training")[0]
+
+
 RELEASED = (
     *("batchall", "batchall_softplus", "batchhard", "batchhard_softplus"),
     *("batchhard_softplus_base", "batchhard_softplus_erasing", "batchhard_softplus_images"),
