@@ -38,7 +38,7 @@ $(VENV)/peers/.ready: benchmarks/peers.txt $(READY)
 	@touch $@
 
 test: setup     ## the whole test suite
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 setup: $(READY) ## the environment alone, in .venv
 
