@@ -143,6 +143,9 @@ def embed_views(
         )
     batch = batch or (16 if device.type == "cpu" else 128)
     model = folded(model).to(memory_format=torch.channels_last)
+    # On CUDA, float32 convolutions would be rounded to TensorFloat32's ten bits.
+    flags = {key: getattr(cudnn, key) for key in ("enabled", "benchmark", "deterministic")}
+    flags["allow_tf32"] = False
     parts = {view: [] for view in views}
     bar = progress(total=len(pixels), desc="embed", unit="img", show=show_progress)
     for start in range(0, len(pixels), batch):
@@ -154,8 +157,7 @@ def embed_views(
             # One (B, 3, h, w), or five.
             cut = _five_crops(augmentation.plain(block), size)
             cut = [images.contiguous(memory_format=torch.channels_last) for images in cut]
-            # On CUDA, float32 convolutions would be rounded to TensorFloat32's ten bits.
-            with autocast(device, precision), cudnn.flags(enabled=True, allow_tf32=False):
+            with autocast(device, precision), cudnn.flags(**flags):
                 for view in {straight, mirrored} & parts.keys():
                     sides = [images.flip(3) for images in cut] if view == mirrored else cut
                     emb = sum(model(images).float() for images in sides) / len(sides)  # (B, D)

@@ -82,6 +82,7 @@ def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progr
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        kept_temporary = temporary.with_name(f"{temporary.name}.kept.npy")
         temporary.touch()
     except OSError as error:
         raise OSError(
@@ -134,12 +135,12 @@ def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progr
         else:
             pixels.flush()
         # Two runs started together decode the same images: each file is there whole, or not at all.
-        kept_temporary = temporary.with_suffix(".kept.npy")
         np.save(kept_temporary, kept)
         os.replace(kept_temporary, kept_file)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+        kept_temporary.unlink(missing_ok=True)
 
 
 def _first_size(paths: list[str]) -> tuple[int, int]:
