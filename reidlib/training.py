@@ -61,6 +61,13 @@ class Trainer:
             raise ValueError(f"resume = {resume!r}: choose auto, previous, never or restart.")
         self.device = pick_device(device)
         self.recipe = recipe = resolve_precision(recipe, self.device)
+        if recipe.precision == "bfloat16" and fast_at_bfloat16(self.device) is False:
+            print(
+                "This processor has no instructions for bfloat16 and emulates it, many times "
+                'slower than float32: precision = "float32" or "auto" avoids that.',
+                file=sys.stderr,
+                flush=True,
+            )
         self.tag, self.resume, self.show_progress = tag, resume, show_progress
         dataset = dataset or load(recipe.dataset)
         self.folder = outputs_dir() / runs.run_name(dataset.name, recipe, tag)
@@ -398,14 +405,18 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
         )
     if recipe.precision != "auto":
         return recipe
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        # Public from torch 2.14 on; without it float32 is the safe answer.
-        can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
-    chosen = "bfloat16" if fast and not too_small else "float32"
+    # Where nothing is known, float32 is the safe answer.
+    chosen = "bfloat16" if fast_at_bfloat16(device) and not too_small else "float32"
     return recipe.model_copy(update={"precision": chosen})
+
+
+def fast_at_bfloat16(device: torch.device) -> bool | None:
+    """Return whether the device has instructions for bfloat16; None where PyTorch does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Public from torch 2.14 on; the two names are those of x86 processors.
+    can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return can["avx512_bf16"] or can["amx_bf16"] if "avx512_bf16" in can else None
 
 
 def reproduce_command(recipe: Recipe, tag: str = "") -> str:

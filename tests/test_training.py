@@ -289,6 +289,23 @@ def test_precision_follows_the_device_and_the_input():
         choose(precision="bfloat16", width=32)
 
 
+@pytest.mark.parametrize(
+    ("can", "told"),
+    [
+        ({"avx512_bf16": False, "amx_bf16": False}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False),
+        ({"avx512_bf16": False, "amx_bf16": True}, False),
+        ({"sve": True}, False),  # another architecture: nothing is known
+    ],
+)
+def test_emulated_bfloat16_is_told(can, told, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    for precision in ("bfloat16", "auto", "float32"):
+        training.Trainer(small(height=64, width=48, precision=precision), device="cpu")
+        expected = told and precision == "bfloat16"
+        assert ("no instructions for bfloat16" in capsys.readouterr().err) == expected
+
+
 def test_the_run_explains_itself():
     folder = fit("told")
     manifest = runs.read_json(folder / "manifest.json")
