@@ -211,6 +211,8 @@ def scores(args) -> int:
     """Print a table of the runs' scores in per cent."""
     import pandas as pd
 
+    from reidlib.comparison import TABLES
+    from reidlib.evaluation import score_values
     from reidlib.paths import outputs_dir
     from reidlib.runs import find_run, read_json
 
@@ -220,19 +222,21 @@ def scores(args) -> int:
             f"There are no runs in {outputs_dir()} yet. Make one: "
             f"python -m reidlib run 03_train 04_evaluate"
         )
-    labels, rows, notes = [], [], []
+    against = find_run(args.against) if args.against else None
+    labels, rows, notes, gains = [], [], [], {}
     for folder in map(find_run, names):
         file = folder / "metrics.json"
         metrics = read_json(file) if file.is_file() else {}
         labels.append(folder.name)
         rows.append(metrics)
+        held_out = folder / TABLES["held_out"]
         if "mAP" in metrics:
             lost = metrics["queries_without_match"]
             notes.append(
                 f"{folder.name}: {metrics['queries']} queries"
                 + (f", {lost} of them without a match and left out" if lost else "")
             )
-        else:
+        elif not held_out.is_file():
             notes.append(
                 f"{folder.name}: not evaluated yet; python -m reidlib run 04_evaluate "
                 f"-p run {folder.name}"
@@ -240,19 +244,56 @@ def scores(args) -> int:
         if "with_flips" in metrics:
             labels.append("  with flips averaged")
             rows.append(metrics["with_flips"])
+        if held_out.is_file():
+            labels.append("  on people held out")
+            rows.append(score_values(pd.read_csv(held_out)).mean().to_dict())
         baselines = metrics.get("baselines", {}) if args.baselines else {}
         labels += [f"  {name.replace('_', ' ')}" for name in baselines]
         rows += baselines.values()
         if (picture := folder / "ranked_lists.jpg").is_file():
             notes.append(f"ranked lists: {picture}")
+        if against and folder != against:
+            gains |= _gains(folder, against)
     table = 100 * pd.DataFrame(rows, index=labels).reindex(columns=list(SCORES)).astype(float)
     print(table.to_string(float_format="{:.2f}".format, na_rep="-"))
     print("\nPer cent; higher is better. mAP: mean average precision over all matches of a query;")
     print(
         "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
     )
-    print("\n" + "\n".join(notes))
+    if against:
+        if not gains:
+            raise ValueError(f"No run here was scored on the same queries as {against.name}.")
+        print(
+            f"\nmAP over that of {against.name}, points, paired over the people asked for. It is about"
+        )
+        print("these very networks: how far another seed moves them is not in the interval.\n")
+        columns = ["gain", "95 % from", "to", "p"]
+        shown = pd.DataFrame(gains.values(), index=list(gains), columns=columns)
+        form = dict.fromkeys(columns[:3], "{:+.2f}".format) | {"p": "{:.2g}".format}
+        print(shown.to_string(formatters=form))
+    if notes:
+        print("\n" + "\n".join(notes))
     return 0
+
+
+def _gains(run: Path, against: Path) -> dict[str, list[float]]:
+    """Return the gain of mAP with its interval in points, and p, on each split both were scored on."""
+    import pandas as pd
+
+    from reidlib.comparison import TABLES
+    from reidlib.significance import difference
+
+    gains = {}
+    for split, file in TABLES.items():
+        if (run / file).is_file() and (against / file).is_file():
+            tables = [[pd.read_csv(folder / file)] for folder in (run, against)]
+            try:
+                found = difference(*tables)
+            except ValueError:  # of other queries: another data set, or other people held out
+                continue
+            label = run.name + (" (held out)" if split == "held_out" else "")
+            gains[label] = [100 * v for v in (found.value, found.low, found.high)] + [found.p]
+    return gains
 
 
 # --- the command line
@@ -367,6 +408,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     a = command(scores, "print a table of scores in per cent")
     a.add_argument("runs", nargs="*", metavar="RUN", help="by default all under outputs/")
     a.add_argument("--baselines", action="store_true", help="show what the runs compare with, too")
+    a.add_argument("--against", metavar="RUN", help="show gains over this run, with intervals")
     return top, commands.choices
 
 

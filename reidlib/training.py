@@ -96,7 +96,10 @@ class Trainer:
             # A released run has its weights and no checkpoint.
             whole = checkpoint is None or checkpoint["step"] >= self.steps
             if whole and self._finished():
-                print(f"{self.folder.name} was trained before, with these settings and data.")
+                print(
+                    f"{self.folder.name} was trained before, with these settings and data, and is left as "
+                    'it is. To train it again, give another tag, or resume = "restart" to replace it.'
+                )
                 return self.folder
             self._start(checkpoint)
             with (

@@ -19,6 +19,7 @@ from reidlib.datasets import load
 from reidlib.embedding import read_embeddings, write_embeddings
 from reidlib.evaluation import evaluate
 from reidlib.recipes import Recipe, make_recipe
+from reidlib.significance import difference
 from reidlib.training import reproduce_command
 
 TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 --dim 8 --precision float32"
@@ -290,3 +291,35 @@ def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
         ["untrained", "12.50"],
         ["colour", "histogram", "75.00"],
     ]
+
+
+def test_scores_against_another_run_on_the_same_queries(tmp_path, capsys):
+    def make(name, file, aps, pids=(1, 1, 2, 3)):
+        folder = tmp_path / "outputs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(Recipe().model_dump_json())
+        table = pd.DataFrame({"query": range(4), "pid": pids, "matches": 2, "AP": aps})
+        table = table.assign(AP_market=aps, INP=aps, first_rank=1)
+        table.to_csv(folder / file, index=False)
+        return table
+
+    better = make("better", "per_query_held_out.csv", [0.9, 0.8, 0.7, 0.6])
+    base = make("base", "per_query_held_out.csv", [0.8, 0.6, 0.7, 0.3])
+    make("other_people", "per_query_held_out.csv", [0.8, 0.6, 0.7, 0.3], pids=(1, 2, 2, 3))
+    make("on_test", "per_query.csv", [0.8, 0.6, 0.7, 0.3])
+    assert main(["scores", "--against", "base"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    held_out = [line.split() for line in lines if line.startswith("  on people held out")]
+    assert [row[4] for row in held_out] == ["60.00", "75.00", "60.00"]
+    assert not any("not evaluated" in line and "better" in line for line in lines)
+    (gain,) = [line.split() for line in lines if "(held out)" in line]
+    found = difference([better], [base])
+    assert gain[:3] == ["better", "(held", "out)"]
+    assert gain[3:] == [
+        *(f"{100 * value:+.2f}" for value in (found.value, found.low, found.high)),
+        f"{found.p:.2g}",
+    ]
+    assert gain[3] == "+15.00"
+
+    assert main(["scores", "on_test", "other_people", "--against", "base"]) == 1
+    assert "No run here was scored on the same queries as base" in capsys.readouterr().err

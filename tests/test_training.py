@@ -366,7 +366,8 @@ def test_a_released_run_is_not_trained_over(capsys):
         file.unlink()
     before = (folder / "weights.safetensors").stat().st_mtime_ns
     assert fit("released", steps=2, hold_out=0) == folder
-    assert "was trained before" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "was trained before" in told and "give another tag" in told
     assert (folder / "weights.safetensors").stat().st_mtime_ns == before
     (folder / "weights.safetensors").unlink()
     fit("released", steps=2, hold_out=0)
