@@ -71,6 +71,12 @@ def model_card(folder: Path) -> str:
     ]
     small = f", the first {recipe.small:.0%} at half of it" if recipe.small else ""
     head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
+    scaled = (
+        ", less ImageNet's mean, over its standard deviation"
+        if recipe.normalise == "imagenet"
+        else ""
+    )
+    stride = ",\nits last stride 1 instead of 2" if recipe.last_stride == 1 else ""
     flips = "averaged" if metrics["flip"] else "not averaged"
     lines = [
         f"# {folder.name}",
@@ -81,6 +87,12 @@ def model_card(folder: Path) -> str:
         "",
         "    >>> import reidlib",
         f'    >>> model = reidlib.load_model("{folder.name}")',
+        "",
+        "**Input.** RGB pictures, bilinearly resized (with antialiasing) to height ×",
+        f"width {recipe.height}×{recipe.width}, divided by 255{scaled}. In",
+        f"`weights.safetensors`, `backbone.` and torchvision's own names are the backbone{stride}"
+        + (";" if recipe.head else "."),
+        *(["`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`."] if recipe.head else []),
         "",
         f"**Data.** Trained on `{Path(recipe.dataset).name}`: {manifest['train_images']:,} images of",
         f"{manifest['train_identities']:,} people, fingerprint `{manifest['train_data'][:16]}`.",

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import metadata
+from torch import nn
 
 from reidlib import release, runs
 from reidlib.datasets import load
@@ -120,6 +123,38 @@ def test_a_released_run_is_whole_light_and_tells_what_its_files_say(folder):
         assert str(ROOT.parent).encode() + b"/" not in content and b"/home/" not in content, file
         assert b"\xff\xd8\xff" not in content or file.suffix == ".safetensors", file
         assert b"\x89PNG" not in content, file
+
+
+@pytest.mark.parametrize("name", ["batchhard_softplus", "batchhard_softplus_best"])
+def test_the_card_is_enough_to_load_the_weights_with_torchvision_alone(name):
+    folder = ROOT / "outputs" / f"market1501_{name}"
+    card = (folder / "README.md").read_text()
+    assert "256×128, divided by 255, less ImageNet's mean" in card and "last stride 1" in card
+    state = safetensors.torch.load_file(folder / "weights.safetensors")
+    parts = {"backbone.": torchvision.models.mobilenet_v2(weights=None)}
+    parts["backbone."].features[14].conv[1][0].stride = (1, 1)
+    del parts["backbone."].classifier
+    if "`head.`" in card:
+        parts["head."] = nn.Sequential(
+            nn.Linear(1280, 1024), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, 128)
+        )
+    for prefix, module in parts.items():
+        module.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+        module.eval()
+    images = np.random.default_rng(0).integers(0, 256, (3, 128, 64, 3), dtype=np.uint8)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    x = nn.functional.interpolate(x, size=(256, 128), mode="bilinear", antialias=True)
+    x = torchvision.transforms.functional.normalize(
+        x / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    with torch.no_grad():
+        emb = parts["backbone."].features(x).mean(dim=(2, 3))  # (B, 1280, h, w) -> (B, 1280)
+        emb = parts["head."](emb) if "head." in parts else emb
+    model = runs.load_model(folder)
+    ours = embed(model, images, model.recipe, show_progress=False)
+    np.testing.assert_allclose(emb.numpy(), ours, rtol=1e-3, atol=1e-4 * np.abs(ours).max())
 
 
 def test_tensorboard_shows_released_runs_with_settings_and_scores_at_once():
