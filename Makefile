@@ -11,7 +11,7 @@ NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate 05_c
 # cores, and no slower where none does.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo example gallery bench test setup lab tensorboard notebooks lint format clean
+.PHONY: help demo example gallery bench recompute test setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,10 @@ gallery: setup  ## the README's pictures again, after `make demo`
 
 bench: setup $(VENV)/peers/.ready ## each part of the library beside its peers, as ratios
 	$(PY) benchmarks/run.py
+
+RUN ?= market1501_batchhard_softplus
+recompute: setup $(VENV)/peers/.ready ## a released run's scores on Market-1501 by torchvision and torchreid
+	$(PY) benchmarks/recompute.py $(RUN)
 
 $(VENV)/peers/.ready: benchmarks/peers.txt $(READY)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \

@@ -5,10 +5,15 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from reidlib.embedding import embed
 from reidlib.paths import ROOT
+from reidlib.runs import load_model
 
 
 @pytest.fixture
@@ -47,3 +52,68 @@ def test_goals_can_be_missed(bench):
     assert bench.judged(row | {"x ours": 6.0}, {"least": 6}) == "at least x 6: holds"
     assert bench.judged(row, {"most": 0.05}) == "at most x 0.05: MISSED"
     assert bench.judged(row, {}) == ""
+
+
+@pytest.mark.parametrize("resize", ["float", "pillow"])
+@pytest.mark.parametrize("name", ["batchhard_softplus", "batchhard_softplus_best"])
+def test_recompute_gives_torchreid_what_the_library_would_rank(
+    bench, name, resize, tmp_path, monkeypatch, capsys
+):
+    """Pictures of Market-1501's names; the distances are those of the library's embeddings."""
+    import recompute
+
+    root = tmp_path / "Market-1501-v15.09.15"
+    rng = np.random.default_rng(0)
+    pictures = {}
+    for side, pids in (("query", (1, 2)), ("bounding_box_test", (-1, 0, 1, 2))):
+        (root / side).mkdir(parents=True)
+        for pid in pids:
+            colour = rng.integers(0, 256, 3)
+            picture = (colour + rng.integers(-40, 40, (128, 64, 3))).clip(0, 255).astype(np.uint8)
+            file = root / side / f"{pid if pid == -1 else f'{pid:04}'}_c{pid + 2}s1_000001_01.jpg"
+            Image.fromarray(picture).save(file)
+            pictures[side, pid] = np.asarray(Image.open(file))
+    asked = []
+
+    def evaluate_rank(*args, **options):
+        asked.extend(args)
+        return np.linspace(0.5, 0.95, 10), 0.25
+
+    monkeypatch.setenv("REID_DATA", str(tmp_path))
+    monkeypatch.setattr(
+        recompute.peers, "torchreid", lambda path: SimpleNamespace(evaluate_rank=evaluate_rank)
+    )
+    folder = ROOT / "outputs" / f"market1501_{name}"
+    monkeypatch.setattr(sys, "argv", ["recompute.py", str(folder), "--resize", resize])
+    recompute.main()
+    distances, query_pids, gallery_pids, query_camids, gallery_camids = asked
+    assert query_pids.tolist() == [1, 2] and query_camids.tolist() == [3, 4]
+    assert gallery_pids.tolist() == [0, 1, 2] and gallery_camids.tolist() == [2, 3, 4], "no junk"
+    model = load_model(folder)
+
+    def embedded(side, pids):
+        images = [pictures[side, pid] for pid in pids]
+        if resize == "pillow":
+            shape, method = (128, 256), Image.Resampling.BILINEAR
+            images = [np.asarray(Image.fromarray(x).resize(shape, method)) for x in images]
+        return embed(model, np.stack(images), model.recipe, show_progress=False)
+
+    query, gallery = embedded("query", [1, 2]), embedded("bounding_box_test", [0, 1, 2])
+    expected = np.linalg.norm(query[:, None] - gallery[None], axis=2)
+    np.testing.assert_allclose(distances, expected, rtol=1e-3)
+    told = capsys.readouterr().out
+    stated = 100 * json.loads((folder / "metrics.json").read_text())["mAP"]
+    assert f"mAP    torchreid  25.00   stated  {stated:.2f}" in told
+
+
+def test_recompute_without_torchreid_or_data_says_what_to_do(bench, tmp_path, monkeypatch, capsys):
+    import recompute
+
+    folder = ROOT / "outputs" / "market1501_batchhard_softplus"
+    monkeypatch.setenv("REID_DATA", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["recompute.py", str(folder)])
+    for found, told in ((None, "start this as `make recompute`"), ("rank", "There is no ")):
+        monkeypatch.setattr(recompute.peers, "torchreid", lambda path, found=found: found)
+        with pytest.raises(SystemExit):
+            recompute.main()
+        assert told in capsys.readouterr().err
