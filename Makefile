@@ -42,7 +42,7 @@ $(VENV)/peers/.ready: benchmarks/peers.txt $(READY)
 	@touch $@
 
 test: setup     ## the whole test suite
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY) ## the environment alone, in .venv
 
