@@ -475,15 +475,19 @@ def side_by_side(histories: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw the histories of several runs, a column each, with the same scales along each row.
 
     Rows: loss; share of active triplets; distances within and between identities, median in a band
-    from the 5th to the 95th percentile; embedding norm; mAP on held-out identities, where there are.
+    from the 5th to the 95th percentile; embedding norm; mAP on held-out identities, where a run has
+    any.
 
     Raises:
         ValueError: no history, or an empty one.
     """
     if not histories or any(len(history) == 0 for history in histories.values()):
         raise ValueError("There is nothing to draw: no history, or one without a step.")
-    figure = Figure(figsize=(1 + 2.1 * len(histories), 8), layout="constrained")
-    axes = figure.subplots(5, len(histories), sharex="col", sharey="row", squeeze=False)
+    words = ["loss", "active share", "distances", "norm"]
+    if any("held_out_mAP" in history for history in histories.values()):
+        words.append("held-out mAP, %")
+    figure = Figure(figsize=(1 + 2.1 * len(histories), 1.6 * len(words)), layout="constrained")
+    axes = figure.subplots(len(words), len(histories), sharex="col", sharey="row", squeeze=False)
     for column, (name, history) in zip(axes.T, histories.items(), strict=True):
         step = history["step"]
         column[0].set_title(name)
@@ -496,11 +500,9 @@ def side_by_side(histories: Mapping[str, pd.DataFrame]) -> Figure:
         if "held_out_mAP" in history:
             scored = history.dropna(subset="held_out_mAP")
             column[4].plot(scored["step"], 100 * scored["held_out_mAP"], "o-", color=PALETTE[0])
-        column[4].set(xlabel="step", xlim=(0, None))
-    for panel, words in zip(
-        axes[:, 0], ("loss", "active share", "distances", "norm", "held-out mAP, %"), strict=True
-    ):
-        panel.set(ylabel=words, ylim=(0, None))
+        column[-1].set(xlabel="step", xlim=(0, None))
+    for panel, label in zip(axes[:, 0], words, strict=True):
+        panel.set(ylabel=label, ylim=(0, None))
     axes[2, 0].legend(fontsize=8)
     return figure
 

@@ -354,6 +354,20 @@ def test_training_curves_of_a_margin_and_without_held_out_identities(history):
         pictures.training_curves(history.iloc[:0])
 
 
+def test_histories_side_by_side_have_a_row_of_held_out_scores_only_where_there_are_any(history):
+    without = history.drop(columns=["held_out_mAP", "held_out_top1"])
+    for runs, rows in (({"a": without, "b": history}, 5), ({"a": without, "b": without}, 4)):
+        axes = np.reshape(pictures.side_by_side(runs).axes, (rows, 2))
+        assert [panel.get_title(loc="left") for panel in axes[0]] == ["a", "b"]
+        assert [panel.get_xlabel() for panel in axes[-1]] == ["step", "step"]
+        assert all(panel.get_ylabel() for panel in axes[:, 0])
+    panels = pictures.side_by_side({"a": without, "b": history}).axes
+    assert len(panels[8].lines) == 0
+    assert list(panels[9].lines[0].get_ydata()) == [30, 50]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        pictures.side_by_side({"a": history.iloc[:0]})
+
+
 def test_curves_differ_in_colour_and_line(history):
     figure = pictures.curves({str(i): ([0, 1], [i, i]) for i in range(20)}, "x", "y")
     looks = {
