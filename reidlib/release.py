@@ -88,8 +88,8 @@ def model_card(folder: Path) -> str:
         "    >>> import reidlib",
         f'    >>> model = reidlib.load_model("{folder.name}")',
         "",
-        "**Input.** RGB pictures, bilinearly resized (with antialiasing) to height ×",
-        f"width {recipe.height}×{recipe.width}, divided by 255{scaled}. In",
+        "**Input.** RGB pictures, bilinearly resized (with antialiasing, in float32: not rounded to",
+        f"whole levels) to height × width {recipe.height}×{recipe.width}, divided by 255{scaled}. In",
         f"`weights.safetensors`, `backbone.` and torchvision's own names are the backbone{stride}"
         + (";" if recipe.head else "."),
         *(["`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`."] if recipe.head else []),
