@@ -78,6 +78,8 @@ def main() -> None:
     root = data_dir() / "Market-1501-v15.09.15"
     if config["backbone"] != "mobilenet_v2" or config["normalise"] != "imagenet":
         parser.error(f"{folder.name} is not MobileNetV2 with ImageNet's normalisation.")
+    if not (folder / "weights.safetensors").is_file():
+        parser.error(f"{folder.name} was released without weights.")
     if rank is None:
         parser.error(f"There is no torchreid in {peers.FOLDER}: start this as `make recompute`.")
     if not root.is_dir():

@@ -106,13 +106,17 @@ def test_recompute_gives_torchreid_what_the_library_would_rank(
     assert f"mAP    torchreid  25.00   stated  {stated:.2f}" in told
 
 
-def test_recompute_without_torchreid_or_data_says_what_to_do(bench, tmp_path, monkeypatch, capsys):
+def test_recompute_without_what_it_needs_says_what_to_do(bench, tmp_path, monkeypatch, capsys):
     import recompute
 
-    folder = ROOT / "outputs" / "market1501_batchhard_softplus"
     monkeypatch.setenv("REID_DATA", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["recompute.py", str(folder)])
-    for found, told in ((None, "start this as `make recompute`"), ("rank", "There is no ")):
+    for name, found, told in (
+        ("batchhard_softplus_seed1", "rank", "released without weights"),
+        ("batchhard_softplus", None, "start this as `make recompute`"),
+        ("batchhard_softplus", "rank", "There is no "),
+    ):
+        folder = ROOT / "outputs" / f"market1501_{name}"
+        monkeypatch.setattr(sys, "argv", ["recompute.py", str(folder)])
         monkeypatch.setattr(recompute.peers, "torchreid", lambda path, found=found: found)
         with pytest.raises(SystemExit):
             recompute.main()
