@@ -1,6 +1,7 @@
 """What holds the project's files together: packages, lint, imports between rooms, no stray paths."""
 
 import ast
+import doctest
 import re
 import subprocess
 import sys
@@ -130,6 +131,13 @@ def test_no_image_of_real_people_and_no_path_of_a_machine_is_committed():
         }:
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"(/home/|/root/|/Users/)\w", text), name
+
+
+def test_the_readme_s_examples_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("REID_OUTPUTS", str(ROOT / "outputs"))
+    failed, attempted = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert attempted > 5 and not failed
 
 
 def test_the_readme_names_what_there_is():
