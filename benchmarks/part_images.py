@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from reidlib.augment import Augmentation
 from reidlib.datasets import load
-from reidlib.images import Augmentation, load_pixels
+from reidlib.images import load_pixels
 
 SIZES = (1, 2, 4, 8)
 WORKERS = os.cpu_count()

@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from reidlib.embedding import autocast, embed, pick_device
-from reidlib.images import Augmentation, load_pixels
+from reidlib.augment import Augmentation
+from reidlib.depthwise import StridedDepthwise
+from reidlib.device import autocast, pick_device, resolve_precision
+from reidlib.embedding import embed
+from reidlib.images import load_pixels
 from reidlib.losses import batch_hard
-from reidlib.networks import StridedDepthwise
 from reidlib.recipes import Recipe
-from reidlib.runs import build_model
-from reidlib.training import resolve_precision
+from reidlib.weights import build_model
 
 SIZES = (1 / 4, 1 / 2, 1)
 MEMORY = False

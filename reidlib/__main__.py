@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
+from reidlib.device import pick_device
+from reidlib.images import load_images
+
 # Each command imports what it needs: torch takes seconds, and --help does without.
 
 
@@ -26,7 +29,8 @@ def say(text: str) -> None:
 
 def data(args) -> int:
     """Print what is in a data set and what is wrong with it; status 1 where that is an error."""
-    from reidlib.datasets import check, load
+    from reidlib.check import check
+    from reidlib.datasets import load
     from reidlib.progress import progress
 
     bar = partial(progress, desc="read images", unit="img")
@@ -72,15 +76,15 @@ def embed(args) -> int:
     """Write the embeddings of a folder or list of images."""
     from reidlib import embedding
     from reidlib.datasets import image_list
-    from reidlib.runs import load_model
+    from reidlib.weights import load_model
 
     out = Path(args.out).expanduser()
     if out.is_dir():  # said now, not after an hour
         raise ValueError(f"{out} is a folder: give the name of a file, such as gallery.h5.")
     out.parent.mkdir(parents=True, exist_ok=True)
     table = image_list(args.images, pattern=args.pattern, image_root=args.image_root)
-    model = load_model(args.model, embedding.pick_device(args.device))
-    pixels, table = embedding.load_images(table, model.recipe, room=False)
+    model = load_model(args.model, pick_device(args.device))
+    pixels, table = load_images(table, model.recipe)
     emb = embedding.embed(model, pixels, model.recipe, flip=args.flip)
     embedding.write_embeddings(out, emb, table)
     say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
@@ -109,8 +113,10 @@ def search(args) -> int:
     """Print the gallery images nearest to each query, as CSV; or write them, and draw them."""
     from reidlib import search as searching
     from reidlib.datasets import ignored_files
-    from reidlib.embedding import pick_device, read_embeddings
-    from reidlib.runs import load_model, write_text
+    from reidlib.device import pick_device
+    from reidlib.embedding import read_embeddings
+    from reidlib.runs import write_text
+    from reidlib.weights import load_model
 
     files = [Path(f).expanduser() for f in (args.out, args.picture, args.html) if f]
     for file in files:  # said now, not after an hour
@@ -168,7 +174,7 @@ def search(args) -> int:
 def export(args) -> int:
     """Write a model as ONNX and print the file's path."""
     from reidlib import export as exporting
-    from reidlib.datasets import read_image
+    from reidlib.images import read_image
     from reidlib.search import picture_table
 
     images = None
@@ -212,7 +218,7 @@ def scores(args) -> int:
     import pandas as pd
 
     from reidlib.comparison import TABLES
-    from reidlib.evaluation import score_values
+    from reidlib.metrics import score_values
     from reidlib.paths import outputs_dir
     from reidlib.runs import find_run, read_json
 

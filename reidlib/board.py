@@ -31,7 +31,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from torch.utils.tensorboard import SummaryWriter
 
 from reidlib import runs
-from reidlib.evaluation import Evaluation, Retrieval
+from reidlib.evaluation import Retrieval
+from reidlib.metrics import Evaluation
 from reidlib.pictures import RankedRow, encode, ranked_lists
 from reidlib.recipes import Recipe
 

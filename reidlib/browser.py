@@ -33,8 +33,9 @@ from IPython import get_ipython
 from PIL import Image
 
 from reidlib import pictures
-from reidlib.datasets import read_image
-from reidlib.evaluation import Evaluation, Retrieval, average_precision
+from reidlib.evaluation import Retrieval
+from reidlib.images import read_image
+from reidlib.metrics import Evaluation, average_precision
 from reidlib.progress import progress
 
 SCRIPT = Path(__file__).with_name("browser.js").read_text(encoding="utf-8")

@@ -19,11 +19,13 @@ import pandas as pd
 
 from reidlib import runs
 from reidlib.datasets import fingerprint, hold_out, load
-from reidlib.embedding import embed, load_images, pick_device, read_embeddings, write_embeddings
+from reidlib.device import pick_device, resolve_precision
+from reidlib.embedding import embed, read_embeddings, write_embeddings
+from reidlib.images import load_images, load_training_images
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
-from reidlib.training import resolve_precision
+from reidlib.weights import load_model
 
 Split = Literal["test", "held_out"]
 # What may differ between two runs that are the same row: it does not change what is learnt.
@@ -182,7 +184,7 @@ def embedded(
     if kept and all(file.is_file() for file in files):
         (query_emb, query), (gallery_emb, gallery) = map(read_embeddings, files)
         return query_emb, query, gallery_emb, gallery
-    model = runs.load_model(folder, pick_device(device))
+    model = load_model(folder, pick_device(device))
     recipe, data = model.recipe, _data(model.recipe.dataset)
     tables = (data.query, data.gallery)
     if split == "held_out":
@@ -191,7 +193,9 @@ def embedded(
     precision = "float32" if split == "test" else recipe.precision
     found = []
     for file, table in zip(files, tables, strict=True):
-        pixels, table = load_images(table, recipe, room=split == "held_out")
+        pixels, table = (load_training_images if split == "held_out" else load_images)(
+            table, recipe
+        )
         emb = embed(model, pixels, recipe, flip=flip, precision=precision)
         if kept:
             write_embeddings(file, emb, table)

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from reidlib.augment import Augmentation
 from reidlib.evaluation import Retrieval
-from reidlib.images import Augmentation
 from reidlib.recipes import Recipe
 from reidlib.suspects import ratio
 

@@ -1,6 +1,8 @@
 """Images to embeddings: batches, flips, a colour-histogram baseline, and files on disk."""
 
+import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -9,65 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from reidlib.augment import Augmentation
 from reidlib.datasets import image_list
-from reidlib.images import Augmentation, common_size, load_pixels
-from reidlib.networks import folded
+from reidlib.device import autocast, bfloat16_is_right
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
 from reidlib.runs import write_atomically
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Return the device: `"auto"` takes CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        ValueError: the device asked for is not there.
-    """
-    if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device("mps" if torch.backends.mps.is_available() else found)
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        cause = str(error).split("\n")[0]
-        raise ValueError(
-            f"There is no device {name!r} here ({cause}). Use 'auto' or 'cpu'."
-        ) from None
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context that runs a network in bfloat16, or changes nothing for float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def bfloat16_is_right(recipe: Recipe, device: torch.device) -> bool:
-    """Return whether the device computes bfloat16 rightly for the recipe's input.
-
-    On the CPU, bfloat16 convolutions of stride 2 on maps one or two pixels wide are wrong (seen in
-    torch 2.14): their gradient, and on processors with AMX their result too, comes from memory that
-    was never written, now and then a NaN. Maps three pixels wide, width / 16, are right.
-    """
-    return device.type != "cpu" or (recipe.height >= 64 and recipe.width >= 48)
-
-
-def load_images(
-    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True, *, room: bool = True
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the pixels (N, H, W, 3) of a table for a recipe, and the rows they belong to.
-
-    Images that all have one size keep it. Others are resized, as they are decoded, to the size that
-    the recipe crops from; with `room=False`, for images to be embedded and never cropped, to the
-    network's input at once: resized twice, they would be blurred twice. `room=False` does so with
-    images of one size too, where they are huge.
-    """
-    times = recipe.enlarge if room else 1
-    otherwise = (round(recipe.height * times), round(recipe.width * times))
-    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
-    largest = None if room else 16 * recipe.height * recipe.width
-    size = common_size(table, otherwise, largest)
-    return load_pixels(table, size, recipe.unreadable, show_progress)
-
 
 VIEWS = ("plain", "mirrored", "crops", "mirrored crops")
 
@@ -177,33 +128,6 @@ def _five_crops(images: Tensor, size: tuple[int, int]) -> list[Tensor]:
     return [images[:, :, y : y + h, x : x + w] for y, x in places]
 
 
-def colour_histogram(pixels: np.ndarray, stripes: int = 6, bins: int = 8) -> np.ndarray:
-    """Return the baseline that needs no network: colour histograms of horizontal stripes.
-
-    Only the middle half of the width counts, where the person stands: with the margins, images of
-    one camera find each other by their background. Each channel of each stripe has a histogram of
-    its own, its bins the shares of the stripe's pixels. Their square roots make Euclidean distance
-    the Hellinger distance.
-
-    Returns:
-        (N, stripes · 3 · bins) float32.
-
-    >>> colour_histogram(np.zeros((2, 128, 64, 3), np.uint8)).shape
-    (2, 144)
-    """
-    n, height, width = pixels.shape[:3]
-    pixels = pixels[:, :, width // 4 : width - width // 4]
-    edges = np.linspace(0, height, stripes + 1).astype(int)
-    out = np.empty((n, stripes, 3, bins), np.float32)
-    for row, image in enumerate(pixels):
-        binned = image // (256 // bins)
-        for s, (top, bottom) in enumerate(zip(edges, edges[1:], strict=False)):
-            for c in range(3):
-                counts = np.bincount(binned[top:bottom, :, c].ravel(), minlength=bins)
-                out[row, s, c] = counts[:bins] / counts.sum()
-    return np.sqrt(out).reshape(n, -1)
-
-
 def write_embeddings(path: str | Path, emb: np.ndarray | Tensor, table: pd.DataFrame) -> None:
     """Write embeddings and what they belong to as HDF5, atomically.
 
@@ -277,3 +201,19 @@ def read_embeddings(
             f"{path} holds {len(emb)} embeddings, the list of its images {len(table)} rows."
         )
     return emb, table
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Return a copy for inference in which each convolution has taken in the BatchNorm after it.
+
+    γ (W∗x − μ) / √(σ² + ε) + β is itself a convolution with a bias, so one pass over the image is
+    saved. The BatchNorm of a convolution is taken to be the module that is registered after it, as in
+    every backbone here.
+    """
+    model = copy.deepcopy(model).eval()
+    leaves = [(name, m) for name, m in model.named_modules() if not [*m.children()]]
+    for (name, convolution), (norm_name, norm) in pairwise(leaves):
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            model.set_submodule(name, fuse_conv_bn_eval(convolution, norm))
+            model.set_submodule(norm_name, nn.Identity())
+    return model

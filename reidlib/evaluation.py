@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
@@ -29,72 +28,13 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-TOPK = (1, 2, 5, 10)
+from reidlib.metrics import TOPK, Evaluation, per_query_scores, score_values
 
 # What a ranked list says of an image; those after "unknown" are dropped from the ranking.
 STATUSES = ("match", "wrong", "unknown", "same camera", "junk", "query itself")
 MATCH, WRONG, UNKNOWN, SAME_CAMERA, JUNK, ITSELF = range(len(STATUSES))
 
 UNSURE = 1000  # a query with more images than this near its matches is ranked in float64
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Evaluation:
-    """How good a retrieval is, as a whole and query by query.
-
-    Attributes:
-        scores: fractions under ``mAP``, ``mAP_market``, ``top1`` ..., ``mINP``; beside them
-            the counts ``queries`` (all of them) and ``queries_without_match``.
-        per_query: one row a query, in their order: ``query`` (row number), ``path`` if known,
-            ``pid``, ``camid``, ``matches`` (N), ``AP``, ``AP_market``, ``first_rank`` and
-            ``last_rank`` (ranks of the first and last match, from 1, among the gallery images
-            kept for this query), ``INP`` (N / last_rank). NaN where a query has no match.
-        protocol: what was dropped and counted, in plain sentences.
-    """
-
-    scores: dict[str, float | int]
-    per_query: pd.DataFrame
-    protocol: str
-
-    def table(self) -> pd.DataFrame:
-        """The scores in per cent and the two counts, one row, for people."""
-        cells = {k: v if isinstance(v, int) else round(100 * v, 2) for k, v in self.scores.items()}
-        return pd.DataFrame([cells])
-
-    def __repr__(self) -> str:
-        """The table in per cent, then the protocol."""
-        return f"{self.table().to_string(index=False)}\n(per cent) {self.protocol}"
-
-
-def average_precision(ranks: Sequence[int] | np.ndarray) -> tuple[float, float]:
-    """Average precision of one query by the standard and by the Market-1501 definition.
-
-    With r_i the rank of the i-th of N matches, the standard AP is (1/N) sum i/r_i, the precision
-    at each match. Market-1501's own code takes the area under the precision-recall curve by
-    trapezia, (1/N) sum 1/2 [i/r_i + (i-1)/(r_i-1)], where the second term is 1 if r_i = 1. That
-    is never more than the standard: less by exactly (1/2N) sum (r_i-i) / (r_i (r_i-1)).
-
-    Args:
-        ranks: (N,) ranks of the matches, from 1, strictly ascending.
-
-    Returns:
-        AP and Market AP, fractions.
-
-    Raises:
-        ValueError: no ranks, a rank below 1, or ranks that do not ascend.
-
-    Example:
-        >>> ap, ap_market = average_precision([1, 3])  # (1 + 2/3) / 2, (1 + (2/3 + 1/2) / 2) / 2
-        >>> round(ap, 4), round(ap_market, 4)
-        (0.8333, 0.7917)
-    """
-    ranks = np.asarray(ranks, dtype=np.float64)
-    if ranks.ndim != 1 or ranks.size == 0 or ranks[0] < 1 or (ranks[1:] <= ranks[:-1]).any():
-        raise ValueError("ranks must be one or more strictly ascending numbers from 1")
-    found = np.arange(1, len(ranks) + 1)
-    one_query = np.zeros(len(ranks), np.int64)
-    ap, ap_market = _average_precisions(one_query, found, ranks, found[-1:])
-    return float(ap[0]), float(ap_market[0])
 
 
 class Retrieval:
@@ -232,7 +172,9 @@ class Retrieval:
         ranks = self._match_ranks(kept, asked, column[rows], status, block_bytes, device)
         same_camera, itself = ((status == left_out).sum() for left_out in (SAME_CAMERA, ITSELF))
         labels = _labels(self._asked, "query")
-        per_query = pd.concat([labels, _scores(asked[status == MATCH], ranks, len(labels))], axis=1)
+        per_query = pd.concat(
+            [labels, per_query_scores(asked[status == MATCH], ranks, len(labels))], axis=1
+        )
         without = np.flatnonzero(per_query["matches"] == 0)
         if len(without) == len(self.query):
             raise ValueError(self._why_no_match(same_camera, itself))
@@ -732,56 +674,6 @@ def distance_sample(
     return np.sqrt(np.concatenate(matches)), np.sqrt(np.concatenate(others))
 
 
-def confidence_interval(
-    per_query: pd.DataFrame,
-    *,
-    versus: pd.DataFrame | None = None,
-    topk: Sequence[int] = TOPK,
-    by: str = "query",
-    repeats: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Percentile bootstrap over the queries: how far scores could move with other queries.
-
-    It says nothing of another training seed. Queries of one person are alike, so ``by="pid"``,
-    which draws persons instead of queries, is the more honest interval where there are several.
-
-    Args:
-        per_query: that of an `Evaluation`; queries without match are left out.
-        versus: another run's table over the same queries: the interval is then that of the paired
-            difference, ``per_query`` minus ``versus``. If it holds 0, the two may be equal.
-        by: the column whose values are drawn, with replacement.
-        repeats: how many times to draw.
-        level: share of the draws inside the interval.
-
-    Returns:
-        A row for each score, columns ``value``, ``low`` and ``high``, fractions.
-
-    Raises:
-        ValueError: fewer than two values to draw from, or ``versus`` has other queries.
-    """
-    if repeats < 1 or not 0 < level < 1:
-        raise ValueError(f"repeats must be 1 or more and level in (0, 1): {repeats=}, {level=}")
-    values = score_values(per_query, topk)
-    if versus is not None:
-        same = ["query", "pid", "matches"]
-        if not np.array_equal(per_query[same].to_numpy(), versus[same].to_numpy()):
-            raise ValueError("the two tables are not about the same queries and matches")
-        values = values - score_values(versus, topk)
-    groups = values.groupby(per_query.loc[values.index, by])
-    sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)
-    if len(sizes) < 2:
-        raise ValueError(f"a bootstrap needs two values of {by!r} with matches or more")
-    rng = np.random.default_rng(seed)
-    means = np.empty((repeats, sums.shape[1]))  # (R, S)
-    for mean in means:
-        times = np.bincount(rng.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
-        mean[:] = times @ sums / (times @ sizes)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return pd.DataFrame({"value": values.mean(), "low": low, "high": high})
-
-
 class _Side(NamedTuple):
     """Query or gallery, checked."""
 
@@ -903,52 +795,6 @@ def _exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _average_precisions(
-    asked: np.ndarray, found: np.ndarray, ranks: np.ndarray, matches: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """AP and Market AP, (Q,), NaN without matches, where a query's found-th match is at a rank."""
-    at_match = found / ranks
-    # Just before the match; before rank 1 nothing is shown, and precision counts as 1 there.
-    before = np.where(ranks > 1, (found - 1) / np.maximum(ranks - 1, 1), 1.0)
-    sums = (
-        np.bincount(asked, terms, len(matches)) for terms in (at_match, (at_match + before) / 2)
-    )
-    with np.errstate(invalid="ignore"):
-        ap, ap_market = (by_query / matches for by_query in sums)
-    return ap, ap_market
-
-
-def _scores(asked: np.ndarray, ranks: np.ndarray, queries: int) -> pd.DataFrame:
-    """The per-query table from the ranks of all matches, (M,), and whose they are, ascending."""
-    order = np.lexsort((ranks, asked))
-    ranks = ranks[order]
-    first = np.searchsorted(asked, np.arange(queries + 1))
-    found = np.arange(1, len(ranks) + 1) - first[asked]  # its number among the query's matches
-    matches = np.diff(first)
-    ap, ap_market = _average_precisions(asked, found, ranks, matches)
-    have = matches > 0
-    first_rank, last_rank = np.full((2, queries), np.nan)
-    first_rank[have], last_rank[have] = ranks[first[:-1][have]], ranks[first[1:][have] - 1]
-    return pd.DataFrame(
-        {
-            "matches": matches,
-            "AP": ap,
-            "AP_market": ap_market,
-            "first_rank": first_rank,
-            "last_rank": last_rank,
-            "INP": matches / last_rank,
-        }
-    )
-
-
-def score_values(per_query: pd.DataFrame, topk: Sequence[int] = TOPK) -> pd.DataFrame:
-    """Return what each score is the mean of: a row a query that has a match, a column a score."""
-    with_match = per_query[per_query["matches"] > 0]
-    values = {"mAP": with_match["AP"], "mAP_market": with_match["AP_market"]}
-    values |= {f"top{k}": (with_match["first_rank"] <= k).astype(float) for k in topk}
-    return pd.DataFrame(values | {"mINP": with_match["INP"]})
 
 
 def _labels(side: _Side, name: str) -> pd.DataFrame:

@@ -41,10 +41,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from reidlib.augment import IMAGENET_MEAN, IMAGENET_STD
 from reidlib.embedding import embed
-from reidlib.networks import IMAGENET_MEAN, IMAGENET_STD, EmbeddingNet
+from reidlib.networks import EmbeddingNet
 from reidlib.recipes import Recipe
-from reidlib.runs import find_run, load_model, sha256, write_atomically, write_json
+from reidlib.runs import find_run, sha256, write_atomically, write_json
+from reidlib.weights import load_model
 
 TOLERANCE = 1e-4  # the largest difference of any number of an embedding …
 ROUNDING = 1e-5  # … or this share of the largest one, where float32 itself is no more exact

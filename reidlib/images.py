@@ -14,15 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import ExifTags, Image
-from torch import Tensor
-from torch.nn.functional import interpolate
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from reidlib.datasets import fingerprint, read_image
-from reidlib.networks import IMAGENET_MEAN, IMAGENET_STD
+from reidlib.datasets import fingerprint
 from reidlib.paths import cache_dir
 from reidlib.progress import progress
+from reidlib.recipes import Recipe
 
 _FORMAT = 1  # of the cache files; a new one makes old files be ignored
 
@@ -186,125 +183,55 @@ def common_size(
     return None if len(sizes) <= 1 and not huge else otherwise
 
 
-class Augmentation:
-    """Batches of uint8 pixels to batches of network input, at random for training.
+def load_images(
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the pixels (N, H, W, 3) of images to embed, and the rows of the table they belong to.
 
-    In this order: resize to `enlarge` times the input, random crop to the input, random flip,
-    normalisation, random erasing. Resized pixels are rounded to whole numbers, as Pillow's and so
-    torchvision's are. The random numbers come from a generator of its own on the CPU, so that the
-    same seed gives the same crops on every device; `generator` is its state to save.
-
-    Args:
-        size: (height, width) of the network's input, in pixels.
-        enlarge: images are resized to this times `size` before the crop; 1 leaves no room to crop.
-        flip: flip each image with probability ½.
-        erasing: probability that a rectangle of an image is erased (arXiv 1708.04896: an area of 2 to
-            40 % of the image, aspect ratio 0.3 to 3.33, filled with the mean colour).
-        normalise: `"imagenet"` (mean and deviation) or `"unit"` (pixels in [0, 1]).
-        seed: of the generator.
-
-    `augmentation(pixels)` takes (B, H, W, 3) uint8 on any device and returns (B, 3, h, w) float32
-    there; `augmentation.plain(pixels)` resizes and normalises only, as evaluation does.
-
-    >>> augment = Augmentation((32, 16), enlarge=1.125)
-    >>> augment(torch.zeros(5, 128, 64, 3, dtype=torch.uint8)).shape
-    torch.Size([5, 3, 32, 16])
+    Images that all have one size keep it, unless they are huge. Others are resized, as they are
+    decoded, to the network's input.
     """
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        enlarge: float = 1.0,
-        flip: bool = True,
-        erasing: float = 0.0,
-        normalise: str = "imagenet",
-        seed: int = 0,
-    ):
-        self.size = tuple(size)
-        self.enlarged = (round(size[0] * enlarge), round(size[1] * enlarge))
-        self.flip, self.erasing, self.normalise = flip, erasing, normalise
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def plain(self, pixels: Tensor) -> Tensor:
-        """Return (B, 3, h, w) resized and normalised, with nothing random."""
-        return self._normalised(_resized(pixels, self.size))
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Return (B, 3, h, w) with random crop, flip and erasing."""
-        images = self._normalised(self._resized_crop_and_flip(pixels).permute(0, 3, 1, 2))
-        return self._erased(images) if self.erasing else images
-
-    def _uniform(self, n: int) -> Tensor:
-        return torch.rand(n, generator=self.generator)
-
-    def _resized_crop_and_flip(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to (B, h, w, 3) float32 in [0, 255].
-
-        The enlarged image has whole numbers, as Pillow's has: in uint8 the CPU makes it ten times as
-        fast. Images are mirrored while they are small, and their crops with them.
-        """
-        b, (h, w) = len(pixels), self.size
-        room_y, room_x = self.enlarged[0] - h, self.enlarged[1] - w
-        # Always drawn, so that switching one kind off does not change the others.
-        top = (self._uniform(b) * (room_y + 1)).long()
-        left = (self._uniform(b) * (room_x + 1)).long()
-        flipped = (self._uniform(b) < 0.5) & self.flip
-        left = torch.where(flipped, room_x - left, left).tolist()
-        mirror = flipped.to(pixels.device)[:, None, None, None]
-        pixels = torch.where(mirror, pixels.flip(2), pixels)
-        if pixels.shape[1:3] != self.enlarged:
-            images = pixels.permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
-            if pixels.device.type == "cpu":
-                images = interpolate(images, self.enlarged, mode="bilinear", antialias=True)
-            else:  # only the CPU has it in uint8
-                images = _resized(pixels, self.enlarged).round()
-            pixels = images.permute(0, 2, 3, 1)  # (B, H', W', 3)
-        out = torch.empty((b, h, w, 3), dtype=pixels.dtype, device=pixels.device)
-        # On the CPU by NumPy: torch would wake its threads for each of these small copies.
-        views = (x.numpy() if x.device.type == "cpu" else x for x in (out, pixels))
-        for image, whole, y, x in zip(*views, top.tolist(), left, strict=True):
-            image[:] = whole[y : y + h, x : x + w]
-        return out.float()
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        """Of (B, 3, h, w) in [0, 255], written over."""
-        if self.normalise == "unit":
-            return images.div_(255)
-        # A row of the image as one, channels last: a vector as short as three numbers is slow.
-        width = images.shape[3]
-        mean, std = (
-            torch.tensor(x, device=images.device).repeat(width)
-            for x in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, h, w 3)
-        rows = rows.div_(255).sub_(mean).div_(std)
-        return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
-
-    def _erased(self, images: Tensor) -> Tensor:
-        """Fill one rectangle of some images with the data's mean colour."""
-        b, (h, w) = len(images), self.size
-        chosen = self._uniform(b) < self.erasing
-        area = (0.02 + 0.38 * self._uniform(b)) * h * w
-        log_aspect = (2 * self._uniform(b) - 1) * np.log(1 / 0.3)
-        # A rectangle that would not fit is cut at the image's size, where the paper draws again.
-        height = (area * log_aspect.exp()).sqrt().round().clamp(1, h)
-        width = (area / log_aspect.exp()).sqrt().round().clamp(1, w)
-        top = (self._uniform(b) * (h - height + 1)).floor()
-        left = (self._uniform(b) * (w - width + 1)).floor()
-        y, x = torch.arange(h), torch.arange(w)
-        inside_y = (y >= top[:, None]) & (y < (top + height)[:, None])  # (B, h)
-        inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, w)
-        # (B, 1, h, w): true where a pixel is erased
-        mask = (inside_y[:, None, :, None] & inside_x[:, None, None, :]) & chosen[
-            :, None, None, None
-        ]
-        fill = 0.0 if self.normalise == "imagenet" else 0.5
-        return images.masked_fill(mask.to(images.device), fill)
+    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
+    size = common_size(
+        table, (recipe.height, recipe.width), largest=16 * recipe.height * recipe.width
+    )
+    return load_pixels(table, size, recipe.unreadable, show_progress)
 
 
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, h, w) float32 in [0, 255], bilinear with antialiasing."""
-    images = pixels.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
-    if images.shape[2:] == size:
-        return images
-    return interpolate(images, size=size, mode="bilinear", antialias=True)
+def load_training_images(
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the pixels (N, H, W, 3) of images to crop at random, and the rows they belong to.
+
+    As `load_images`, but images of several sizes are resized to what the recipe crops from: larger
+    than the network's input, so that the crop need not enlarge them and blur them twice.
+    """
+    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
+    size = common_size(table, enlarged)
+    return load_pixels(table, size, recipe.unreadable, show_progress)
+
+
+def read_image(path) -> np.ndarray:
+    """Decode one image file to (H, W, 3) uint8 RGB: the only decoder of the library.
+
+    EXIF orientation is applied; grey, palette and CMYK become RGB; alpha is dropped; 16-bit grey
+    keeps its upper 8 bits. Raises ValueError with the file and the cause.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} are no photograph; save as 8 bit")
+            elif image.mode in ("P", "PA"):
+                image = image.convert("RGBA")  # a transparent palette warns on its way to RGB
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+    except Exception as error:  # Pillow raises a dozen unrelated types on damaged files
+        cause = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its own text names the path once more
+            cause = "no image format that Pillow knows"
+        elif isinstance(error, FileNotFoundError):
+            cause = "there is no such file"
+        raise ValueError(f"cannot read the image {path}: {cause}") from error
+    return pixels

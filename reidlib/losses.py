@@ -174,7 +174,7 @@ def batch_all(
     margin: float | Literal["soft"],
     *,
     squared: bool = False,
-    mean: Literal["active", "valid", "masked"] = "active",
+    mean: Literal["active", "valid"] = "active",
 ) -> TripletLoss:
     """Batch-all: every triplet (a, p, n) of the batch.
 
@@ -184,11 +184,6 @@ def batch_all(
     teach; the paper finds it better, and the field's small repositories mean it by "batch-all".
     With a margin m the one is the other times `active`. Under "soft" every loss is above zero, so
     the two means are the same number, although `active` counts less than all (see `TripletLoss`).
-
-    `mean="masked"` is a mistake, kept to be measured: code that multiplies a B × B × B array of gaps
-    by a mask, and then takes softplus of it, adds softplus(0) = ln 2 for each of the B³ combinations
-    that is no triplet, and counts it. The loss sits near ln 2 and looks like a collapse, and the
-    gradient is the right one times triplets / B³. With a margin it is `"active"`.
 
     Arguments, errors and batches without triplets: as in `batch_hard`. Time and memory follow the
     number of positive pairs times B: 3 B² for PK batches with K = 4, never B³.
@@ -201,8 +196,8 @@ def batch_all(
     0.0625
     """
     _check(emb, pids, margin)
-    if mean not in ("active", "valid", "masked"):
-        raise ValueError(f'mean is "active", "valid" or "masked", not {mean!r}.')
+    if mean not in ("active", "valid"):
+        raise ValueError(f'mean is "active" or "valid", not {mean!r}.')
     distances = pairwise_distance(emb, squared=squared)
     # (B, B) -> (pairs,), (pairs,): who is whose positive. Waits for the GPU, to count the pairs.
     anchor, positive = _is_positive(pids).nonzero(as_tuple=True)
@@ -210,12 +205,7 @@ def batch_all(
     # the gradient of the latter on a CPU. On CUDA, torch.use_deterministic_algorithms fixes it.
     negatives = _to_negatives(distances, pids).index_select(0, anchor)
     gap = distances[anchor, positive][:, None] - negatives
-    result = _reduce(gap, anchor, margin, mean, emb, distances, pids)
-    if mean == "masked" and margin == "soft":
-        cube = len(emb) ** 3
-        total = result.total + (cube - result.triplets) * math.log(2)
-        return result._replace(loss=total / cube, total=total)
-    return result
+    return _reduce(gap, anchor, margin, mean, emb, distances, pids)
 
 
 def random_triplet(

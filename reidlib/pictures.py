@@ -26,8 +26,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from reidlib.datasets import read_image
-from reidlib.evaluation import average_precision
+from reidlib.images import read_image
+from reidlib.metrics import average_precision
 from reidlib.recipes import Recipe
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first.

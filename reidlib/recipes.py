@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from reidlib.words import some
+
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -42,10 +44,6 @@ class Recipe(BaseModel):
         le=2,
         description="resize to this times the input, then crop at random; 1: no crop",
     )
-    small: Share = Field(
-        0.0,
-        description="share of the steps, from the first, with images of half that height and width",
-    )
     flip: bool = Field(True, description="flip half the images from left to right")
     erasing: Share = Field(0.0, description="share of images with a random rectangle erased")
     normalise: Literal["imagenet", "unit"] = Field(
@@ -57,10 +55,8 @@ class Recipe(BaseModel):
         "soft", description='a number m: max(0, m + d+ - d-); "soft": softplus(d+ - d-)'
     )
     squared: bool = Field(False, description="squared Euclidean distances")
-    mean: Literal["active", "valid", "masked"] = Field(
-        "active",
-        description="batch-all: mean over the triplets above zero, or over all valid ones; "
-        "masked: a known mistake, see losses.batch_all",
+    mean: Literal["active", "valid"] = Field(
+        "active", description="batch-all: mean over the triplets above zero, or over all valid ones"
     )
     reduction: Literal["mean", "sum"] = Field("mean", description="of the loss over triplets")
 
@@ -152,6 +148,10 @@ RECIPES = {
 }
 
 
+# Settings of older versions that were taken out, and the value at which each changed nothing.
+RETIRED = {"small": 0.0}
+
+
 def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
     """Return a named recipe with some settings changed.
 
@@ -173,6 +173,25 @@ def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
             base[other] = None
     try:
         return Recipe(**(base | changes))
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def stored_recipe(settings: dict[str, Any]) -> Recipe:
+    """Return the recipe that a run of this or an older version wrote down.
+
+    Raises:
+        ValueError: a setting that this version no longer has, at a value that changed something.
+    """
+    retired = {name: settings[name] for name in RETIRED.keys() & settings.keys()}
+    used = {name: value for name, value in retired.items() if value != RETIRED[name]}
+    if used:
+        raise ValueError(
+            f"It was made by an older version with {some(f'{n} = {v!r}' for n, v in used.items())}, "
+            "which this version no longer has. The commit in its manifest.json still does."
+        )
+    try:
+        return Recipe(**{name: settings[name] for name in settings if name not in retired})
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
 

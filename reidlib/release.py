@@ -4,18 +4,12 @@ from pathlib import Path
 
 from reidlib import notebooks
 from reidlib.datasets import load
-from reidlib.embedding import embed_views, load_images, read_embeddings
+from reidlib.embedding import embed_views, read_embeddings
 from reidlib.evaluation import Retrieval
+from reidlib.images import load_images
 from reidlib.paths import outputs_dir
-from reidlib.runs import (
-    find_run,
-    load_model,
-    read_json,
-    read_recipe,
-    save_weights,
-    update_json,
-    write_text,
-)
+from reidlib.runs import find_run, read_json, read_recipe, update_json, write_text
+from reidlib.weights import load_model, save_weights
 
 FILES = (  # what is released; the rest of a run is large, or shows people
     *("README.md", "config.json", "manifest.json", "metrics.json", "history.csv"),
@@ -51,7 +45,7 @@ def _scores_with_flips(folder: Path) -> dict[str, float]:
     model, sides = load_model(folder), []
     data = load(model.recipe.dataset)
     for side, table in (("query", data.query), ("gallery", data.gallery)):
-        pixels, table = load_images(table, model.recipe, room=False)
+        pixels, table = load_images(table, model.recipe)
         plain, _ = read_embeddings(folder / f"embeddings_{side}.h5")
         mirrored = embed_views(model, pixels, model.recipe, ("mirrored",))["mirrored"]
         sides += [(plain + mirrored) / 2, table]
@@ -69,7 +63,6 @@ def model_card(folder: Path) -> str:
         + (f" {100 * flipped[name]:.2f} |" if flipped else "")
         for name, (low, high) in metrics["intervals"].items()
     ]
-    small = f", the first {recipe.small:.0%} at half of it" if recipe.small else ""
     head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
     scaled = (
         ", less ImageNet's mean, over its standard deviation"
@@ -99,7 +92,7 @@ def model_card(folder: Path) -> str:
         f"Backbone weights before training: `{Path(recipe.weights).name}`.",
         "",
         f"**Recipe.** {recipe.loss}, margin {recipe.margin}, batches of {recipe.p} people ×",
-        f"{recipe.k} images, input {recipe.height}×{recipe.width}, {manifest['step']:,} steps{small}, seed",
+        f"{recipe.k} images, input {recipe.height}×{recipe.width}, {manifest['step']:,} steps, seed",
         f"{recipe.seed}, {recipe.precision}; all settings are in `config.json`. To train it again",
         "(packages and commit are in `manifest.json`):",
         "",

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from reidlib.datasets import image_list, read_image
-from reidlib.embedding import embed, load_images
+from reidlib.datasets import image_list
+from reidlib.embedding import embed
 from reidlib.evaluation import Retrieval
-from reidlib.images import image_sizes
+from reidlib.images import image_sizes, load_images, read_image
 from reidlib.recipes import Recipe
 
 
@@ -92,13 +92,13 @@ def search(
         ValueError: unreadable images (named), unless they are to be skipped; embeddings that this
             model did not make; a gallery of nothing but the query.
     """
-    query_pixels, query = load_images(query, recipe, show_progress, room=False)
+    query_pixels, query = load_images(query, recipe, show_progress)
     query_emb = embed(model, query_pixels, recipe, flip, show_progress=show_progress)
     if isinstance(gallery, tuple):
         gallery_emb, gallery = gallery
         _check_origin(gallery_emb, gallery, model, recipe, flip)
     else:
-        gallery_pixels, gallery = load_images(gallery, recipe, show_progress, room=False)
+        gallery_pixels, gallery = load_images(gallery, recipe, show_progress)
         gallery_emb = embed(model, gallery_pixels, recipe, flip, show_progress=show_progress)
     unlabelled = [table.assign(pid=-1, camid=-1) for table in (query, gallery)]
     retrieval = Retrieval(query_emb, unlabelled[0], gallery_emb, unlabelled[1])

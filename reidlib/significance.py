@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from reidlib.evaluation import score_values
+from reidlib.metrics import TOPK, score_values
 
 TABLES = Sequence[pd.DataFrame]  # per-query tables of one row, one for each seed
 
@@ -137,3 +137,53 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
         largest = max(largest, min(1.0, (len(order) - place) * p[i]))
         adjusted[i] = largest
     return adjusted
+
+
+def confidence_interval(
+    per_query: pd.DataFrame,
+    *,
+    versus: pd.DataFrame | None = None,
+    topk: Sequence[int] = TOPK,
+    by: str = "query",
+    repeats: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Percentile bootstrap over the queries: how far scores could move with other queries.
+
+    It says nothing of another training seed. Queries of one person are alike, so ``by="pid"``,
+    which draws persons instead of queries, is the more honest interval where there are several.
+
+    Args:
+        per_query: that of an `Evaluation`; queries without match are left out.
+        versus: another run's table over the same queries: the interval is then that of the paired
+            difference, ``per_query`` minus ``versus``. If it holds 0, the two may be equal.
+        by: the column whose values are drawn, with replacement.
+        repeats: how many times to draw.
+        level: share of the draws inside the interval.
+
+    Returns:
+        A row for each score, columns ``value``, ``low`` and ``high``, fractions.
+
+    Raises:
+        ValueError: fewer than two values to draw from, or ``versus`` has other queries.
+    """
+    if repeats < 1 or not 0 < level < 1:
+        raise ValueError(f"repeats must be 1 or more and level in (0, 1): {repeats=}, {level=}")
+    values = score_values(per_query, topk)
+    if versus is not None:
+        same = ["query", "pid", "matches"]
+        if not np.array_equal(per_query[same].to_numpy(), versus[same].to_numpy()):
+            raise ValueError("the two tables are not about the same queries and matches")
+        values = values - score_values(versus, topk)
+    groups = values.groupby(per_query.loc[values.index, by])
+    sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)
+    if len(sizes) < 2:
+        raise ValueError(f"a bootstrap needs two values of {by!r} with matches or more")
+    rng = np.random.default_rng(seed)
+    means = np.empty((repeats, sums.shape[1]))  # (R, S)
+    for mean in means:
+        times = np.bincount(rng.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
+        mean[:] = times @ sums / (times @ sizes)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return pd.DataFrame({"value": values.mean(), "low": low, "high": high})

@@ -14,15 +14,25 @@ import pandas as pd
 import torch
 
 from reidlib import board, health, runs
+from reidlib.augment import Augmentation
+from reidlib.checkpoint import load_checkpoint, save_checkpoint
 from reidlib.datasets import Dataset, fingerprint, hold_out, load
-from reidlib.embedding import autocast, bfloat16_is_right, embed, load_images, pick_device
+from reidlib.device import (
+    autocast,
+    device_name,
+    fast_at_bfloat16,
+    pick_device,
+    resolve_precision,
+)
+from reidlib.embedding import embed
 from reidlib.evaluation import Retrieval
-from reidlib.images import Augmentation
+from reidlib.images import load_training_images
 from reidlib.losses import LOSSES, diagnostics
 from reidlib.paths import outputs_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
 from reidlib.sampling import PKSampler
+from reidlib.weights import build_model, save_weights
 
 
 class TrainingFailed(RuntimeError):
@@ -75,8 +85,8 @@ class Trainer:
         if recipe.hold_out:
             # The same identities whatever the run's seed, so that runs can be compared on them.
             table, *held_out = hold_out(table, recipe.hold_out, seed=0)
-            self.held_out = [load_images(t, recipe, show_progress) for t in held_out]
-        self.pixels, self.table = load_images(table, recipe, show_progress)
+            self.held_out = [load_training_images(t, recipe, show_progress) for t in held_out]
+        self.pixels, self.table = load_training_images(table, recipe, show_progress)
         self.fingerprint = fingerprint(self.table)
         self.sampler = PKSampler(self.table["pid"], recipe.p, recipe.k, recipe.epoch, recipe.seed)
         self.steps = recipe.steps or recipe.epochs * len(self.sampler)
@@ -143,9 +153,9 @@ class Trainer:
         last = self.folder / "checkpoint.pt"
         previous = self.folder / "checkpoint_previous.pt"
         if self.resume == "previous":
-            return runs.load_checkpoint(previous)
+            return load_checkpoint(previous)
         # No checkpoint yet: killed before the first one. An absent one with an older one left is not that.
-        return runs.load_checkpoint(last) if last.exists() or previous.exists() else None
+        return load_checkpoint(last) if last.exists() or previous.exists() else None
 
     def _finished(self) -> bool:
         manifest, weights = self.folder / "manifest.json", self.folder / "weights.safetensors"
@@ -156,14 +166,12 @@ class Trainer:
         """Make the model and all that has a state, fresh or as the checkpoint says."""
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
-        self.model = runs.build_model(recipe, pretrained=checkpoint is None)
+        self.model = build_model(recipe, pretrained=checkpoint is None)
         self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.lr, fused=True)
         size = (recipe.height, recipe.width)
         options = (recipe.enlarge, recipe.flip, recipe.erasing, recipe.normalise, recipe.seed)
         self.augmentation = Augmentation(size, *options)
-        self.small = Augmentation(tuple(side // 2 for side in size), *options)
-        self.small.generator = self.augmentation.generator  # one state to save
         self.step, self.best, self.seconds, self.history = 0, None, 0.0, []
         # What the health report needs besides the history. `facts` cannot be seen later.
         images = self.table["pid"].value_counts()
@@ -212,9 +220,7 @@ class Trainer:
         while self.step < self.steps:
             for rows in self.sampler:
                 rows = torch.from_numpy(rows)
-                small = self.step < recipe.small * self.steps
-                augment = self.small if small else self.augmentation
-                batch = augment(pixels[rows.to(pixels.device)].to(self.device))
+                batch = self.augmentation(pixels[rows.to(pixels.device)].to(self.device))
                 batch = batch.contiguous(memory_format=torch.channels_last)
                 lr = recipe.learning_rate(self.step, self.steps)
                 for group in self.optimiser.param_groups:
@@ -314,9 +320,7 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
         if self.best is None or scores["mAP"] > self.best["mAP"]:
             self.best = {"step": self.step, "mAP": scores["mAP"], "top1": scores["top1"]}
-            runs.save_checkpoint(
-                self.folder / "checkpoint_best.pt", self._state(), keep_previous=False
-            )
+            save_checkpoint(self.folder / "checkpoint_best.pt", self._state(), keep_previous=False)
 
     def _state(self) -> dict:
         return {
@@ -336,7 +340,7 @@ class Trainer:
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             self._fail("a weight")
         self.board.flush()
-        runs.save_checkpoint(self.folder / "checkpoint.pt", self._state())
+        save_checkpoint(self.folder / "checkpoint.pt", self._state())
         table = pd.DataFrame(self.history)
         runs.write_text(self.folder / "history.csv", table.to_csv(index=False))
 
@@ -358,7 +362,7 @@ class Trainer:
     # --- after the last step
 
     def _finish(self) -> None:
-        runs.save_weights(self.folder / "weights.safetensors", self.model, self.recipe)
+        save_weights(self.folder / "weights.safetensors", self.model, self.recipe)
         if self.best:
             last = {k: v for k, v in self.history[-1].items() if k.startswith("held_out_")}
             scores = {"before_mAP": self.facts.get("before"), "best": self.best, "last": last}
@@ -381,45 +385,15 @@ class Trainer:
             wall_seconds=round(self.seconds, 1),
             health=[finding._asdict() for finding in self._findings(checks, failed)],
             reproduce=reproduce_command(self.recipe, self.tag),
-            **runs.environment(self.device),
+            device=device_name(self.device),
+            threads=torch.get_num_threads(),
+            **runs.environment(),
         )
 
 
 def train(recipe: Recipe, tag: str = "", **options) -> Path:
     """Train one run and return its folder: `Trainer(recipe, tag, **options).fit()`."""
     return Trainer(recipe, tag, **options).fit()
-
-
-def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
-    """Replace precision "auto" by what the device is fast at, and right.
-
-    bfloat16 on CUDA from Ampere on, and on CPUs with instructions for it; others emulate it slowly.
-
-    Raises:
-        ValueError: bfloat16 was asked for on a CPU with an input too small for it.
-    """
-    smallest = {"height": recipe.height // 2, "width": recipe.width // 2} if recipe.small else {}
-    too_small = not bfloat16_is_right(recipe.model_copy(update=smallest), device)
-    if recipe.precision == "bfloat16" and too_small:
-        raise ValueError(
-            f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
-            f"{recipe.width}{' and half of it' if recipe.small else ''}: "
-            'use precision = "float32".'
-        )
-    if recipe.precision != "auto":
-        return recipe
-    # Where nothing is known, float32 is the safe answer.
-    chosen = "bfloat16" if fast_at_bfloat16(device) and not too_small else "float32"
-    return recipe.model_copy(update={"precision": chosen})
-
-
-def fast_at_bfloat16(device: torch.device) -> bool | None:
-    """Return whether the device has instructions for bfloat16; None where PyTorch does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Public from torch 2.14 on; the two names are those of x86 processors.
-    can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return can["avx512_bf16"] or can["amx_bf16"] if "avx512_bf16" in can else None
 
 
 def reproduce_command(recipe: Recipe, tag: str = "") -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from reidlib.embedding import embed
 from reidlib.paths import ROOT
-from reidlib.runs import load_model
+from reidlib.weights import load_model
 
 
 @pytest.fixture

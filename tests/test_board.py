@@ -19,10 +19,12 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from reidlib import board, pictures, release, runs, training
 from reidlib.datasets import load
-from reidlib.embedding import embed, load_images
+from reidlib.embedding import embed
 from reidlib.evaluation import Retrieval
+from reidlib.images import load_images
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
+from reidlib.weights import load_model
 
 SMALL = {"hidden": 16, "dim": 8, "height": 32, "width": 16, "p": 4, "k": 2, "steps": 12}
 SMALL |= {"precision": "float32", "hold_out": 5, "log_every": 1, "checkpoint_every": 4}
@@ -38,7 +40,7 @@ def fit(tag="", resume="auto", **changes):
 
 def evaluate(folder, name="test", flip=False):
     """What 04_evaluate does with a run; returns its retrieval, evaluation and count of points."""
-    model, data = runs.load_model(folder), load("synthetic")
+    model, data = load_model(folder), load("synthetic")
     tables, pixels, emb = [], [], []
     for table in (data.query, data.gallery):
         images, table = load_images(table, model.recipe, show_progress=False)

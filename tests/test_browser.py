@@ -21,7 +21,8 @@ from PIL import Image
 
 from reidlib import browser, pictures
 from reidlib.browser import Browser, ranked_list_page
-from reidlib.evaluation import Retrieval, average_precision
+from reidlib.evaluation import Retrieval
+from reidlib.metrics import average_precision
 from reidlib.paths import ROOT
 
 TOPK = 6

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from reidlib import datasets as ds
+from reidlib.check import check, drop_unreadable
+from reidlib.images import read_image
 
 MARKET = Path(__file__).resolve().parent.parent / "data" / ds.MARKET_FOLDER
 needs_market = pytest.mark.skipif(
@@ -82,7 +84,7 @@ def found(report, pattern):
 def test_real_market_is_complete():
     data = ds.load(str(MARKET))
     assert data.name == "market1501"
-    report = ds.check(data, decode=False)
+    report = check(data, decode=False)
     assert report.ok and not (report.problems.severity == "warning").any(), str(report)
     counts = report.counts
     assert counts.images.to_dict() == ds.MARKET_COUNTS
@@ -96,7 +98,7 @@ def test_real_market_is_complete():
     for table in data.splits.values():
         assert isinstance(table.index, pd.RangeIndex)
         assert table.pid.dtype == table.camid.dtype == np.int64
-    assert ds.read_image(data.query.path[0]).shape == (128, 64, 3)
+    assert read_image(data.query.path[0]).shape == (128, 64, 3)
 
 
 @needs_market
@@ -272,7 +274,7 @@ def test_folder_of_named_identities_already_split(data):
     assert list(got.query.pid) == [1, 1] and (got.query.camid == -1).all()
     assert any("al = 1, bo = 2, cy = 3, di = 4" in note for note in got.notes)
     assert any("No camera is known" in note for note in got.notes)
-    found(ds.check(got), "warning: Without cameras nothing is excluded")
+    found(check(got), "warning: Without cameras nothing is excluded")
 
 
 def test_numeric_folders_keep_their_numbers(data):
@@ -317,7 +319,7 @@ def test_unsplit_folder_is_split_by_seed(data):
     assert sorted(got.gallery.pid)[:2] == [-1, 0]
     everything = pd.concat(got.splits.values()).path
     assert len(everything) == everything.nunique() == 7 * 2 * 3 + 3
-    assert ds.check(got).ok
+    assert check(got).ok
     assert any("halves with seed 0" in note for note in got.notes)
 
 
@@ -393,7 +395,7 @@ def test_list_with_header_names_and_cameras(data):
     assert list(got.gallery.pid) == [-1, 0, 4, 4, 2] and list(got.query.pid) == [4, 2]
     assert list(got.gallery.label) == ["-1", "0000", "zoe", "zoe", "bo"]
     assert list(got.gallery.camid) == [1, 3, 1, 2, 1]
-    assert ds.check(got).ok
+    assert check(got).ok
 
 
 def test_headless_third_column_is_the_camera(data):
@@ -409,7 +411,7 @@ def test_training_list_alone(data):
     assert got.notes == (
         "No list for query and gallery was given: this data set can train, not test.",
     )
-    assert ds.check(got).ok and ds.check(got).counts.images["query"] == 0
+    assert check(got).ok and check(got).counts.images["query"] == 0
 
 
 def test_image_root_and_lists_elsewhere(data, tmp_path):
@@ -485,16 +487,16 @@ def test_image_list_of_folder_and_csv(data):
 def test_every_kind_of_pixel_becomes_rgb(tmp_path):
     for mode, suffix in [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"),
                          ("1", "png"), ("LA", "png"), ("RGB", "webp")]:  # fmt: skip
-        pixels = ds.read_image(picture(tmp_path / f"{mode}.{suffix}", mode=mode))
+        pixels = read_image(picture(tmp_path / f"{mode}.{suffix}", mode=mode))
         assert pixels.shape == (16, 8, 3) and pixels.dtype == np.uint8, mode
         if mode in ("L", "1", "LA"):
             assert (pixels[..., 0] == pixels[..., 2]).all() and pixels.std() > 0
     deep = np.array([[0, 256 * 7, 65535]], dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert ds.read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 7, 255]
+    assert read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 7, 255]
     red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     red.save(tmp_path / "red.jpg", quality=95)
-    assert np.abs(ds.read_image(tmp_path / "red.jpg").astype(int) - [255, 0, 0]).max() < 12
+    assert np.abs(read_image(tmp_path / "red.jpg").astype(int) - [255, 0, 0]).max() < 12
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -503,7 +505,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to look at it
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels = ds.read_image(tmp_path / "turned.jpg")
+    pixels = read_image(tmp_path / "turned.jpg")
     assert pixels.shape == (16, 8, 3)
     assert pixels[:6].mean() < 30 and pixels[-6:].mean() > 225  # left has gone up
 
@@ -522,15 +524,15 @@ def broken(root):
 def test_broken_images_are_named_with_the_cause(tmp_path):
     for name in broken(tmp_path):
         with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}: .") as caught:
-            ds.read_image(tmp_path / name)
+            read_image(tmp_path / name)
         assert str(caught.value).count(str(tmp_path)) == 1
     with pytest.raises(ValueError, match="image file is truncated"):
-        ds.read_image(tmp_path / "cut.jpg")
+        read_image(tmp_path / "cut.jpg")
     with pytest.raises(ValueError, match="no such file"):
-        ds.read_image(tmp_path / "gone.jpg")
+        read_image(tmp_path / "gone.jpg")
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="mode F"):
-        ds.read_image(tmp_path / "float.tiff")
+        read_image(tmp_path / "float.tiff")
 
 
 # --------------------------------------------------------------------------------------- checks
@@ -538,7 +540,7 @@ def test_broken_images_are_named_with_the_cause(tmp_path):
 
 def test_check_finds_nothing_wrong_in_a_good_set(data):
     small_market(data / "set")
-    report = ds.check(ds.load("set"))
+    report = check(ds.load("set"))
     assert report.ok and list(report.problems.severity) == [] and report.unreadable == {}
     assert report.counts.loc["gallery"].to_dict() == {
         "images": 5, "identities": 2, "cameras": 3, "junk": 1, "distractors": 1
@@ -554,32 +556,32 @@ def test_check_names_unreadable_images_and_drops_them(data):
         (root / "query" / f"0001_c{i}s2_000001_00.jpg").write_bytes(b"")
     got = ds.load("set")
     seen = []
-    report = ds.check(got, progress=lambda items, total: seen.append(total) or items)
+    report = check(got, progress=lambda items, total: seen.append(total) or items)
     assert seen == [27] and not report.ok and len(report.unreadable) == 12
     line = found(report, "^error: 12 images cannot be read")
     assert line.count(".jpg (no image format") == 10 and "and 2 more" in line
     assert "drop_unreadable" in line and "NOT OK (errors: 1" in str(report)
-    mended = ds.drop_unreadable(got, report)
+    mended = drop_unreadable(got, report)
     assert rows(mended.query) == [("0001_c1s1_000001_00.jpg", 1, 1), (SMALL["query"][1], 3, 2)]
     assert isinstance(mended.query.index, pd.RangeIndex) and len(mended.gallery) == 5
     assert "12 unreadable images left out" in mended.notes[-1]
-    assert ds.check(mended).ok
-    assert ds.check(got, decode=False).ok  # not looked at
+    assert check(mended).ok
+    assert check(got, decode=False).ok  # not looked at
     for path in (root / "query").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="no image of query"):
-        ds.drop_unreadable(got, ds.check(got))
+        drop_unreadable(got, check(got))
 
 
 def test_check_compares_market_with_its_counts(data):
     small_market(data / ds.MARKET_FOLDER)
-    report = ds.check(ds.load())
+    report = check(ds.load())
     assert report.ok  # a warning: a part of Market-1501 is still a data set
     found(report, "warning: gallery has 5 images, Market-1501 has 19,732")
     few = ds.load()
     row = few.query.iloc[[0]]
     many = pd.concat([row] * 3362, ignore_index=True)
-    lost = ds.check(ds.Dataset(few.name, few.root, few.train, many, few.gallery), decode=False)
+    lost = check(ds.Dataset(few.name, few.root, few.train, many, few.gallery), decode=False)
     found(lost, r"query has 3,362 .*6 files that end in \.jpg\.jpg are lost")
 
 
@@ -599,7 +601,7 @@ TRAIN = [(f"/t{p}{i}", p, 1 + i % 2) for p in (1, 2, 3) for i in range(4)]
 
 def test_check_training_identities():
     train = [*TRAIN, ("/a", 4, 1), ("/b", 5, 1), ("/c", 5, 1), ("/c", 5, 1), ("/j", -1, 1)]
-    report = ds.check(made([*train, ("/d", 0, 2)]), k=4, decode=False)
+    report = check(made([*train, ("/d", 0, 2)]), k=4, decode=False)
     assert "one image: 4." in found(report, "warning: 1 training identities")
     assert "K = 4 images: 5." in found(report, "note: 1 training identities have fewer")
     assert "in train: /c." in found(report, "warning: 1 images are listed twice")
@@ -608,27 +610,27 @@ def test_check_training_identities():
     assert list(report.problems.severity) == sorted(
         report.problems.severity, key=["error", "warning", "note"].index
     )
-    found(ds.check(made(TRAIN[:4]), decode=False), "error: training has 1 identities")
-    assert ds.check(made(TRAIN), k=4, decode=False).problems.empty
+    found(check(made(TRAIN[:4]), decode=False), "error: training has 1 identities")
+    assert check(made(TRAIN), k=4, decode=False).problems.empty
 
 
 def test_check_overlap_of_training_and_test():
     query, gallery = [("/q", 3, 1)], [("/g", 3, 2), ("/h", 0, 1)]
-    report = ds.check(made(TRAIN, query, gallery), decode=False)
+    report = check(made(TRAIN, query, gallery), decode=False)
     found(report, "error: 1 identities are in training and in test: 3")
 
 
 def test_check_queries_without_match():
     query = [("/q7", 7, 1), ("/q8", 8, 1), ("/q9", 9, 2)]
     gallery = [("/g7", 7, 1), ("/g8", 8, 1), ("/g8b", 8, 3), ("/g0", 0, 1)]
-    report = ds.check(made(TRAIN, query, gallery), decode=False)
+    report = check(made(TRAIN, query, gallery), decode=False)
     assert "another camera; identities: 7, 9." in found(report, "^warning: 2 of 3 queries")
-    found(ds.check(made(TRAIN, query[:1], gallery), decode=False), "^error: 1 of 1 queries")
+    found(check(made(TRAIN, query[:1], gallery), decode=False), "^error: 1 of 1 queries")
     blind = [[(p, q, -1) for p, q, _ in rows_] for rows_ in (query, gallery)]
-    report = ds.check(made(TRAIN, *blind), decode=False)
+    report = check(made(TRAIN, *blind), decode=False)
     assert "in the gallery; identities: 9." in found(report, "^warning: 1 of 3 queries")
     same = made(TRAIN, blind[0], [*blind[0], *blind[1]])
-    found(ds.check(same, decode=False), "error: 3 queries are in the gallery too")
+    found(check(same, decode=False), "error: 3 queries are in the gallery too")
 
 
 # ------------------------------------------------------------------------- hold out, fingerprint

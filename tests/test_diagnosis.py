@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from reidlib import diagnosis, pictures, runs, suspects
-from reidlib.datasets import load, read_image
+from reidlib import diagnosis, pictures, suspects
+from reidlib.datasets import load
 from reidlib.evaluation import Retrieval
+from reidlib.images import read_image
 from reidlib.linked_map import linked_map
 from reidlib.recipes import make_recipe
+from reidlib.weights import build_model
 
 
 def problem(seed=0, people=12, cameras=4, noise=1.2, distractors=15, junk=4):
@@ -279,7 +281,7 @@ def test_occlusion_finds_the_one_place_that_counts():
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_small"])
 def test_activation_maps_are_those_of_the_deepest_layer_that_is_fine_enough(backbone):
     recipe = make_recipe("demo", backbone=backbone)
-    model = runs.build_model(recipe).train()
+    model = build_model(recipe).train()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 32, 3), dtype=np.uint8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     maps = diagnosis.activation_maps(model, pixels, recipe)

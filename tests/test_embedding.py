@@ -6,20 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
-from reidlib import networks, runs
-from reidlib.embedding import (
-    VIEWS,
-    autocast,
-    colour_histogram,
-    embed,
-    embed_views,
-    load_images,
-    pick_device,
-    read_embeddings,
-    write_embeddings,
-)
-from reidlib.images import Augmentation
+from reidlib import networks
+from reidlib.augment import Augmentation
+from reidlib.baselines import colour_histogram
+from reidlib.device import autocast, pick_device
+from reidlib.embedding import VIEWS, embed, embed_views, read_embeddings, write_embeddings
+from reidlib.images import load_images, load_training_images
 from reidlib.recipes import make_recipe
+from reidlib.weights import build_model
 
 RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
 PIXELS = np.random.default_rng(0).integers(0, 256, (13, 32, 16, 3), dtype=np.uint8)
@@ -30,7 +24,7 @@ def quietly(*args, **options):
 
 
 def test_the_batch_size_does_not_matter_and_rows_keep_their_order():
-    model = runs.build_model(RECIPE).train()
+    model = build_model(RECIPE).train()
     whole = quietly(model, PIXELS, RECIPE)
     assert whole.shape == (13, 8) and whole.dtype == np.float32
     assert model.training, "put back as it was"
@@ -43,7 +37,7 @@ def test_the_batch_size_does_not_matter_and_rows_keep_their_order():
 
 
 def test_flip_is_the_mean_with_the_mirrored_image():
-    model = runs.build_model(RECIPE)
+    model = build_model(RECIPE)
     plain = quietly(model, PIXELS, RECIPE)
     mirrored = quietly(model, PIXELS[:, :, ::-1], RECIPE)
     both = quietly(model, PIXELS, RECIPE, flip=True)
@@ -54,7 +48,7 @@ def test_flip_is_the_mean_with_the_mirrored_image():
 
 def test_float32_is_whole_on_cuda_too():
     seen, before = [], torch.backends.cudnn.allow_tf32
-    model = runs.build_model(RECIPE)
+    model = build_model(RECIPE)
     model.head[3].register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     # `folded` copies the model, and its hooks with it.
     quietly(model, PIXELS, RECIPE)
@@ -62,7 +56,7 @@ def test_float32_is_whole_on_cuda_too():
 
 
 def test_bfloat16_is_near_float32():
-    model, wide = runs.build_model(RECIPE), RECIPE.model_copy(update={"height": 64, "width": 48})
+    model, wide = build_model(RECIPE), RECIPE.model_copy(update={"height": 64, "width": 48})
     one, two = (quietly(model, PIXELS, wide, precision=p) for p in ("float32", "bfloat16"))
     assert 0 < np.abs(one - two).max() < 0.1 * np.abs(one).max()
 
@@ -71,7 +65,7 @@ def test_bfloat16_is_near_float32():
 def test_bfloat16_is_right_from_64x48_on(backbone):
     # Where it is wrong, memory never written shows: full of NaN here, so that it is seen.
     recipe = make_recipe("demo", backbone=backbone, width=48)
-    model = runs.build_model(recipe).eval().to(memory_format=torch.channels_last)
+    model = build_model(recipe).eval().to(memory_format=torch.channels_last)
     images = torch.randn(8, 3, 64, 48).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         full = model(images)
@@ -87,7 +81,7 @@ def test_bfloat16_is_right_from_64x48_on(backbone):
 
 def test_no_images_no_embeddings():
     with pytest.raises(ValueError, match="no images"):
-        quietly(runs.build_model(RECIPE), PIXELS[:0], RECIPE)
+        quietly(build_model(RECIPE), PIXELS[:0], RECIPE)
 
 
 def test_devices():
@@ -104,6 +98,8 @@ def test_images_of_many_sizes_are_brought_to_the_recipes(tmp_path):
         Image.new("RGB", size, "blue").save(tmp_path / f"{i}.png")
     table = pd.DataFrame({"path": [str(p) for p in tmp_path.glob("*.png")], "pid": 1, "camid": -1})
     pixels, kept = load_images(table, RECIPE, show_progress=False)
+    assert pixels.shape == (3, 32, 16, 3) and len(kept) == 3
+    pixels, kept = load_training_images(table, RECIPE, show_progress=False)
     assert pixels.shape == (3, 36, 18, 3) and len(kept) == 3  # 32×16 enlarged by 1.125
 
 

@@ -10,14 +10,9 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from reidlib import evaluation
-from reidlib.evaluation import (
-    Retrieval,
-    average_precision,
-    confidence_interval,
-    distance_sample,
-    evaluate,
-    ranked_list,
-)
+from reidlib.evaluation import Retrieval, distance_sample, evaluate, ranked_list
+from reidlib.metrics import average_precision
+from reidlib.significance import confidence_interval
 
 SCORES = ["mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"]
 

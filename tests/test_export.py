@@ -14,19 +14,20 @@ from PIL import Image, ImageOps
 from reidlib import export as room
 from reidlib import runs
 from reidlib.__main__ import main
-from reidlib.datasets import read_image
-from reidlib.embedding import embed, load_images
+from reidlib.augment import Augmentation
+from reidlib.embedding import embed
 from reidlib.export import TOLERANCE, export, network_input
-from reidlib.images import Augmentation
+from reidlib.images import load_images, read_image
 from reidlib.recipes import make_recipe
 from reidlib.search import picture_table
+from reidlib.weights import build_model, load_model, save_weights
 
 
 def save_run(folder, **changes):
     """A run whose BatchNorms have seen images, so that embeddings of other images differ."""
     small = {"hidden": 16, "dim": 8, "height": 64, "width": 32, "hold_out": 0}
     recipe = make_recipe("demo", **small | changes)
-    model = runs.build_model(recipe).train()
+    model = build_model(recipe).train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
             module.momentum = None  # the mean over all that it has seen
@@ -35,7 +36,7 @@ def save_run(folder, **changes):
         model(torch.randn(32, 3, 64, 32, generator=generator))
     folder.mkdir(parents=True)
     runs.write_json(folder / "config.json", recipe.model_dump())
-    runs.save_weights(folder / "weights.safetensors", model, recipe)
+    save_weights(folder / "weights.safetensors", model, recipe)
     return folder
 
 
@@ -81,7 +82,7 @@ def run_onnx(path, batch):
 )
 def test_the_file_computes_what_the_model_computes(tmp_path, changes):
     path, card = export(save_run(tmp_path / "r", **changes), tmp_path / "model.onnx")
-    model = runs.load_model(tmp_path / "r")
+    model = load_model(tmp_path / "r")
     allowed = card["parity"]["tolerance"]
     assert card["parity"]["max_abs_difference"] <= allowed
     pixels = np.random.default_rng(5).integers(0, 256, (7, 64, 32, 3), dtype=np.uint8)
@@ -109,12 +110,12 @@ def test_files_to_embeddings_with_numpy_and_pillow_alone(exported, photos, tmp_p
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
     found = np.load(tmp_path / "emb.npy")
 
-    model = runs.load_model(path.parent.parent / "tiny")
+    model = load_model(path.parent.parent / "tiny")
     for photo, emb in zip(photos, found, strict=True):
         expected = embed(model, read_image(photo)[None], model.recipe, show_progress=False)[0]
         np.testing.assert_allclose(emb, expected, atol=1e-4, err_msg=photo.name)
     # A folder of many sizes, as `embed` and `search` read it, is resized in 8 bits: near, not equal.
-    pixels, _ = load_images(picture_table(tmp_path), model.recipe, show_progress=False, room=False)
+    pixels, _ = load_images(picture_table(tmp_path), model.recipe, show_progress=False)
     folder = embed(model, pixels, model.recipe, show_progress=False)
     np.testing.assert_allclose(found[:2], folder[:2], atol=1e-4)  # those of the input's size
     moved, apart = np.linalg.norm(found - folder, axis=1), np.linalg.norm(found[0] - found[4])
@@ -179,7 +180,7 @@ def ready(exported, monkeypatch):
 @pytest.mark.parametrize("what", ["weights", "normalisation", "nan"])
 def test_a_file_that_differs_is_never_written(run, ready, tmp_path, monkeypatch, what):
     def other(path):
-        model = runs.load_model(path)
+        model = load_model(path)
         with torch.no_grad():
             if what == "normalisation":
                 model.recipe = model.recipe.model_copy(update={"normalise": "unit"})

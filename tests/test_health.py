@@ -15,6 +15,7 @@ from reidlib.health import Finding, as_text, report, report_run
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
 from reidlib.training import Trainer, TrainingFailed
+from reidlib.weights import build_model
 
 SMALL = dict(
     hidden=64,
@@ -72,7 +73,7 @@ def built(change):
     """Change the network when it is made."""
 
     def breaks(trainer, monkeypatch):
-        build = runs.build_model
+        build = build_model
 
         def broken(*args, **options):
             model = build(*args, **options)
@@ -161,7 +162,7 @@ def test_a_healthy_run_has_no_finding(margin, capsys):
 
 def save_backbone(path, trained=()):
     """Write a backbone's weights: fresh but for the layers that are named."""
-    state = runs.build_model(make_recipe("demo", **SMALL)).backbone.state_dict()
+    state = build_model(make_recipe("demo", **SMALL)).backbone.state_dict()
     for key in state:
         if key.startswith(tuple(trained)) and state[key].is_floating_point():
             state[key] = state[key] + 0.01

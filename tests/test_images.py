@@ -10,8 +10,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from reidlib import images
-from reidlib.datasets import load, read_image
-from reidlib.images import Augmentation, common_size, load_pixels
+from reidlib.augment import Augmentation
+from reidlib.datasets import load
+from reidlib.images import common_size, load_pixels, read_image
 from reidlib.paths import cache_dir
 
 

@@ -419,27 +419,6 @@ def test_large_batches_take_the_product_and_agree_with_small_ones():
     torch.testing.assert_close(slope.double(), direct.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("margin", MARGINS)
-def test_masked_is_the_mistake_of_a_masked_cube(margin):
-    emb, pids = draw_batch(0)
-    result = batch_all(emb, pids, margin, mean="masked")
-    distances = torch.cdist(emb, emb, compute_mode="donot_use_mm_for_euclid_dist")
-    gaps = distances[:, :, None] - distances[:, None, :]  # (B, B, B)
-    same, other = pids[:, None] == pids, pids[:, None] != pids
-    same = same & ~torch.eye(len(emb), dtype=torch.bool)
-    mask = (same[:, :, None] & other[:, None, :]).double()
-    shown = mask * gaps if margin == "soft" else mask * (gaps + margin)
-    terms = torch.nn.functional.softplus(shown) if margin == "soft" else shown.relu()
-    expected = terms.sum() / (terms > 1e-16).sum()
-    torch.testing.assert_close(result.loss, expected)
-    if margin == "soft":
-        assert result.loss.item() == pytest.approx(math.log(2), abs=0.1)
-        share = result.triplets / len(emb) ** 3
-        right = batch_all(emb, pids, "soft").loss
-        one, other = (torch.autograd.grad(loss, emb)[0] for loss in (result.loss, right))
-        torch.testing.assert_close(one, other * share)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("margin", MARGINS)
 def test_total_is_the_sum_that_loss_is_the_mean_of(name, margin):

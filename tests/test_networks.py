@@ -8,7 +8,15 @@ import torch
 import torchvision
 from torch import nn
 
-from reidlib.networks import BACKBONES, EmbeddingNet, StridedDepthwise, folded, read_weights
+from reidlib.depthwise import StridedDepthwise
+from reidlib.embedding import folded
+from reidlib.networks import BACKBONES, EmbeddingNet
+from reidlib.recipes import make_recipe
+from reidlib.weights import build_model, read_weights
+
+
+def pretrained(backbone, weights):
+    return build_model(make_recipe(backbone=backbone, weights=str(weights)))
 
 
 def features(net, size=(64, 32)):
@@ -126,7 +134,7 @@ def test_weights_load_from_a_file(tmp_path, backbone, suffix):
         safetensors.torch.save_file(state, path)
     else:  # as DataParallel training scripts save them
         torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
-    net = EmbeddingNet(backbone, weights=path)
+    net = pretrained(backbone, path)
     for key, value in net.backbone.state_dict().items():
         assert torch.equal(value, state[key])
     other = EmbeddingNet(backbone)
@@ -138,22 +146,22 @@ def test_a_file_that_does_not_fit_says_which_keys(tmp_path):
     del state["layer4.1.conv2.weight"]
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"lacks 1 of its .* keys: layer4\.1\.conv2\.weight"):
-        EmbeddingNet("resnet18", weights=tmp_path / "a.pth")
+        pretrained("resnet18", tmp_path / "a.pth")
     with pytest.raises(ValueError, match="do not fit mobilenet_v2: the file lacks"):
-        EmbeddingNet("mobilenet_v2", weights=tmp_path / "a.pth")
+        pretrained("mobilenet_v2", tmp_path / "a.pth")
     state = torchvision.models.resnet18().state_dict() | {"layer9.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "b.pth")
     with pytest.raises(ValueError, match="unknown 1 .*layer9.weight"):
-        EmbeddingNet("resnet18", weights=tmp_path / "b.pth")
+        pretrained("resnet18", tmp_path / "b.pth")
     state = torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
     torch.save(state, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="other shapes in 1 .*conv1.weight"):
-        EmbeddingNet("resnet18", weights=tmp_path / "c.pth")
+        pretrained("resnet18", tmp_path / "c.pth")
     state = torchvision.models.resnet18().state_dict()
     state["bn1.running_var"][3] = torch.nan
     torch.save(state, tmp_path / "d.pth")
     with pytest.raises(ValueError, match="NaN or infinity in 1 .*bn1.running_var"):
-        EmbeddingNet("resnet18", weights=tmp_path / "d.pth")
+        pretrained("resnet18", tmp_path / "d.pth")
 
 
 class Evil:
@@ -195,7 +203,7 @@ def test_a_failed_download_says_how_to_give_a_file(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
     monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match=r"resnet50-.*\.pth.*weights=PATH"):
-        EmbeddingNet("resnet50", weights="imagenet")
+        pretrained("resnet50", "imagenet")
 
 
 def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
@@ -206,7 +214,7 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.save(state, folder / url.rsplit("/", 1)[-1])
-    net = EmbeddingNet("resnet18", weights="imagenet")
+    net = pretrained("resnet18", "imagenet")
     assert torch.equal(net.backbone.conv1.weight, state["conv1.weight"])
 
 
@@ -215,10 +223,14 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     [
         (dict(backbone="resnet51"), "Unknown backbone 'resnet51': choose one of resnet8, resnet18"),
         (dict(last_stride=3), "must be 1 or 2"),
-        (dict(backbone="resnet8", weights="imagenet"), "no ImageNet weights of resnet8"),
         (dict(dim=0), "at least 1"),
     ],
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         EmbeddingNet(**arguments)
+
+
+def test_a_backbone_without_imagenet_weights_says_so():
+    with pytest.raises(ValueError, match="no ImageNet weights of resnet8"):
+        pretrained("resnet8", "imagenet")

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from reidlib.recipes import RECIPES, Recipe, make_recipe
+from reidlib.recipes import RECIPES, Recipe, make_recipe, stored_recipe
 
 
 def test_trinet_is_the_papers():
@@ -87,3 +87,12 @@ def test_all_errors_are_named_at_once():
 
 def test_every_setting_is_described():
     assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_retired_settings_are_dropped_where_they_changed_nothing_and_refused_elsewhere():
+    settings = Recipe().model_dump()
+    assert stored_recipe(settings | {"small": 0.0}) == Recipe()
+    with pytest.raises(ValueError, match="older version with small = 0.8"):
+        stored_recipe(settings | {"small": 0.8})
+    with pytest.raises(ValueError, match="Unknown setting 'smal'"):
+        stored_recipe(settings | {"smal": 0.0})

@@ -16,11 +16,13 @@ from torch import nn
 
 from reidlib import release, runs
 from reidlib.datasets import load
-from reidlib.embedding import embed, load_images, write_embeddings
+from reidlib.embedding import embed, write_embeddings
 from reidlib.evaluation import evaluate
+from reidlib.images import load_images
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
 from reidlib.synthetic import draw_dataset
+from reidlib.weights import build_model, load_model, save_weights
 
 RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, margin=0.3)
 
@@ -29,7 +31,7 @@ RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, ma
 def folder(tmp_path):
     folder = tmp_path / "outputs" / "synthetic_batchhard_mine"
     folder.mkdir(parents=True)
-    runs.save_weights(folder / "weights.safetensors", runs.build_model(RECIPE), RECIPE)
+    save_weights(folder / "weights.safetensors", build_model(RECIPE), RECIPE)
     runs.write_json(folder / "config.json", RECIPE.model_dump())
     runs.write_json(
         folder / "manifest.json",
@@ -43,9 +45,9 @@ def evaluated(names, parameters, output):
     """In place of 04_evaluate: its embeddings, and scores that are easy to find again."""
     assert names == ["04_evaluate"]
     folder = runs.find_run(parameters["run"])
-    data, model = load("synthetic"), runs.load_model(folder)
+    data, model = load("synthetic"), load_model(folder)
     for side, table in (("query", data.query), ("gallery", data.gallery)):
-        pixels, table = load_images(table, RECIPE, show_progress=False, room=False)
+        pixels, table = load_images(table, RECIPE, show_progress=False)
         emb = embed(model, pixels, RECIPE, show_progress=False)
         write_embeddings(folder / f"embeddings_{side}.h5", emb, table)
     with_scores = {"mAP": 0.51234, "intervals": {"mAP": [0.48, 0.54]}, "queries": 166}
@@ -55,10 +57,10 @@ def evaluated(names, parameters, output):
 
 def released_scores(folder, flip):
     """The scores of a run on the embedded data, in one go."""
-    data, model = load("synthetic"), runs.load_model(folder)
+    data, model = load("synthetic"), load_model(folder)
     sides = []
     for table in (data.query, data.gallery):
-        pixels, table = load_images(table, model.recipe, show_progress=False, room=False)
+        pixels, table = load_images(table, model.recipe, show_progress=False)
         sides += [embed(model, pixels, model.recipe, flip=flip, show_progress=False), table]
     return evaluate(*sides).scores
 
@@ -66,14 +68,14 @@ def released_scores(folder, flip):
 def test_a_release(folder, monkeypatch):
     monkeypatch.setattr(release.notebooks, "run", evaluated)
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), dtype=np.uint8)
-    before = embed(runs.load_model(folder), images, RECIPE, show_progress=False)
+    before = embed(load_model(folder), images, RECIPE, show_progress=False)
     size = (folder / "weights.safetensors").stat().st_size
     files = release.release("synthetic_batchhard_mine")
     assert (folder / "weights.safetensors").stat().st_size < 0.52 * size
-    after = embed(runs.load_model(folder), images, RECIPE, show_progress=False)
+    after = embed(load_model(folder), images, RECIPE, show_progress=False)
     assert 0 < np.abs(after - before).max() < 0.01 * np.abs(before).max()
-    state = runs.load_model(folder).state_dict()
-    first = runs.build_model(RECIPE).state_dict()
+    state = load_model(folder).state_dict()
+    first = build_model(RECIPE).state_dict()
     for name, value in first.items():
         if value.dim() <= 1:  # biases, and the statistics of BatchNorm
             assert torch.equal(state[name], value), name
@@ -152,7 +154,7 @@ def test_the_card_is_enough_to_load_the_weights_with_torchvision_alone(name):
     with torch.no_grad():
         emb = parts["backbone."].features(x).mean(dim=(2, 3))  # (B, 1280, h, w) -> (B, 1280)
         emb = parts["head."](emb) if "head." in parts else emb
-    model = runs.load_model(folder)
+    model = load_model(folder)
     ours = embed(model, images, model.recipe, show_progress=False)
     np.testing.assert_allclose(emb.numpy(), ours, rtol=1e-3, atol=1e-4 * np.abs(ours).max())
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from reidlib import load_model, runs
+from reidlib.checkpoint import load_checkpoint, save_checkpoint
 from reidlib.paths import outputs_dir
 from reidlib.recipes import Recipe, make_recipe
+from reidlib.weights import build_model, save_weights
 
 SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
 
@@ -75,8 +77,8 @@ def test_the_newest_run_is_one_trained_here_or_the_example(places):
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no file permissions like these")
 def test_weights_may_be_read_by_others_as_any_file(tmp_path):
-    model = runs.build_model(make_recipe("demo"))
-    runs.save_weights(tmp_path / "weights.safetensors", model, make_recipe("demo"))
+    model = build_model(make_recipe("demo"))
+    save_weights(tmp_path / "weights.safetensors", model, make_recipe("demo"))
     (tmp_path / "any").touch()
     modes = [(tmp_path / name).stat().st_mode for name in ("weights.safetensors", "any")]
     assert modes[0] == modes[1]
@@ -119,13 +121,13 @@ def test_a_checkpoint_survives_a_kill_between_any_two_renames(tmp_path, monkeypa
         return replace(*args)
 
     for step in (1, 2):
-        runs.save_checkpoint(path, {"step": step})
+        save_checkpoint(path, {"step": step})
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", count)
-        runs.save_checkpoint(path, {"step": 3})
+        save_checkpoint(path, {"step": 3})
     assert renames >= 6
-    assert runs.load_checkpoint(path)["step"] == 3
-    assert runs.load_checkpoint(previous)["step"] == 2
+    assert load_checkpoint(path)["step"] == 3
+    assert load_checkpoint(previous)["step"] == 2
     for last in range(renames):
         done = 0
 
@@ -137,20 +139,20 @@ def test_a_checkpoint_survives_a_kill_between_any_two_renames(tmp_path, monkeypa
             return replace(*args)
 
         step = 10 * (last + 1)
-        runs.save_checkpoint(path, {"step": step})
+        save_checkpoint(path, {"step": step})
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(os, "replace", dying)
-            runs.save_checkpoint(path, {"step": step + 1})
-        assert runs.load_checkpoint(path)["step"] in (step, step + 1)
-        assert runs.load_checkpoint(previous)["step"] <= step
-        runs.save_checkpoint(path, {"step": step + 2})
-        assert runs.load_checkpoint(path)["step"] == step + 2
+            save_checkpoint(path, {"step": step + 1})
+        assert load_checkpoint(path)["step"] in (step, step + 1)
+        assert load_checkpoint(previous)["step"] <= step
+        save_checkpoint(path, {"step": step + 2})
+        assert load_checkpoint(path)["step"] == step + 2
     assert {p.suffix for p in tmp_path.iterdir()} == {".pt", ".sha256"}
 
 
 def test_the_sidecar_is_what_sha256sum_reads(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    runs.save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
     assert (
         tmp_path / "checkpoint.pt.sha256"
     ).read_text() == f"{runs.sha256(path)}  checkpoint.pt\n"
@@ -159,21 +161,21 @@ def test_the_sidecar_is_what_sha256sum_reads(tmp_path):
 def test_a_checkpoint_without_its_sidecar_or_with_code_inside_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        runs.load_checkpoint(path)
-    runs.save_checkpoint(path, {"step": 1})
+        load_checkpoint(path)
+    save_checkpoint(path, {"step": 1})
     (tmp_path / "checkpoint.pt.sha256").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint\.pt\.sha256 beside it.*none before it"):
-        runs.load_checkpoint(path)
-    runs.save_checkpoint(path, {"step": runs.lock})  # a function would be called by an unpickler
+        load_checkpoint(path)
+    save_checkpoint(path, {"step": runs.lock})  # a function would be called by an unpickler
     with pytest.raises(ValueError, match="cannot be read"):
-        runs.load_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_weights_travel_alone(tmp_path):
     recipe = make_recipe("demo", **SMALL)
-    model = runs.build_model(recipe)
+    model = build_model(recipe)
     path = tmp_path / "model.safetensors"
-    runs.save_weights(path, model, recipe)
+    save_weights(path, model, recipe)
     loaded = load_model(path)
     assert loaded.recipe == recipe and not loaded.training
     for key, value in model.state_dict().items():
@@ -196,8 +198,8 @@ def test_the_seed_decides_the_first_weights_and_leaves_the_callers_numbers_alone
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    one, two = runs.build_model(recipe), runs.build_model(recipe)
-    other = runs.build_model(recipe.model_copy(update={"seed": 1}))
+    one, two = build_model(recipe), build_model(recipe)
+    other = build_model(recipe.model_copy(update={"seed": 1}))
     assert torch.equal(torch.rand(1), expected)
     a, b, c = (m.head[0].weight for m in (one, two, other))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -205,14 +207,14 @@ def test_the_seed_decides_the_first_weights_and_leaves_the_callers_numbers_alone
 
 def test_weights_are_found_in_the_data_folder(data_root):
     recipe = make_recipe("demo", **SMALL)
-    source = runs.build_model(recipe)
+    source = build_model(recipe)
     (data_root / "weights").mkdir(exist_ok=True)
     torch.save(source.backbone.state_dict(), data_root / "weights" / "w.pth")
-    model = runs.build_model(make_recipe("demo", **SMALL, weights="weights/w.pth", seed=9))
+    model = build_model(make_recipe("demo", **SMALL, weights="weights/w.pth", seed=9))
     a, b = (next(m.backbone.parameters()) for m in (source, model))
     assert torch.equal(a, b)
     with pytest.raises(FileNotFoundError, match="no file of weights"):
-        runs.build_model(make_recipe("demo", **SMALL, weights="weights/v.pth"))
+        build_model(make_recipe("demo", **SMALL, weights="weights/v.pth"))
 
 
 def test_a_broken_config_is_named(tmp_path):
@@ -236,4 +238,4 @@ def test_a_broken_config_is_named(tmp_path):
 )
 def test_the_manifest_tells_the_command_and_no_path_of_the_program(argv, command, monkeypatch):
     monkeypatch.setattr(runs.sys, "argv", argv)
-    assert runs.environment(torch.device("cpu"))["command"] == command
+    assert runs.environment()["command"] == command

@@ -13,19 +13,12 @@ from PIL import Image
 
 from reidlib import runs
 from reidlib.__main__ import main
-from reidlib.datasets import read_image
-from reidlib.embedding import embed, load_images, write_embeddings
-from reidlib.images import common_size, image_sizes
+from reidlib.embedding import embed, write_embeddings
+from reidlib.images import common_size, image_sizes, load_images, load_training_images, read_image
 from reidlib.pictures import _one_line, search_lists
 from reidlib.recipes import make_recipe
-from reidlib.search import (
-    domain_shift,
-    picture_table,
-    search,
-    search_csv,
-    shape_warning,
-    spread,
-)
+from reidlib.search import domain_shift, picture_table, search, search_csv, shape_warning, spread
+from reidlib.weights import build_model, save_weights
 
 RECIPE = make_recipe("demo", hidden=16, dim=8, height=64, width=32, hold_out=0)
 AWKWARD = (
@@ -42,7 +35,7 @@ def crop(seed, size=(64, 32)):
 
 @pytest.fixture(scope="module")
 def model():
-    made = runs.build_model(RECIPE).train()
+    made = build_model(RECIPE).train()
     with torch.no_grad():  # BatchNorms that have seen something: else all embeddings are alike
         for module in made.modules():
             if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
@@ -59,7 +52,7 @@ def run(model, tmp_path):
     folder = tmp_path / "outputs" / "tiny"
     folder.mkdir(parents=True)
     runs.write_json(folder / "config.json", RECIPE.model_dump())
-    runs.save_weights(folder / "weights.safetensors", model, RECIPE)
+    save_weights(folder / "weights.safetensors", model, RECIPE)
     return "tiny"
 
 
@@ -137,9 +130,9 @@ def test_sizes_are_those_of_the_decoded_picture(tmp_path):
     assert common_size(table, (9, 9)) == (9, 9)
     assert common_size(table[:4], (9, 9)) is None is common_size(table[:4], (9, 9), 960)
     assert common_size(table[:4], (9, 9), 959) == (9, 9)
-    pixels, _ = load_images(table, RECIPE, show_progress=False, room=False)
+    pixels, _ = load_images(table, RECIPE, show_progress=False)
     assert pixels.shape == (8, 64, 32, 3)  # the input's size, at once
-    assert load_images(table, RECIPE, show_progress=False)[0].shape == (8, 72, 36, 3)
+    assert load_training_images(table, RECIPE, show_progress=False)[0].shape == (8, 72, 36, 3)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +157,10 @@ def test_the_order_is_that_of_plain_distances(model, photos):
     gallery = picture_table(photos)
     query = gallery.iloc[[3, 8]].reset_index(drop=True)
     retrieval, found = quietly(model, query, gallery, RECIPE, topk=None)
-    pixels, _ = load_images(gallery, RECIPE, show_progress=False, room=False)
+    pixels, _ = load_images(gallery, RECIPE, show_progress=False)
     emb = embed(model, pixels, RECIPE, show_progress=False).astype(float)
     for row, itself in enumerate((3, 8)):
-        asked, _ = load_images(query.iloc[[row]], RECIPE, show_progress=False, room=False)
+        asked, _ = load_images(query.iloc[[row]], RECIPE, show_progress=False)
         asked = embed(model, asked, RECIPE, show_progress=False).astype(float)[0]
         distance = np.sqrt(((emb - asked) ** 2).sum(axis=1))
         order = np.argsort(distance, kind="stable")
@@ -212,7 +205,7 @@ def test_flip_reaches_both_sides(model, photos):
 
 def test_embeddings_are_a_gallery_if_this_model_made_them(model, photos):
     table = picture_table(photos)
-    pixels, _ = load_images(table, RECIPE, show_progress=False, room=False)
+    pixels, _ = load_images(table, RECIPE, show_progress=False)
     emb = embed(model, pixels, RECIPE, show_progress=False)
     direct = quietly(model, table[:2], table, RECIPE)[1]
     stored = quietly(model, table[:2], (emb, table), RECIPE)[1]
@@ -392,7 +385,7 @@ def test_what_a_search_passes_over_is_said(run, photos, capsys):
 
 def test_search_in_embeddings(run, model, photos, tmp_path, capsys):
     table = picture_table(photos)
-    pixels, _ = load_images(table, RECIPE, show_progress=False, room=False)
+    pixels, _ = load_images(table, RECIPE, show_progress=False)
     emb = embed(model, pixels, RECIPE, show_progress=False)
     write_embeddings(tmp_path / "g.h5", emb, table.assign(pid=5, camid=1))
     line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery"]

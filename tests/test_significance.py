@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from reidlib.evaluation import confidence_interval
-from reidlib.significance import Spread, difference, holm, seed_spread
+from reidlib.significance import Spread, confidence_interval, difference, holm, seed_spread
 
 
 def per_query(ap, pids, first_rank=None):

@@ -11,9 +11,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reidlib import load_model, runs, training
+from reidlib.checkpoint import load_checkpoint
+from reidlib.device import resolve_precision
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
 from reidlib.training import Trainer, TrainingFailed, train
+from reidlib.weights import build_model
 
 SMALL = dict(
     backbone="mobilenet_v3_small",
@@ -57,7 +60,7 @@ def differences(a, b, path="") -> list[str]:
 
 def final_state(folder):
     """The last checkpoint without what the clock put into it."""
-    state = runs.load_checkpoint(folder / "checkpoint.pt")
+    state = load_checkpoint(folder / "checkpoint.pt")
     assert state["step"] == 12
     assert {"model", "optimiser", "sampler", "augmentation", "torch_random"} < state.keys()
     del state["seconds"]
@@ -113,9 +116,9 @@ def test_the_first_share_of_the_steps_sees_small_images(monkeypatch):
 def test_small_images_need_bfloat16_to_be_right_at_half_the_size():
     cpu = torch.device("cpu")
     recipe = make_recipe("trinet", height=128, width=64, precision="bfloat16")
-    assert training.resolve_precision(recipe, cpu) == recipe
+    assert resolve_precision(recipe, cpu) == recipe
     with pytest.raises(ValueError, match="not 128×64 and half of it"):
-        training.resolve_precision(recipe.model_copy(update={"small": 0.5}), cpu)
+        resolve_precision(recipe.model_copy(update={"small": 0.5}), cpu)
 
 
 def test_a_killed_run_resumes_bit_for_bit():
@@ -142,7 +145,7 @@ def test_negative_control_a_forgotten_state_shows(lost, monkeypatch):
     """What the comparison above relies on: without one of the states the bytes do differ."""
     expected = final_state(fit("whole"))
     fit_until("part", 7, monkeypatch)
-    load = runs.load_checkpoint
+    load = load_checkpoint
     fresh = Trainer(small(), "other", device="cpu", show_progress=False)
     fresh.folder.mkdir(parents=True)
     fresh._start(None)
@@ -182,7 +185,7 @@ def test_asked_to_stop_it_ends_the_step_and_writes_a_checkpoint(number, status):
     assert done.returncode in (status, 1, 130), done.stderr
     assert "Stopped after step 6 of 12; run it again to go on." in done.stdout
     folder = runs.find_run("synthetic_batchhard_softplus_stopped")
-    assert runs.load_checkpoint(folder / "checkpoint.pt")["step"] == 6
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 6
     assert runs.read_json(folder / "manifest.json")["status"] == "stopped"
     assert differences(final_state(fit("whole")), final_state(fit("stopped"))) == []
 
@@ -213,7 +216,7 @@ def test_a_truncated_or_altered_checkpoint_is_refused_and_the_one_before_offered
         message = 'checkpoint.pt is truncated or altered.*checkpoint_previous.pt.*resume="previous"'
         with pytest.raises(ValueError, match=message):
             fit("broken")
-    assert runs.load_checkpoint(folder / "checkpoint_previous.pt")["step"] == 4
+    assert load_checkpoint(folder / "checkpoint_previous.pt")["step"] == 4
     assert differences(expected, final_state(fit("broken", resume="previous"))) == []
 
 
@@ -259,13 +262,13 @@ def test_a_loss_that_is_not_finite_stops_with_advice():
     folder = runs.find_run("synthetic_batchhard_softplus_nan")
     assert runs.read_json(folder / "manifest.json")["status"] == "failed"
     if (folder / "checkpoint.pt").exists():
-        state = runs.load_checkpoint(folder / "checkpoint.pt")["model"]
+        state = load_checkpoint(folder / "checkpoint.pt")["model"]
         assert all(value.isfinite().all() for value in state.values())
 
 
 @pytest.mark.parametrize(("margin", "sits"), [("soft", "ln 2 = 0.693"), (0.5, "the margin, 0.5")])
 def test_a_collapse_is_said_in_plain_words(monkeypatch, capsys, margin, sits):
-    build = runs.build_model
+    build = build_model
 
     def collapsed(*args, **options):
         model = build(*args, **options)
@@ -281,7 +284,7 @@ def test_a_collapse_is_said_in_plain_words(monkeypatch, capsys, margin, sits):
 
 def test_precision_follows_the_device_and_the_input():
     cpu = torch.device("cpu")
-    choose = lambda **changes: training.resolve_precision(make_recipe("demo", **changes), cpu)
+    choose = lambda **changes: resolve_precision(make_recipe("demo", **changes), cpu)
     assert choose(height=64, width=32).precision == "float32"
     assert choose(width=48).precision in ("float32", "bfloat16")
     assert choose(precision="bfloat16", width=48).precision == "bfloat16"
@@ -318,8 +321,8 @@ def test_the_run_explains_itself():
     assert history["held_out_mAP"].notna().sum() == 2
     best = runs.read_json(folder / "metrics.json")["held_out"]["best"]
     assert best["mAP"] == history["held_out_mAP"].max()
-    assert runs.load_checkpoint(folder / "checkpoint_best.pt")["step"] == best["step"]
-    expected = runs.load_checkpoint(folder / "checkpoint.pt")["model"]
+    assert load_checkpoint(folder / "checkpoint_best.pt")["step"] == best["step"]
+    expected = load_checkpoint(folder / "checkpoint.pt")["model"]
     for source in (folder, folder.name, folder / "weights.safetensors"):
         model = load_model(source)
         assert not model.training and model.recipe == small()

@@ -1,0 +1,88 @@
+"""Which device, and in which precision."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from reidlib.recipes import Recipe
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the processor or graphics card, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device: `"auto"` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("mps" if torch.backends.mps.is_available() else found)
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).split("\n")[0]
+        raise ValueError(
+            f"There is no device {name!r} here ({cause}). Use 'auto' or 'cpu'."
+        ) from None
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context that runs a network in bfloat16, or changes nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def bfloat16_is_right(recipe: Recipe, device: torch.device) -> bool:
+    """Return whether the device computes bfloat16 rightly for the recipe's input.
+
+    On the CPU, bfloat16 convolutions of stride 2 on maps one or two pixels wide are wrong (seen in
+    torch 2.14): their gradient, and on processors with AMX their result too, comes from memory that
+    was never written, now and then a NaN. Maps three pixels wide, width / 16, are right.
+    """
+    return device.type != "cpu" or (recipe.height >= 64 and recipe.width >= 48)
+
+
+def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
+    """Replace precision "auto" by what the device is fast at, and right.
+
+    bfloat16 on CUDA from Ampere on, and on CPUs with instructions for it; others emulate it slowly.
+
+    Raises:
+        ValueError: bfloat16 was asked for on a CPU with an input too small for it.
+    """
+    too_small = not bfloat16_is_right(recipe, device)
+    if recipe.precision == "bfloat16" and too_small:
+        raise ValueError(
+            f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
+            f'{recipe.width}: use precision = "float32".'
+        )
+    if recipe.precision != "auto":
+        return recipe
+    # Where nothing is known, float32 is the safe answer.
+    chosen = "bfloat16" if fast_at_bfloat16(device) and not too_small else "float32"
+    return recipe.model_copy(update={"precision": chosen})
+
+
+def fast_at_bfloat16(device: torch.device) -> bool | None:
+    """Return whether the device has instructions for bfloat16; None where PyTorch does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Public from torch 2.14 on; the two names are those of x86 processors.
+    can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return can["avx512_bf16"] or can["amx_bf16"] if "avx512_bf16" in can else None

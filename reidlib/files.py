@@ -1,0 +1,205 @@
+"""What lies on the disk: folders, zips and CSV lists of images, read to rows of text."""
+
+import csv
+import os
+import re
+import shutil
+import stat
+import zipfile
+import zlib
+from pathlib import Path
+
+import pandas as pd
+
+from reidlib.paths import data_dir
+from reidlib.words import some
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+SPLIT_FOLDERS = {
+    "train": ("bounding_box_train", "train"),
+    "query": ("query",),
+    "gallery": ("bounding_box_test", "gallery", "test"),
+}
+
+
+# The pattern ends at the first dot: 24 official files end in ".jpg.jpg", and a pattern that ends
+# in r"\.jpg$" loses all six queries of identity 1488 and 18 gallery images without a word.
+MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
+
+
+def existing(source):
+    """The path as given, else under the data folder."""
+    given = Path(source).expanduser()
+    for path in (Path(os.path.abspath(given)), data_dir() / given):
+        if str(source).strip() and path.exists():
+            return path
+    raise FileNotFoundError(
+        f"there is no {str(source)!r}: looked in {os.getcwd()} and in {data_dir()}. "
+        'Give a folder, a .zip, a .csv, or one of the names "market1501" and "synthetic".'
+    )
+
+
+def find_market(root):
+    """The folder with bounding_box_train in it: `root` or one or two levels below; else None."""
+    for level in ("", "*/", "*/*/"):
+        hits = sorted(p.parent for p in root.glob(level + "bounding_box_train") if p.is_dir())
+        hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
+        if len(hits) > 1:
+            raise ValueError(f"{root} holds several data sets, give one: {some(hits)}.")
+        if hits:
+            return Path(os.path.abspath(hits[0]))
+    return None
+
+
+def find_lists(root):
+    """The CSV lists in a folder by split; empty where there are none."""
+    lists = {}
+    for path in sorted(root.glob("*.csv")):
+        words = re.split(r"[^a-z]+", path.stem.lower())
+        for split, names in SPLIT_FOLDERS.items():
+            if set(words) & set(names):
+                if split in lists:
+                    raise ValueError(
+                        f"{lists[split]} and {path.name} are both lists for {split}: "
+                        "put one data set's lists in a folder of their own."
+                    )
+                lists[split] = path
+    return lists
+
+
+def unpack(archive):
+    """Unpack a zip beside itself, once; nothing is written unless every member is safe."""
+    target = archive.with_suffix("")
+    if target.is_dir():
+        return target
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for member in opened.infolist():
+                name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
+                outside = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name)
+                if outside or ".." in re.split(r"[\\/]", name):
+                    raise ValueError(f"{archive} is refused: {name!r} would leave the folder.")
+                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise ValueError(f"{archive} is refused: {name!r} is a link, not a file.")
+            part.mkdir()
+            opened.extractall(part)
+        try:
+            part.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first, with the same files
+                raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"cannot unpack {archive}: {error}. Download it again, or unpack it yourself."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def walk(place):
+    """Image names relative to `place`, sorted, and a note (none or one) on all else there."""
+    images, strays = [], []
+    for base, dirs, files in os.walk(place, followlinks=True):
+        strays += [d + "/" for d in dirs if _hidden([d])]
+        dirs[:] = [d for d in dirs if not _hidden([d])]
+        for name in files:
+            image = Path(name).suffix.lower() in IMAGE_SUFFIXES and not _hidden([name])
+            relative = os.path.relpath(os.path.join(base, name), place).replace(os.sep, "/")
+            (images if image else strays).append(relative)
+    note = f"In {place.name}/ ignored, hidden or no images: {some(sorted(strays))}."
+    return sorted(images), [note] if strays else []
+
+
+def read_folder(place, pattern):
+    """Rows (path, pid, camid as text) of one split, and notes."""
+    names, notes = walk(place)
+    if not names:
+        raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    groups = groups_of(names, pattern, place) if pattern else {}
+    if "pid" not in groups:
+        loose = [n for n in names if "/" not in n]
+        if len(loose) == len(names):
+            raise ValueError(
+                f"{place} has images but no sub-folder for each identity. Sort them into "
+                r'sub-folders, or give pattern, e.g. r"^(?P<pid>\d+)_c(?P<camid>\d+)".'
+            )
+        if loose:
+            notes.append(f"In {place.name}/ ignored, in no identity's folder: {some(loose)}.")
+        names = [n for n in names if "/" in n]
+        groups = groups_of(names, pattern, place) if pattern else {}
+        groups["pid"] = [n.split("/")[0] for n in names]
+    paths, camid = [str(place / n) for n in names], groups.get("camid", "-1")
+    return pd.DataFrame({"path": paths, "pid": groups["pid"], "camid": camid}), notes
+
+
+def read_list(source, image_root, pattern, must_exist=True, labelled=True):
+    """Rows (path, pid, camid as text) of one CSV list; a header may leave `pid` out if not labelled."""
+    source = existing(source)
+    base = existing(image_root) if image_root else source.parent
+    with open(source, newline="", encoding="utf-8-sig") as file:
+        lines = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
+    columns = ["pid", "path", "camid"]
+    header = [cell.lower() for cell in lines[0][1]] if lines else []
+    if {"path", *(["pid"] if labelled else [])} <= set(header):
+        columns, lines = header, lines[1:]
+    if not lines:
+        raise ValueError(f"{source} lists no images.")
+    wanted = columns if columns is header else columns[: max(2, len(lines[0][1]))]
+    for number, row in lines:
+        cells = dict(zip(wanted, row, strict=False))
+        if len(row) != len(wanted) or "" in (cells.get(c) for c in ("pid", "path", "camid")):
+            raise ValueError(
+                f"{source}, line {number}: expected {','.join(wanted)}, got {','.join(row)!r}."
+            )
+    rows = pd.DataFrame([row for _, row in lines], columns=wanted)
+    if "pid" not in rows:
+        rows["pid"] = "-1"
+    if "camid" not in rows:
+        names = list(rows.path)
+        rows["camid"] = groups_of(names, pattern, source)["camid"] if pattern else "-1"
+    rows["path"] = [os.path.abspath(base / p) for p in rows.path]
+    lost = [p for p in rows.path if must_exist and not os.path.isfile(p)]
+    if lost:
+        raise FileNotFoundError(
+            f"{len(lost)} of {len(rows)} images in {source} do not exist: "
+            f"{some(lost, 3)}. Is image_root right? It is {base}."
+        )
+    return rows[["path", "pid", "camid"]]
+
+
+def compiled(pattern):
+    """Return the regular expression of a pattern, which must have a group `pid` or `camid`."""
+    try:
+        regex = re.compile(MARKET_NAME if pattern == "market1501" else pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}.") from error
+    if not {"pid", "camid"} & set(regex.groupindex):
+        raise ValueError(f"pattern {pattern!r} has neither a group (?P<pid>…) nor (?P<camid>…).")
+    return regex
+
+
+def groups_of(names, pattern, place):
+    """What the pattern's groups catch in each file name: group -> list of text."""
+    regex = compiled(pattern)
+    caught = [regex.search(name.rsplit("/", 1)[-1]) for name in names]
+    wrong = [
+        n for n, m in zip(names, caught, strict=True) if not m or None in m.groupdict().values()
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(names)} image names in {place} do not fit "
+            f"{regex.pattern}: {some(wrong)}. Rename or remove them, or give "
+            "another pattern."
+        )
+    return {"camid": ["-1"] * len(names)} | {
+        group: [m[group] for m in caught] for group in regex.groupindex
+    }
+
+
+def _hidden(parts):
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
