@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import peers
 
-from reidlib.evaluation import evaluate
+from reidlib.evaluation.retrieval import evaluate
 
 SIZES = (1, 2, 4, 8, 10)
 MEMORY = True

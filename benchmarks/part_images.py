@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from reidlib.augment import Augmentation
-from reidlib.datasets import load
-from reidlib.images import load_pixels
+from reidlib.data.augment import Augmentation
+from reidlib.data.pixels import load_pixels
+from reidlib.data.tables import load
 
 SIZES = (1, 2, 4, 8)
 WORKERS = os.cpu_count()

@@ -2,7 +2,7 @@
 
 import torch
 
-from reidlib.losses import batch_all, batch_hard
+from reidlib.training.losses import batch_all, batch_hard
 
 MARGIN = 0.2
 SIZES = (1, 2, 4, 8)

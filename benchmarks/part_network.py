@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from reidlib.augment import Augmentation
-from reidlib.depthwise import StridedDepthwise
-from reidlib.device import autocast, pick_device, resolve_precision
-from reidlib.embedding import embed
-from reidlib.images import load_pixels
-from reidlib.losses import batch_hard
+from reidlib.data.augment import Augmentation
+from reidlib.data.pixels import load_pixels
+from reidlib.model.depthwise import StridedDepthwise
+from reidlib.model.device import autocast, pick_device, resolve_precision
+from reidlib.model.embed import embed
+from reidlib.model.weights import build_model
 from reidlib.recipes import Recipe
-from reidlib.weights import build_model
+from reidlib.training.losses import batch_hard
 
 SIZES = (1 / 4, 1 / 2, 1)
 MEMORY = False

@@ -8,7 +8,7 @@ import numpy as np
 import peers
 from part_evaluation import drawn
 
-from reidlib.reranking import k_reciprocal, normalise, query_expansion
+from reidlib.evaluation.rerank import k_reciprocal, normalise, query_expansion
 
 SIZES = (1 / 8, 1 / 4, 1 / 2, 1)
 MEMORY = True

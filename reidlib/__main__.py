@@ -13,9 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
-from reidlib.device import pick_device
-from reidlib.images import load_images
-
 # Each command imports what it needs: torch takes seconds, and --help does without.
 
 
@@ -29,8 +26,8 @@ def say(text: str) -> None:
 
 def data(args) -> int:
     """Print what is in a data set and what is wrong with it; status 1 where that is an error."""
-    from reidlib.check import check
-    from reidlib.datasets import load
+    from reidlib.data.check import check
+    from reidlib.data.tables import load
     from reidlib.progress import progress
 
     bar = partial(progress, desc="read images", unit="img")
@@ -42,8 +39,8 @@ def data(args) -> int:
 
 def train(args) -> int:
     """Train one run and print its folder."""
-    from reidlib.notebooks import from_text, value_types
     from reidlib.recipes import Recipe, make_recipe
+    from reidlib.workbook.notebooks import from_text, value_types
 
     changes = {
         name: from_text(text, value_types(field.annotation))
@@ -52,8 +49,8 @@ def train(args) -> int:
     }
     recipe = make_recipe(args.recipe, **changes)
 
-    from reidlib.health import run_text
-    from reidlib.training import Trainer
+    from reidlib.training.health import run_text
+    from reidlib.training.loop import Trainer
 
     folder = Trainer(recipe, args.tag, args.resume, args.device).fit()
     print(folder)
@@ -64,8 +61,8 @@ def train(args) -> int:
 
 def health(args) -> int:
     """Print what is wrong with the training of runs, and what to try first."""
-    from reidlib.health import run_text
     from reidlib.runs import find_run
+    from reidlib.training.health import run_text
 
     for folder in map(find_run, args.runs):
         print(f"{folder.name}\n{run_text(folder)}")
@@ -74,9 +71,11 @@ def health(args) -> int:
 
 def embed(args) -> int:
     """Write the embeddings of a folder or list of images."""
-    from reidlib import embedding
-    from reidlib.datasets import image_list
-    from reidlib.weights import load_model
+    from reidlib.data.pixels import load_images
+    from reidlib.data.tables import image_list
+    from reidlib.model import embed
+    from reidlib.model.device import pick_device
+    from reidlib.model.weights import load_model
 
     out = Path(args.out).expanduser()
     if out.is_dir():  # said now, not after an hour
@@ -85,8 +84,8 @@ def embed(args) -> int:
     table = image_list(args.images, pattern=args.pattern, image_root=args.image_root)
     model = load_model(args.model, pick_device(args.device))
     pixels, table = load_images(table, model.recipe)
-    emb = embedding.embed(model, pixels, model.recipe, flip=args.flip)
-    embedding.write_embeddings(out, emb, table)
+    emb = embed.embed(model, pixels, model.recipe, flip=args.flip)
+    embed.write_embeddings(out, emb, table)
     say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
     if (table["pid"] == -1).all():
         say(
@@ -98,12 +97,12 @@ def embed(args) -> int:
 
 def evaluate(args) -> int:
     """Print the scores as JSON."""
-    from reidlib import evaluation
-    from reidlib.embedding import read_embeddings
+    from reidlib.evaluation import retrieval
+    from reidlib.model.embed import read_embeddings
 
     query = read_embeddings(args.query, args.query_csv)
     gallery = read_embeddings(args.gallery, args.gallery_csv)
-    evaluated = evaluation.evaluate(*query, *gallery)
+    evaluated = retrieval.evaluate(*query, *gallery)
     print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
     say(evaluated.protocol)
     return 0
@@ -111,12 +110,12 @@ def evaluate(args) -> int:
 
 def search(args) -> int:
     """Print the gallery images nearest to each query, as CSV; or write them, and draw them."""
-    from reidlib import search as searching
-    from reidlib.datasets import ignored_files
-    from reidlib.device import pick_device
-    from reidlib.embedding import read_embeddings
+    from reidlib.data.tables import ignored_files
+    from reidlib.look import search as searching
+    from reidlib.model.device import pick_device
+    from reidlib.model.embed import read_embeddings
+    from reidlib.model.weights import load_model
     from reidlib.runs import write_text
-    from reidlib.weights import load_model
 
     files = [Path(f).expanduser() for f in (args.out, args.picture, args.html) if f]
     for file in files:  # said now, not after an hour
@@ -157,14 +156,14 @@ def search(args) -> int:
     else:
         print(searching.search_csv(found), end="")
     if args.picture:
-        from reidlib import pictures
+        from reidlib.look import figures
 
         shown = min(len(retrieval.query), 20)  # 20 lists make a picture of 47 inches
-        figure = pictures.search_lists(found[found["query"] < shown])
-        pictures.save(figure, Path(args.picture).expanduser())
+        figure = figures.search_lists(found[found["query"] < shown])
+        figures.save(figure, Path(args.picture).expanduser())
         say(f"Picture of {shown} of {len(retrieval.query):,} {lists}: {args.picture}")
     if args.html:
-        from reidlib import browser
+        from reidlib.look import browser
 
         write_text(files[-1], browser.ranked_list_page(retrieval, topk=args.top))
         say(f"Page of the ranked lists: {args.html}")
@@ -173,9 +172,9 @@ def search(args) -> int:
 
 def export(args) -> int:
     """Write a model as ONNX and print the file's path."""
-    from reidlib import export as exporting
-    from reidlib.images import read_image
-    from reidlib.search import picture_table
+    from reidlib.data.pixels import read_image
+    from reidlib.look.search import picture_table
+    from reidlib.workbook import export as exporting
 
     images = None
     if args.images:
@@ -194,7 +193,7 @@ def export(args) -> int:
 
 def run(args) -> int:
     """Run notebooks."""
-    from reidlib import notebooks
+    from reidlib.workbook import notebooks
 
     parameters = dict(args.parameters)
     notebooks.run(args.notebooks, parameters, output=args.output, timeout=args.timeout)
@@ -203,7 +202,7 @@ def run(args) -> int:
 
 def release(args) -> int:
     """Make a run ready for others and print the files to give away."""
-    from reidlib.release import release
+    from reidlib.workbook.release import release
 
     for file in release(args.run):
         print(file)
@@ -217,10 +216,10 @@ def scores(args) -> int:
     """Print a table of the runs' scores in per cent."""
     import pandas as pd
 
-    from reidlib.comparison import TABLES
-    from reidlib.metrics import score_values
+    from reidlib.evaluation.metrics import score_values
     from reidlib.paths import outputs_dir
     from reidlib.runs import find_run, read_json
+    from reidlib.workbook.compare import TABLES
 
     names = args.runs or sorted(path.parent.name for path in outputs_dir().glob("*/config.json"))
     if not names:
@@ -286,8 +285,8 @@ def _gains(run: Path, against: Path) -> dict[str, list[float]]:
     """Return the gain of mAP with its interval in points, and p, on each split both were scored on."""
     import pandas as pd
 
-    from reidlib.comparison import TABLES
-    from reidlib.significance import difference
+    from reidlib.evaluation.intervals import difference
+    from reidlib.workbook.compare import TABLES
 
     gains = {}
     for split, file in TABLES.items():

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """A data folder with a small embedded data set, drawn once."""
-    from reidlib.synthetic import draw_dataset
+    from reidlib.data.synthetic import draw_dataset
 
     root = tmp_path_factory.mktemp("data")
     draw_dataset(root / "synthetic", train_ids=12, test_ids=8, images_per_camera=2)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reidlib.embedding import embed
+from reidlib.model.embed import embed
+from reidlib.model.weights import load_model
 from reidlib.paths import ROOT
-from reidlib.weights import load_model
 
 
 @pytest.fixture

@@ -17,14 +17,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from reidlib import board, pictures, release, runs, training
-from reidlib.datasets import load
-from reidlib.embedding import embed
-from reidlib.evaluation import Retrieval
-from reidlib.images import load_images
+from reidlib import runs
+from reidlib.data.pixels import load_images
+from reidlib.data.tables import load
+from reidlib.evaluation.retrieval import Retrieval
+from reidlib.look import board, figures
+from reidlib.model.embed import embed
+from reidlib.model.weights import load_model
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
-from reidlib.weights import load_model
+from reidlib.training import loop
+from reidlib.workbook import release
 
 SMALL = {"hidden": 16, "dim": 8, "height": 32, "width": 16, "p": 4, "k": 2, "steps": 12}
 SMALL |= {"precision": "float32", "hold_out": 5, "log_every": 1, "checkpoint_every": 4}
@@ -35,7 +38,7 @@ PHOTOGRAPH = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # how files of pic
 
 def fit(tag="", resume="auto", **changes):
     recipe = make_recipe("demo", **(SMALL | changes))
-    return training.train(recipe, tag, resume=resume, device="cpu", show_progress=False)
+    return loop.train(recipe, tag, resume=resume, device="cpu", show_progress=False)
 
 
 def evaluate(folder, name="test", flip=False):
@@ -141,7 +144,7 @@ def steps_by_tag(folder):
 
 def crash(tag, step, monkeypatch, **changes):
     """Train and break off in the middle of a step."""
-    loss, calls = training.LOSSES["batch_hard"], []
+    loss, calls = loop.LOSSES["batch_hard"], []
 
     def crashing(*args, **options):
         calls.append(1)
@@ -150,7 +153,7 @@ def crash(tag, step, monkeypatch, **changes):
         return loss(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="a crash"):
-        patch.setitem(training.LOSSES, "batch_hard", crashing)
+        patch.setitem(loop.LOSSES, "batch_hard", crashing)
         fit(tag, **changes)
 
 
@@ -277,7 +280,7 @@ def test_the_same_queries_each_time_and_the_very_ranking(outputs, monkeypatch):
 
     def draw(rows, height):
         drawn.append(rows)
-        return pictures.ranked_lists(rows, height)
+        return figures.ranked_lists(rows, height)
 
     monkeypatch.setattr(board, "ranked_lists", draw)
     for name in (HARD, SOFT):
@@ -503,7 +506,7 @@ SEEN = """
 const texts = [], pictures = [];
 (function walk(node) {
   if (node.nodeType === 3 && node.parentElement?.offsetParent) texts.push(node.textContent.trim());
-  if (node.tagName === "IMG" && node.naturalWidth) pictures.push(node.naturalWidth);
+  if (node.tagName === "IMG" && node.naturalWidth) figures.push(node.naturalWidth);
   if (node.tagName === "IFRAME" && node.contentDocument) walk(node.contentDocument.body);
   if (node.shadowRoot) walk(node.shadowRoot);
   for (const child of node.childNodes ?? []) walk(child);

@@ -19,10 +19,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reidlib import browser, pictures
-from reidlib.browser import Browser, ranked_list_page
-from reidlib.evaluation import Retrieval
-from reidlib.metrics import average_precision
+from reidlib.evaluation.metrics import average_precision
+from reidlib.evaluation.retrieval import Retrieval
+from reidlib.look import browser, figures
+from reidlib.look.browser import Browser, ranked_list_page
 from reidlib.paths import ROOT
 
 TOPK = 6
@@ -562,7 +562,7 @@ def test_driving_the_page(opened, runs, chromium, tables):
         frame = item.find_element("css selector", ".photo").value_of_css_property(
             "border-top-color"
         )
-        mark = pictures.STATUS.get(result.status, pictures.EXCLUDED)
+        mark = figures.STATUS.get(result.status, figures.EXCLUDED)
         assert frame.replace("rgba", "rgb").startswith(
             f"rgb({', '.join(str(int(mark.colour[i : i + 2], 16)) for i in (1, 3, 5))}"
         )
@@ -809,8 +809,8 @@ def test_a_page_of_nobody_and_a_page_that_cannot_be_followed(opened, runs, table
 
 
 NOTEBOOK = """import numpy as np, pandas as pd
-from reidlib.browser import Browser
-from reidlib.evaluation import Retrieval
+from reidlib.look.browser import Browser
+from reidlib.evaluation.retrieval import Retrieval
 query, gallery = pd.read_csv("query.csv"), pd.read_csv("gallery.csv")
 emb = np.load("embeddings.npz")
 runs = {name: Retrieval(emb[f"{name}_q"], query, emb[f"{name}_g"], gallery) for name in ("one", "two")}

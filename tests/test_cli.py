@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 import reidlib
-from reidlib import health, training
 from reidlib.__main__ import main
-from reidlib.datasets import load
-from reidlib.embedding import read_embeddings, write_embeddings
-from reidlib.evaluation import evaluate
+from reidlib.data.tables import load
+from reidlib.evaluation.intervals import difference
+from reidlib.evaluation.retrieval import evaluate
+from reidlib.model.embed import read_embeddings, write_embeddings
 from reidlib.recipes import Recipe, make_recipe
-from reidlib.significance import difference
-from reidlib.training import reproduce_command
+from reidlib.training import health, loop
+from reidlib.training.loop import reproduce_command
 
 TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 --dim 8 --precision float32"
 
@@ -58,7 +58,9 @@ def test_help_is_quick_to_import_and_pure():
 
 
 def test_load_model_is_there_when_it_is_asked_for():
-    assert reidlib.load_model is reidlib.runs.load_model
+    from reidlib.model.weights import load_model
+
+    assert reidlib.load_model is load_model
     with pytest.raises(AttributeError, match="no attribute 'lode_model'"):
         _ = reidlib.lode_model
 
@@ -112,7 +114,7 @@ def test_what_a_user_can_mend_is_status_1_without_traceback(line, message, capsy
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (training.TrainingFailed("NaN"), 1),
+        (loop.TrainingFailed("NaN"), 1),
         (FileExistsError("The run exists."), 1),
         (RuntimeError("Another process is writing it."), 1),
         (KeyboardInterrupt(), 130),
@@ -122,7 +124,7 @@ def test_errors_of_training(error, status, capsys, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(training, "Trainer", fail)
+    monkeypatch.setattr(loop, "Trainer", fail)
     assert main(["train"]) == status
     assert capsys.readouterr().err == (f"{error}\n" if str(error) else "Stopped.\n")
     error = KeyError("a bug is not hidden")
@@ -163,9 +165,9 @@ def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatc
             seen.append(args)
 
         def fit(self):
-            return training.outputs_dir()
+            return loop.outputs_dir()
 
-    monkeypatch.setattr(training, "Trainer", Trainer)
+    monkeypatch.setattr(loop, "Trainer", Trainer)
     monkeypatch.setattr(health, "run_text", lambda folder: "Health: no finding.")
     words = shlex.split(reproduce_command(recipe, "seed1"))
     assert words[:3] == ["python", "-m", "reidlib"]
@@ -175,7 +177,7 @@ def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatc
 
 def test_every_setting_is_an_option_and_text_stays_text(monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "Trainer", lambda *args: seen.append(args) or pytest.skip())
+    monkeypatch.setattr(loop, "Trainer", lambda *args: seen.append(args) or pytest.skip())
     values = Recipe().model_dump() | {"dataset": "2024", "steps": None, "epochs": 3, "margin": 0.5}
     words = []
     for name, value in values.items():

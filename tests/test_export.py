@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from reidlib import export as room
 from reidlib import runs
 from reidlib.__main__ import main
-from reidlib.augment import Augmentation
-from reidlib.embedding import embed
-from reidlib.export import TOLERANCE, export, network_input
-from reidlib.images import load_images, read_image
+from reidlib.data.augment import Augmentation
+from reidlib.data.pixels import load_images, read_image
+from reidlib.look.search import picture_table
+from reidlib.model.embed import embed
+from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.recipes import make_recipe
-from reidlib.search import picture_table
-from reidlib.weights import build_model, load_model, save_weights
+from reidlib.workbook import export as room
+from reidlib.workbook.export import TOLERANCE, export, network_input
 
 
 def save_run(folder, **changes):

@@ -8,14 +8,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from reidlib import health, runs
+from reidlib import runs
 from reidlib.__main__ import main
-from reidlib.datasets import load
-from reidlib.health import Finding, as_text, report, report_run
+from reidlib.data.tables import load
+from reidlib.model.weights import build_model
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
-from reidlib.training import Trainer, TrainingFailed
-from reidlib.weights import build_model
+from reidlib.training import health
+from reidlib.training.health import Finding, as_text, report, report_run
+from reidlib.training.loop import Trainer, TrainingFailed
 
 SMALL = dict(
     hidden=64,

@@ -13,7 +13,7 @@ from pytorch_metric_learning.miners import BatchHardMiner
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reidlib.losses import (
+from reidlib.training.losses import (
     LOSSES,
     batch_all,
     batch_hard,
@@ -385,7 +385,7 @@ def test_distances_by_product_equal_direct_ones(case, monkeypatch):
     weight = torch.randn(48, 48, generator=torch.Generator().manual_seed(5))
     found = []
     for wide, many in ((True, 256**2), (False, 0)):
-        monkeypatch.setattr("reidlib.losses.MANY", many)
+        monkeypatch.setattr("reidlib.training.losses.MANY", many)
         x = emb.double() if wide else emb.clone()
         x.requires_grad_()
         distances = pairwise_distance(x)
@@ -535,7 +535,7 @@ def test_batch_all_makes_nothing_larger_than_pairs_times_batch(margin):
 
 STEP_OF_1024 = """
 import torch
-from reidlib.losses import batch_all, diagnostics
+from reidlib.training.losses import batch_all, diagnostics
 
 def kib(key):
     lines = open("/proc/self/status").read().splitlines()

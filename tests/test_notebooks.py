@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from reidlib import runs
-from reidlib.embedding import read_embeddings
-from reidlib.evaluation import evaluate
+from reidlib.evaluation.retrieval import evaluate
+from reidlib.model.embed import read_embeddings
 from reidlib.paths import ROOT
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -11,9 +11,15 @@ import nbformat
 import papermill
 import pytest
 
-from reidlib import notebooks
 from reidlib.__main__ import main
-from reidlib.notebooks import check_parameters, find_notebook, from_text, read_parameters, run
+from reidlib.workbook import notebooks
+from reidlib.workbook.notebooks import (
+    check_parameters,
+    find_notebook,
+    from_text,
+    read_parameters,
+    run,
+)
 
 
 def write(path, *cells, parameters=""):
@@ -179,7 +185,7 @@ def test_a_chain_passes_parameters_and_results(tmp_path, monkeypatch, capfd):
     (place / "a.failed.ipynb").write_text("of an earlier attempt")
     a = write(
         tmp_path / "a.ipynb",
-        "from reidlib.notebooks import check_parameters, result\ncheck_parameters(In)",
+        "from reidlib.workbook.notebooks import check_parameters, result\ncheck_parameters(In)",
         "import pathlib\nresult(run=pathlib.Path(f'demo_{margin}_{steps}'), top=7, unused=1)",
         parameters='margin: float | str = "soft"\nsteps: int = 3',
     )
@@ -207,7 +213,7 @@ def test_a_chain_passes_parameters_and_results(tmp_path, monkeypatch, capfd):
 def test_plain_papermill_with_an_unknown_parameter_fails_in_the_notebook(tmp_path):
     a = write(
         tmp_path / "a.ipynb",
-        "from reidlib.notebooks import check_parameters\ncheck_parameters(In)",
+        "from reidlib.workbook.notebooks import check_parameters\ncheck_parameters(In)",
         parameters="margin = 0.2\nlr = 1",
     )
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'margin'"):

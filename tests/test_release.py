@@ -14,15 +14,16 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
-from reidlib import release, runs
-from reidlib.datasets import load
-from reidlib.embedding import embed, write_embeddings
-from reidlib.evaluation import evaluate
-from reidlib.images import load_images
+from reidlib import runs
+from reidlib.data.pixels import load_images
+from reidlib.data.synthetic import draw_dataset
+from reidlib.data.tables import load
+from reidlib.evaluation.retrieval import evaluate
+from reidlib.model.embed import embed, write_embeddings
+from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
-from reidlib.synthetic import draw_dataset
-from reidlib.weights import build_model, load_model, save_weights
+from reidlib.workbook import release
 
 RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, margin=0.3)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from reidlib import load_model, runs
-from reidlib.checkpoint import load_checkpoint, save_checkpoint
+from reidlib.model.weights import build_model, save_weights
 from reidlib.paths import outputs_dir
 from reidlib.recipes import Recipe, make_recipe
-from reidlib.weights import build_model, save_weights
+from reidlib.training.checkpoint import load_checkpoint, save_checkpoint
 
 SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
 

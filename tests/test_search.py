@@ -13,12 +13,25 @@ from PIL import Image
 
 from reidlib import runs
 from reidlib.__main__ import main
-from reidlib.embedding import embed, write_embeddings
-from reidlib.images import common_size, image_sizes, load_images, load_training_images, read_image
-from reidlib.pictures import _one_line, search_lists
+from reidlib.data.pixels import (
+    common_size,
+    image_sizes,
+    load_images,
+    load_training_images,
+    read_image,
+)
+from reidlib.look.figures import _one_line, search_lists
+from reidlib.look.search import (
+    domain_shift,
+    picture_table,
+    search,
+    search_csv,
+    shape_warning,
+    spread,
+)
+from reidlib.model.embed import embed, write_embeddings
+from reidlib.model.weights import build_model, save_weights
 from reidlib.recipes import make_recipe
-from reidlib.search import domain_shift, picture_table, search, search_csv, shape_warning, spread
-from reidlib.weights import build_model, save_weights
 
 RECIPE = make_recipe("demo", hidden=16, dim=8, height=64, width=32, hold_out=0)
 AWKWARD = (
@@ -421,7 +434,7 @@ def test_what_is_wrong_is_said_in_a_line(run, photos, capsys, monkeypatch, optio
 
 def test_nothing_but_the_command_draws(run, photos, monkeypatch):
     """Without --picture and --html neither matplotlib nor widgets are needed."""
-    monkeypatch.setitem(sys.modules, "reidlib.pictures", None)
-    monkeypatch.setitem(sys.modules, "reidlib.browser", None)
+    monkeypatch.setitem(sys.modules, "reidlib.look.figures", None)
+    monkeypatch.setitem(sys.modules, "reidlib.look.browser", None)
     line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
     assert main(line) == 0

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reidlib import synthetic
-from reidlib.synthetic import draw_dataset, draw_person, look
+from reidlib.data import synthetic
+from reidlib.data.synthetic import draw_dataset, draw_person, look
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 # The pattern that datasets know Market-1501's files by.

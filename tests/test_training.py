@@ -10,13 +10,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reidlib import load_model, runs, training
-from reidlib.checkpoint import load_checkpoint
-from reidlib.device import resolve_precision
+from reidlib import load_model, runs
+from reidlib.model.device import resolve_precision
+from reidlib.model.weights import build_model
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
-from reidlib.training import Trainer, TrainingFailed, train
-from reidlib.weights import build_model
+from reidlib.training import loop
+from reidlib.training.checkpoint import load_checkpoint
+from reidlib.training.loop import Trainer, TrainingFailed, train
 
 SMALL = dict(
     backbone="mobilenet_v3_small",
@@ -72,18 +73,18 @@ def final_state(folder):
 # Trains in a process of its own that sends itself a signal in the middle of a step.
 CHILD = """
 import os, sys
-from reidlib import training
+from reidlib.training import loop
 from reidlib.recipes import Recipe
 recipe, tag, step, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-loss, calls = training.LOSSES["batch_hard"], 0
+loss, calls = loop.LOSSES["batch_hard"], 0
 def signalled(*args, **options):
     global calls
     calls += 1
     if calls == step:
         os.kill(os.getpid(), number)
     return loss(*args, **options)
-training.LOSSES["batch_hard"] = signalled
-training.train(Recipe.model_validate_json(recipe), tag, device="cpu", show_progress=False)
+loop.LOSSES["batch_hard"] = signalled
+loop.train(Recipe.model_validate_json(recipe), tag, device="cpu", show_progress=False)
 """
 
 
@@ -103,9 +104,9 @@ def fit_and_signal(tag, step, number, **changes):
 
 def test_the_first_share_of_the_steps_sees_small_images(monkeypatch):
     seen = []
-    original = training.Augmentation.__call__
+    original = loop.Augmentation.__call__
     monkeypatch.setattr(
-        training.Augmentation,
+        loop.Augmentation,
         "__call__",
         lambda self, pixels: seen.append((out := original(self, pixels)).shape[2:]) or out,
     )
@@ -165,7 +166,7 @@ def fit_until(tag, step, monkeypatch, **changes):
     class Crash(Exception):
         pass
 
-    loss, calls = training.LOSSES["batch_hard"], 0
+    loss, calls = loop.LOSSES["batch_hard"], 0
 
     def crashing(*args, **options):
         nonlocal calls
@@ -175,7 +176,7 @@ def fit_until(tag, step, monkeypatch, **changes):
         return loss(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setitem(training.LOSSES, "batch_hard", crashing)
+        patch.setitem(loop.LOSSES, "batch_hard", crashing)
         fit(tag, **changes)
 
 
@@ -304,7 +305,7 @@ def test_precision_follows_the_device_and_the_input():
 def test_emulated_bfloat16_is_told(can, told, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     for precision in ("bfloat16", "auto", "float32"):
-        training.Trainer(small(height=64, width=48, precision=precision), device="cpu")
+        loop.Trainer(small(height=64, width=48, precision=precision), device="cpu")
         expected = told and precision == "bfloat16"
         assert ("no instructions for bfloat16" in capsys.readouterr().err) == expected
 

@@ -1,0 +1,1 @@
+"""A data set becomes tables; tables become pixels; pixels become batches."""

@@ -1,0 +1,237 @@
+"""Images as tensors: decoded once into a memory-mapped cache, augmented in batches.
+
+A re-ID data set is small and is read many times: Market-1501's 36,036 images are 0.9 GB of raw
+pixels. So they are decoded once, to uint8, into a file that every later run maps into memory, and
+resize, crop, flip, erasing and normalisation are tensor operations on whole batches, on the device.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from reidlib.data.tables import fingerprint
+from reidlib.paths import cache_dir
+from reidlib.progress import progress
+from reidlib.recipes import Recipe
+
+_FORMAT = 1  # of the cache files; a new one makes old files be ignored
+
+
+def load_pixels(
+    table: pd.DataFrame,
+    size: tuple[int, int] | None = None,
+    unreadable: str = "fail",
+    show_progress: bool = True,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return all pixels of a table, decoded once and memory-mapped from then on.
+
+    The cache file is keyed by the data's fingerprint (paths, sizes and times of change of the
+    files), the size and what to do with unreadable images: a changed file is decoded again.
+
+    Args:
+        table: `path` and what else; one row an image.
+        size: (height, width) to which images are resized as they are decoded (bilinear, with
+            antialiasing); None keeps their own, which must then be the same for all.
+        unreadable: `"fail"`, or `"skip"` to leave broken images out.
+        show_progress: draw a bar while decoding.
+
+    Returns:
+        pixels: (N, H, W, 3) uint8, memory-mapped; what is written to it never reaches the file.
+        table: the rows that the pixels belong to, with a fresh index: shorter than the one given
+            only where unreadable images were skipped.
+
+    Raises:
+        ValueError: no rows; unreadable images (named); images of different sizes without `size`.
+        OSError: the cache folder cannot be written; says how to move it.
+    """
+    if len(table) == 0:
+        raise ValueError("There are no images to load: the table has no rows.")
+    key = {"data": fingerprint(table, mtime=True), "size": size, "skip": unreadable == "skip"}
+    key = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
+    file, kept_file = cache_dir() / f"{key}.npy", cache_dir() / f"{key}.kept.npy"
+    cached = _read_cache(file, kept_file)
+    if cached is None:
+        _decode_all(table, size, unreadable, file, kept_file, show_progress)
+        cached = _read_cache(file, kept_file)
+    pixels, kept = cached
+    return pixels, table.iloc[kept].reset_index(drop=True)
+
+
+def _read_cache(file: Path, kept_file: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Map a cache file into memory; None where it is missing or cut short, to be made again."""
+    try:
+        # Copy on write: torch wants memory that it could write to.
+        return np.load(file, mmap_mode="c"), np.load(kept_file)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progress) -> None:
+    """Decode every image and write the cache file, complete or not at all."""
+    paths = table["path"].tolist()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        kept_temporary = temporary.with_name(f"{temporary.name}.kept.npy")
+        temporary.touch()
+    except OSError as error:
+        raise OSError(
+            f"Decoded images are kept in {file.parent}, which cannot be written ({error.strerror}). "
+            f"Set REID_CACHE to a folder that can."
+        ) from error
+    shape = (*(size or _first_size(paths)), 3)
+    pixels = np.lib.format.open_memmap(
+        temporary, mode="w+", dtype=np.uint8, shape=(len(paths), *shape)
+    )
+
+    def decode(row: int) -> str | None:
+        """Put one image in its place; return what is wrong with it, if anything."""
+        try:
+            image = read_image(paths[row])
+        except ValueError as error:
+            return str(error)
+        if size is not None and image.shape != shape:
+            resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            image = np.asarray(resized)
+        if image.shape != shape:
+            raise ValueError(
+                f"Images differ in size: {paths[row]} has {image.shape[0]}×{image.shape[1]} pixels, "
+                f"the first one {shape[0]}×{shape[1]}. Give size=(height, width)."
+            )
+        pixels[row] = image
+        return None
+
+    # Pillow lets other threads run while it decodes. Where an image takes a fraction of a
+    # millisecond, as Market-1501's do, they only wait for each other.
+    there = [os.path.getsize(path) for path in paths[:100] if os.path.isfile(path)]
+    worth_it = there and np.median(there) > 50_000
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = (pool.map if worth_it else map)(decode, range(len(paths)))
+            bar = progress(
+                results, total=len(paths), desc="decode images", unit="img", show=show_progress
+            )
+            broken = {row: problem for row, problem in enumerate(bar) if problem}
+        if broken and (unreadable != "skip" or len(broken) == len(paths)):
+            shown = "\n".join([*broken.values()][:10]) + ("\n…" if len(broken) > 10 else "")
+            raise ValueError(
+                f"{len(broken)} of {len(paths)} images cannot be read:\n{shown}\n"
+                f'Replace them, or leave them out with unreadable="skip".'
+            )
+        kept = np.setdiff1d(np.arange(len(paths)), [*broken])
+        if broken:
+            np.save(temporary, pixels[kept])
+            temporary.with_name(temporary.name + ".npy").replace(temporary)
+        else:
+            pixels.flush()
+        # Two runs started together decode the same images: each file is there whole, or not at all.
+        np.save(kept_temporary, kept)
+        os.replace(kept_temporary, kept_file)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+        kept_temporary.unlink(missing_ok=True)
+
+
+def _first_size(paths: list[str]) -> tuple[int, int]:
+    """Return (height, width) of the first image that can be read."""
+    errors = []
+    for path in paths:
+        try:
+            return read_image(path).shape[:2]
+        except ValueError as error:
+            errors.append(str(error))
+    if len(paths) > 1:
+        raise ValueError(f"None of the {len(paths)} images can be read. The first: {errors[0]}")
+    raise ValueError(errors[0])
+
+
+def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Return (height, width) of image files as `read_image` gives them; None for unreadable ones.
+
+    Read from the files' headers, without decoding.
+    """
+
+    def header(path: str) -> tuple[int, int] | None:
+        try:
+            with Image.open(path) as image:
+                # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
+                lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                return image.size if lying else image.size[::-1]
+        except Exception:  # Pillow raises a dozen unrelated types; `load_pixels` names the file
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(header, paths))
+
+
+def common_size(
+    table: pd.DataFrame, otherwise: tuple[int, int], largest: int | None = None
+) -> tuple[int, int] | None:
+    """Return None where all images have one size, of up to `largest` pixels if that is given; else
+    the size to decode them to.
+    """
+    sizes = set(image_sizes(table["path"])) - {None}
+    huge = largest is not None and any(height * width > largest for height, width in sizes)
+    return None if len(sizes) <= 1 and not huge else otherwise
+
+
+def load_images(
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the pixels (N, H, W, 3) of images to embed, and the rows of the table they belong to.
+
+    Images that all have one size keep it, unless they are huge. Others are resized, as they are
+    decoded, to the network's input.
+    """
+    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
+    size = common_size(
+        table, (recipe.height, recipe.width), largest=16 * recipe.height * recipe.width
+    )
+    return load_pixels(table, size, recipe.unreadable, show_progress)
+
+
+def load_training_images(
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the pixels (N, H, W, 3) of images to crop at random, and the rows they belong to.
+
+    As `load_images`, but images of several sizes are resized to what the recipe crops from: larger
+    than the network's input, so that the crop need not enlarge them and blur them twice.
+    """
+    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
+    size = common_size(table, enlarged)
+    return load_pixels(table, size, recipe.unreadable, show_progress)
+
+
+def read_image(path) -> np.ndarray:
+    """Decode one image file to (H, W, 3) uint8 RGB: the only decoder of the library.
+
+    EXIF orientation is applied; grey, palette and CMYK become RGB; alpha is dropped; 16-bit grey
+    keeps its upper 8 bits. Raises ValueError with the file and the cause.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} are no photograph; save as 8 bit")
+            elif image.mode in ("P", "PA"):
+                image = image.convert("RGBA")  # a transparent palette warns on its way to RGB
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+    except Exception as error:  # Pillow raises a dozen unrelated types on damaged files
+        cause = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its own text names the path once more
+            cause = "no image format that Pillow knows"
+        elif isinstance(error, FileNotFoundError):
+            cause = "there is no such file"
+        raise ValueError(f"cannot read the image {path}: {cause}") from error
+    return pixels

@@ -1,0 +1,189 @@
+"""Is one row of a table better than another, or only luckier?
+
+Two kinds of luck decide a score: which people are asked for, and which seed the network was trained
+from. `difference` accounts for both; `holm` accounts for looking at many differences at once.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from reidlib.evaluation.metrics import TOPK, score_values
+
+TABLES = Sequence[pd.DataFrame]  # per-query tables of one row, one for each seed
+
+
+class Spread(NamedTuple):
+    """How far a score moves from seed to seed; see `seed_spread`."""
+
+    deviation: float
+    """Standard deviation over seeds, a fraction as the scores are; NaN where it cannot be known."""
+    freedom: int
+    """Degrees of freedom of it: seeds, less one for each row."""
+
+
+class Difference(NamedTuple):
+    """The difference of two rows' scores, first minus second, all as fractions."""
+
+    value: float
+    low: float
+    """Lower end of the interval."""
+    high: float
+    p: float
+    """Two-sided p-value of "the two are equal"."""
+    people: float
+    """Standard error from which people are asked for."""
+    seeds: float
+    """Standard error from which seeds were trained; NaN if it is unknown and left out."""
+
+
+def _values(table: pd.DataFrame, score: str) -> pd.Series:
+    """Return one number a query that has a match: the score is their mean."""
+    values = score_values(table)
+    if score not in values:
+        raise ValueError(f"There is no score {score!r}: choose {', '.join(values)}.")
+    return values[score]
+
+
+def seed_spread(rows: Mapping[str, TABLES], score: str = "mAP") -> Spread:
+    """Return the standard deviation of a score over seeds, pooled over all rows with several.
+
+    Two or three seeds of one row say little about its spread; rows of one recipe on one data set
+    may be taken to have the same, which gives Σ (seeds − 1) degrees of freedom. A row that
+    collapsed has another spread: leave it out.
+    """
+    scores = [[_values(t, score).mean() for t in tables] for tables in rows.values()]
+    freedom = sum(len(values) - 1 for values in scores)
+    squares = sum(np.var(values) * len(values) for values in scores)
+    return Spread(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
+
+
+def difference(
+    first: TABLES,
+    second: TABLES,
+    score: str = "mAP",
+    *,
+    spread: Spread | None = None,
+    level: float = 0.95,
+) -> Difference:
+    """Compare two rows on the same queries: first minus second, its interval, and a paired test.
+
+    Each query's score is averaged over a row's seeds, and the two rows are subtracted query by
+    query. With dᵢ that difference, n queries and S_g = Σ (dᵢ − d̄) over the queries of person g of G,
+    the variance from *people* is G/(G−1) · Σ S_g² / n²: queries of one person are alike, so persons
+    and not queries count (cluster-robust variance; Cameron and Miller 2015, section II). The
+    variance from *seeds* is s²/seeds of the first + s²/seeds of the second, s from `spread`. Both
+    add up; the test is Student's t with the degrees of freedom of Satterthwaite (1946).
+
+    Args:
+        first, second: a row's per-query tables (`Evaluation.per_query`), one for each seed.
+        score: a name in `Evaluation.scores`: `mAP`, `mAP_market`, `top1`, …, `mINP`.
+        spread: of `seed_spread`. None leaves the seeds out: the answer is then about these very
+            networks asked about other people, and says nothing of training them again.
+        level: of the interval.
+
+    Raises:
+        ValueError: no table, tables of different queries, no such score, or fewer than two people.
+    """
+    if not first or not second:
+        raise ValueError("each row needs the per-query table of one seed at least.")
+    same = ["query", "pid", "matches"]
+    for table in [*first, *second]:
+        if not np.array_equal(table[same].to_numpy(), first[0][same].to_numpy()):
+            raise ValueError("the tables are not about the same queries and matches.")
+    ours, theirs = (
+        np.mean([_values(t, score) for t in tables], axis=0) for tables in (first, second)
+    )
+    gaps = ours - theirs  # (Q,)
+    value = float(gaps.mean())
+    pids = first[0].loc[_values(first[0], score).index, "pid"].to_numpy()
+    # (Q,) -> (G,)
+    sums = pd.Series(gaps - value).groupby(pids).sum().to_numpy()
+    if len(sums) < 2:
+        raise ValueError("a comparison needs queries of two people at least.")
+    parts = [(len(sums) / (len(sums) - 1) * float(sums @ sums) / len(gaps) ** 2, len(sums) - 1)]
+    seeds = math.nan
+    if spread is not None and spread.freedom:
+        seeds = spread.deviation * math.sqrt(1 / len(first) + 1 / len(second))
+        parts.append((seeds**2, spread.freedom))
+    variance = sum(v for v, _ in parts)
+    error = math.sqrt(variance)
+    if variance == 0:  # the two rows agree on every query
+        return Difference(value, value, value, 1.0 if value == 0 else 0.0, 0.0, seeds)
+    freedom = variance**2 / sum(v**2 / f for v, f in parts)
+    reach = stats.t.ppf((1 + level) / 2, freedom) * error
+    p = float(2 * stats.t.sf(abs(value) / error, freedom))
+    return Difference(value, value - reach, value + reach, p, math.sqrt(parts[0][0]), seeds)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Return Holm's adjusted p-values (Holm 1979): compare each with the level wanted of all.
+
+    Of those below 0.05, the chance that even one is luck is at most 5 %, however many were looked
+    at and however they depend on each other. NaN, a comparison that was not made, stays.
+
+    >>> holm([0.01, 0.04, 0.03]).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p_values, dtype=float)
+    adjusted = np.full(len(p), np.nan)
+    order = [i for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
+    largest = 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def confidence_interval(
+    per_query: pd.DataFrame,
+    *,
+    versus: pd.DataFrame | None = None,
+    topk: Sequence[int] = TOPK,
+    by: str = "query",
+    repeats: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Percentile bootstrap over the queries: how far scores could move with other queries.
+
+    It says nothing of another training seed. Queries of one person are alike, so ``by="pid"``,
+    which draws persons instead of queries, is the more honest interval where there are several.
+
+    Args:
+        per_query: that of an `Evaluation`; queries without match are left out.
+        versus: another run's table over the same queries: the interval is then that of the paired
+            difference, ``per_query`` minus ``versus``. If it holds 0, the two may be equal.
+        by: the column whose values are drawn, with replacement.
+        repeats: how many times to draw.
+        level: share of the draws inside the interval.
+
+    Returns:
+        A row for each score, columns ``value``, ``low`` and ``high``, fractions.
+
+    Raises:
+        ValueError: fewer than two values to draw from, or ``versus`` has other queries.
+    """
+    if repeats < 1 or not 0 < level < 1:
+        raise ValueError(f"repeats must be 1 or more and level in (0, 1): {repeats=}, {level=}")
+    values = score_values(per_query, topk)
+    if versus is not None:
+        same = ["query", "pid", "matches"]
+        if not np.array_equal(per_query[same].to_numpy(), versus[same].to_numpy()):
+            raise ValueError("the two tables are not about the same queries and matches")
+        values = values - score_values(versus, topk)
+    groups = values.groupby(per_query.loc[values.index, by])
+    sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)
+    if len(sizes) < 2:
+        raise ValueError(f"a bootstrap needs two values of {by!r} with matches or more")
+    rng = np.random.default_rng(seed)
+    means = np.empty((repeats, sums.shape[1]))  # (R, S)
+    for mean in means:
+        times = np.bincount(rng.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
+        mean[:] = times @ sums / (times @ sizes)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return pd.DataFrame({"value": values.mean(), "low": low, "high": high})

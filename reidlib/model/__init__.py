@@ -1,0 +1,1 @@
+"""The embedding network, its weights, and images to embeddings."""

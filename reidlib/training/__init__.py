@@ -1,0 +1,1 @@
+"""The losses, the loop, checkpoints, and whether a training is healthy."""

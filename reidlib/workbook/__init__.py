@@ -1,0 +1,1 @@
+"""Notebooks run headless, variants compared, models given away."""

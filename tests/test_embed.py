@@ -1,0 +1,256 @@
+"""Embeddings: batches, flips, the colour baseline, HDF5 files from here and from elsewhere."""
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from reidlib.data.augment import Augmentation
+from reidlib.data.pixels import load_images, load_training_images
+from reidlib.evaluation.baselines import colour_histogram
+from reidlib.model import network
+from reidlib.model.device import autocast, pick_device
+from reidlib.model.embed import VIEWS, embed, embed_views, read_embeddings, write_embeddings
+from reidlib.model.weights import build_model
+from reidlib.recipes import make_recipe
+
+RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
+PIXELS = np.random.default_rng(0).integers(0, 256, (13, 32, 16, 3), dtype=np.uint8)
+
+
+def quietly(*args, **options):
+    return embed(*args, show_progress=False, **options)
+
+
+def test_the_batch_size_does_not_matter_and_rows_keep_their_order():
+    model = build_model(RECIPE).train()
+    whole = quietly(model, PIXELS, RECIPE)
+    assert whole.shape == (13, 8) and whole.dtype == np.float32
+    assert model.training, "put back as it was"
+    np.testing.assert_allclose(quietly(model, PIXELS, RECIPE, batch=4), whole, atol=1e-5)
+    np.testing.assert_allclose(quietly(model, PIXELS[5:6], RECIPE), whole[5:6], atol=1e-5)
+    images = Augmentation((32, 16)).plain(torch.from_numpy(PIXELS))
+    with torch.no_grad():
+        expected = model.eval()(images).numpy()
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+
+
+def test_flip_is_the_mean_with_the_mirrored_image():
+    model = build_model(RECIPE)
+    plain = quietly(model, PIXELS, RECIPE)
+    mirrored = quietly(model, PIXELS[:, :, ::-1], RECIPE)
+    both = quietly(model, PIXELS, RECIPE, flip=True)
+    scale = np.abs(plain - mirrored).max()
+    assert scale > 0
+    np.testing.assert_allclose(both, (plain + mirrored) / 2, atol=1e-3 * scale)
+
+
+def test_float32_is_whole_on_cuda_too():
+    seen, before = [], torch.backends.cudnn.allow_tf32
+    model = build_model(RECIPE)
+    model.head[3].register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    # `folded` copies the model, and its hooks with it.
+    quietly(model, PIXELS, RECIPE)
+    assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
+
+
+def test_bfloat16_is_near_float32():
+    model, wide = build_model(RECIPE), RECIPE.model_copy(update={"height": 64, "width": 48})
+    one, two = (quietly(model, PIXELS, wide, precision=p) for p in ("float32", "bfloat16"))
+    assert 0 < np.abs(one - two).max() < 0.1 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("backbone", network.BACKBONES)
+def test_bfloat16_is_right_from_64x48_on(backbone):
+    # Where it is wrong, memory never written shows: full of NaN here, so that it is seen.
+    recipe = make_recipe("demo", backbone=backbone, width=48)
+    model = build_model(recipe).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 64, 48).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        full = model(images)
+        for _ in range(3):
+            waste = [torch.full((n,), torch.nan) for n in (10_000, 100_000, 1_000_000)]
+            del waste
+            with autocast(images.device, "bfloat16"):
+                low = model(images).float()
+            assert ((low - full).norm(dim=1) < 0.1 * full.norm(dim=1)).all()
+    with pytest.raises(ValueError, match="64×48 at least, not 32×16"):
+        quietly(model, PIXELS, RECIPE, precision="bfloat16")
+
+
+def test_no_images_no_embeddings():
+    with pytest.raises(ValueError, match="no images"):
+        quietly(build_model(RECIPE), PIXELS[:0], RECIPE)
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="no device 'gpu9'"):
+        pick_device("gpu9")
+
+
+def test_images_of_many_sizes_are_brought_to_the_recipes(tmp_path):
+    from PIL import Image
+
+    for i, size in enumerate([(10, 20), (30, 40), (16, 32)]):
+        Image.new("RGB", size, "blue").save(tmp_path / f"{i}.png")
+    table = pd.DataFrame({"path": [str(p) for p in tmp_path.glob("*.png")], "pid": 1, "camid": -1})
+    pixels, kept = load_images(table, RECIPE, show_progress=False)
+    assert pixels.shape == (3, 32, 16, 3) and len(kept) == 3
+    pixels, kept = load_training_images(table, RECIPE, show_progress=False)
+    assert pixels.shape == (3, 36, 18, 3) and len(kept) == 3  # 32×16 enlarged by 1.125
+
+
+def test_colour_histogram_by_hand():
+    image = np.zeros((12, 8, 3), np.uint8)
+    image[:, :2] = 255  # outside the middle half: does not count
+    image[:6, 2:6] = (255, 0, 0)
+    image[6:, 2:6] = (0, 255, 40)
+    found = colour_histogram(image[None], stripes=2, bins=8).reshape(2, 3, 8)
+    expected = np.zeros((2, 3, 8))
+    expected[0, 0, 7] = expected[0, 1, 0] = expected[0, 2, 0] = 1
+    expected[1, 0, 0] = expected[1, 1, 7] = expected[1, 2, 1] = 1
+    np.testing.assert_array_equal(found, expected)
+
+
+TABLE = pd.DataFrame({"path": ["a/ü.jpg", "b.jpg"], "pid": [-1, 7], "camid": [1, 2]})
+
+
+def test_files_keep_everything(tmp_path):
+    emb = np.random.default_rng(0).random((2, 5), np.float32)
+    write_embeddings(tmp_path / "deep" / "e.h5", emb, TABLE)
+    found, table = read_embeddings(tmp_path / "deep" / "e.h5")
+    np.testing.assert_array_equal(found, emb)
+    pd.testing.assert_frame_equal(table[TABLE.columns], TABLE, check_dtype=False)
+    with h5py.File(tmp_path / "deep" / "e.h5") as file:
+        assert {*file} == {"emb", "pid", "camid", "path"}
+        assert file["emb"].dtype == np.float32 and file["pid"].dtype == np.int64
+        assert h5py.check_string_dtype(file["path"].dtype).encoding == "utf-8"
+    with pytest.raises(ValueError, match="3 embeddings do not belong to a table of 2"):
+        write_embeddings(tmp_path / "x.h5", np.zeros((3, 5)), TABLE)
+
+
+def test_files_of_other_toolkits(tmp_path):
+    with h5py.File(tmp_path / "emb_only.h5", "w") as file:
+        file["emb"] = np.ones((2, 3), np.float16)
+    with pytest.raises(ValueError, match="does not say who is in its images.*CSV"):
+        read_embeddings(tmp_path / "emb_only.h5")
+    (tmp_path / "list.csv").write_text("0002,x/1.jpg\n-1,x/2.jpg\n")
+    emb, table = read_embeddings(tmp_path / "emb_only.h5", tmp_path / "list.csv")
+    assert emb.shape == (2, 3) and table["pid"].tolist() == [2, -1]
+    assert (table["camid"] == -1).all()
+    (tmp_path / "short.csv").write_text("0002,x/1.jpg\n")
+    with pytest.raises(ValueError, match="2 embeddings, the list of its images 1 rows"):
+        read_embeddings(tmp_path / "emb_only.h5", tmp_path / "short.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"features": np.ones((2, 3))}, "no dataset 'emb'"),
+        ({"emb": np.ones(3)}, r"must be \(N, D\) floating point"),
+        ({"emb": np.ones((2, 3), int), "pid": [1, 2]}, r"must be \(N, D\) floating point"),
+        ({"emb": np.ones((2, 3)), "pid": [1, 2, 3]}, "2 embeddings, the list of its images 3"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, content, message):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for key, value in content.items():
+            file[key] = value
+    with pytest.raises(ValueError, match=message):
+        read_embeddings(tmp_path / "x.h5")
+
+
+def test_broken_and_absent_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no embedding file"):
+        read_embeddings(tmp_path / "no.h5")
+    (tmp_path / "x.h5").write_text("text")
+    with pytest.raises(ValueError, match="x.h5 cannot be read as HDF5"):
+        read_embeddings(tmp_path / "x.h5")
+
+
+# --- views of an image, for test-time augmentation
+
+
+def crops_by_hand(model, pixels, recipe, mirrored):
+    """Five crops one at a time: resize, normalise, cut, flip, embed."""
+    h, w = recipe.height, recipe.width
+    large = Augmentation((36, 18)).plain(torch.from_numpy(pixels))  # 32×16 enlarged by 1.125
+    total = 0
+    for top, left in [(0, 0), (0, 2), (4, 0), (4, 2), (2, 1)]:
+        crop = large[:, :, top : top + h, left : left + w]
+        with torch.no_grad():
+            total = total + model.eval()(crop.flip(3) if mirrored else crop)
+    return (total / 5).numpy()
+
+
+def test_views_are_the_image_its_mirror_and_five_crops_of_both():
+    layers = torch.nn.Conv2d(3, 6, 5, stride=3), torch.nn.ReLU(), torch.nn.Flatten()
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(6 * 10 * 4, 8)).train()
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 40, 20, 3), dtype=np.uint8)
+    views = embed_views(model, pixels, RECIPE, batch=3, show_progress=False)
+    assert model.training and tuple(views) == VIEWS
+    assert all(v.shape == (7, 8) and v.dtype == np.float32 for v in views.values())
+    expected = {
+        "plain": quietly(model, pixels, RECIPE),
+        "mirrored": quietly(model, np.ascontiguousarray(pixels[:, :, ::-1]), RECIPE),
+        "crops": crops_by_hand(model, pixels, RECIPE, mirrored=False),
+        "mirrored crops": crops_by_hand(model, pixels, RECIPE, mirrored=True),
+    }
+    scale = np.abs(expected["plain"] - expected["crops"]).max()
+    assert scale > 0.01
+    for name, view in views.items():
+        np.testing.assert_allclose(view, expected[name], atol=1e-3 * scale, err_msg=name)
+    flip = quietly(model, pixels, RECIPE, flip=True, batch=3)
+    np.testing.assert_array_equal(flip, (views["plain"] + views["mirrored"]) / 2)
+
+
+class Counting(torch.nn.Module):
+    """Counts the images that it and its copies are shown; embeds the means of left and right half."""
+
+    seen = 0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        Counting.seen += len(images)
+        half = images.shape[3] // 2
+        return torch.stack(
+            [images[..., :half].mean((1, 2, 3)), images[..., half:].mean((1, 2, 3))], 1
+        )
+
+
+@pytest.mark.parametrize(
+    ("names", "enlarge", "passes"),
+    [
+        (["plain"], 1.125, 1),
+        (["mirrored", "plain"], 1.125, 2),
+        (["mirrored crops"], 1.125, 5),
+        (VIEWS, 1.125, 12),
+        (VIEWS, 1.0, 4),
+    ],
+)
+def test_no_view_is_computed_that_was_not_asked_for(names, enlarge, passes):
+    model, recipe = Counting(), RECIPE.model_copy(update={"enlarge": enlarge})
+    Counting.seen = 0
+    views = embed_views(model, PIXELS, recipe, names, batch=5, show_progress=False)
+    assert tuple(views) == tuple(names) and Counting.seen == 13 * passes
+    for one, other in (("plain", "mirrored"), ("crops", "mirrored crops")):
+        if {one, other} <= {*names}:
+            np.testing.assert_allclose(views[one], views[other][:, ::-1], atol=1e-5)
+    if enlarge == 1:  # no room to crop
+        np.testing.assert_array_equal(views["crops"], views["plain"])
+
+
+def test_views_that_there_are_not():
+    for names in ([], ["flip"], ["plain", "flip"]):
+        with pytest.raises(
+            ValueError, match="choose some of plain, mirrored, crops, mirrored crops"
+        ):
+            embed_views(Counting(), PIXELS, RECIPE, names, show_progress=False)
+    with pytest.raises(ValueError, match="no images"):
+        embed_views(Counting(), PIXELS[:0], RECIPE, show_progress=False)

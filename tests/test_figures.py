@@ -1,0 +1,461 @@
+"""Figures hold what they should: looked at as matplotlib's objects, and as the bytes that leave."""
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from reidlib.evaluation.retrieval import Retrieval
+from reidlib.look import figures
+from reidlib.look.figures import EXCLUDED, PLAIN, QUERY, RIGHT, WRONG
+from reidlib.recipes import make_recipe
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    with matplotlib.rc_context():
+        figures.use_style()
+        yield
+
+
+@pytest.fixture
+def photos():
+    """Twelve smooth pictures with a little noise, as photographs are."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 200, 128)[:, None, None] + np.zeros((1, 64, 3))
+    return [(ramp + rng.integers(0, 40, (128, 64, 3))).astype(np.uint8) for _ in range(12)]
+
+
+def frames(axes):
+    """The frames of photographs: (colour, line style) in the order they were drawn."""
+    found = [p for p in axes.patches if isinstance(p, Rectangle) and not p.get_fill()]
+    return [(to_hex(p.get_edgecolor()), p.get_linestyle()) for p in found]
+
+
+def texts(axes):
+    return [t.get_text() for t in axes.texts if t.get_text()]
+
+
+def photographs(axes):
+    return [child for child in axes.get_children() if isinstance(child, AxesImage)]
+
+
+def inside(figure):
+    """Whether all texts of a sheet lie inside the figure."""
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text()]
+    return all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= figure.bbox.x1 + 1 for b in boxes)
+
+
+# --- marks
+
+
+def test_marks_differ_in_more_than_colour():
+    for field in ("colour", "sign", "line"):
+        assert len({getattr(mark, field) for mark in (RIGHT, WRONG, EXCLUDED)}) == 3
+    assert len(set(figures.PALETTE)) == len(figures.LINES) == 7
+
+
+# --- leaving
+
+
+class _Displayed(list):
+    def __call__(self, data, raw):
+        assert raw
+        self.append(data)
+
+
+def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
+    import IPython.display
+
+    shown = _Displayed()
+    monkeypatch.setattr(IPython.display, "display", shown)
+    figures.show(figures.photo_grid(photos), 'A "grid" of <12> & more', photo=True)
+    page = shown[0]["text/html"]
+    assert 'alt="A &quot;grid&quot; of &lt;12&gt; &amp; more"' in page
+    assert page.startswith('<img src="data:image/jpeg;base64,/9j/') and page.count("<") == 1
+    assert '"grid"' in shown[0]["text/plain"]
+    figures.show(figures.photo_grid(photos), "PNG")
+    assert "data:image/png;base64,iVBOR" in shown[1]["text/html"]
+    with pytest.raises(ValueError, match="alt text"):
+        figures.show(figures.photo_grid(photos), " ")
+
+
+def test_photographs_are_small_as_jpeg_and_white_behind(photos):
+    figure = figures.photo_grid(photos)
+    jpeg, png = figures.encode(figure, photo=True), figures.encode(figure)
+    assert len(jpeg) < 0.4 * len(png)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        assert image.format == "JPEG"
+        width, height = 150 * figure.get_size_inches()
+        assert image.size == (pytest.approx(width, abs=1), pytest.approx(height, abs=1))
+        assert image.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_save_chooses_the_format_by_name(tmp_path, photos):
+    for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG")):
+        figures.save(figures.photo_grid(photos[:1]), tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            assert image.format == kind
+
+
+def test_runs_without_a_screen_and_without_pyplot():
+    code = (
+        "import sys, numpy as np; from reidlib.look import figures; figures.use_style();"
+        "f = figures.photo_grid([np.zeros((8, 4, 3), np.uint8)]);"
+        "print(len(figures.encode(f)), 'matplotlib.pyplot' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split()[1] == "False"
+
+
+# --- photographs
+
+
+def test_photo_grid_draws_each_photograph_once_in_reading_order(photos):
+    marks = [RIGHT] * 3 + [WRONG] * 2 + [EXCLUDED] + [PLAIN] * 6
+    figure = figures.photo_grid(
+        photos, [f"t{i}" for i in range(12)], columns=5, marks=marks, row_titles=["a", "b", "c"]
+    )
+    axes = figure.axes[0]
+    drawn = photographs(axes)
+    assert [np.array_equal(d.get_array(), p) for d, p in zip(drawn, photos, strict=True)] == [
+        True
+    ] * 12
+    lefts = [d.get_extent()[0] for d in drawn]
+    tops = [d.get_extent()[3] for d in drawn]
+    assert lefts[:5] == sorted(lefts[:5]) and lefts[5] == lefts[0]
+    assert tops[0] == tops[4] < tops[5] < tops[10]
+    wanted = [(m.colour.lower(), m.line) for m in marks if m != PLAIN]
+    assert frames(axes) == wanted
+    assert {"✓ t0", "✗ t3", "– t5", "t6", "a", "c"} <= set(texts(axes))
+    assert drawn[5].get_alpha() < 0.5 and drawn[0].get_alpha() == 1
+    assert inside(figure)
+
+
+def test_photographs_that_belong_together_stand_together(photos):
+    figure = figures.photo_grid(photos, columns=6, together=2)
+    ends = [photo.get_extent()[:2] for photo in photographs(figure.axes[0])]
+    gaps = [ends[i + 1][0] - ends[i][1] for i in range(5)]
+    assert min(gaps[1], gaps[3]) > 2 * max(gaps[0], gaps[2], gaps[4])
+    assert ends[5][1] < figure.get_figwidth() and ends[6:] == ends[:6]
+
+
+def test_photographs_keep_their_proportions():
+    wide, tall = np.zeros((50, 100, 3), np.uint8), np.zeros((100, 25, 3), np.uint8)
+    for photo in photographs(figures.photo_grid([wide, tall], height=1).axes[0]):
+        x0, x1, y1, y0 = photo.get_extent()
+        rows, columns = photo.get_array().shape[:2]
+        assert (x1 - x0) / (y1 - y0) == pytest.approx(columns / rows)
+        assert y1 - y0 <= 1.001 and x1 - x0 <= 2.001  # no larger than its place
+
+
+@pytest.mark.parametrize("wrong", [{"titles": ["a"]}, {"marks": [RIGHT]}, {"row_titles": ["a"]}])
+def test_photo_grid_refuses_lists_that_do_not_fit(photos, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        figures.photo_grid(photos, **wrong)
+
+
+def test_photo_grid_leaves_gaps(photos):
+    figure = figures.photo_grid([None, photos[0], photos[1]], ["a", "b", "c"], columns=2)
+    drawn = photographs(figure.axes[0])
+    assert len(drawn) == 2 and texts(figure.axes[0]) == ["b", "c"]
+    assert drawn[0].get_extent()[0] > drawn[1].get_extent()[0]
+    with pytest.raises(ValueError, match="no photographs"):
+        figures.photo_grid([None])
+
+
+def test_no_photographs_is_an_error():
+    with pytest.raises(ValueError, match="no photographs"):
+        figures.photo_grid([])
+
+
+@pytest.fixture
+def row(tmp_path, photos):
+    """A ranked list: one match, two wrong ones, and three excluded, two of them side by side."""
+    statuses = ["same camera", "match", "junk", "same camera", "wrong", "wrong"]
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for path, photo in zip(paths, photos[1:], strict=False):
+        Image.fromarray(photo).save(path)
+    results = pd.DataFrame(
+        {
+            "rank": pd.array([None, 1, None, None, 2, 3], dtype="Int64"),
+            "gallery": range(6),
+            "path": [str(p) for p in paths],
+            "pid": [7, 7, -1, 7, 9, 0],
+            "camid": [1, 2, 3, 1, 4, 5],
+            "distance": [0.1, 0.25, 0.3, 0.4, 1.0, 12.345],
+            "status": statuses,
+        }
+    )
+    return figures.RankedRow("Query 3, camera 1", photos[0], results)
+
+
+def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
+    figure = figures.ranked_lists([row, row])
+    axes = figure.axes[0]
+    order = [QUERY, EXCLUDED, RIGHT, EXCLUDED, WRONG, WRONG]
+    assert frames(axes) == 2 * [(m.colour.lower(), m.line) for m in order]
+    drawn = photographs(axes)
+    assert len(drawn) == 12
+    # query, then the images in their order; of two excluded ones side by side the nearer
+    for photo, wanted in zip(
+        drawn, [photos[0], *(photos[i] for i in (1, 2, 3, 5, 6))], strict=False
+    ):
+        assert np.array_equal(photo.get_array(), wanted)
+    assert [d.get_alpha() < 0.5 for d in drawn[:6]] == [m == EXCLUDED for m in order]
+    words = texts(axes)
+    assert words.count("Query 3, camera 1") == 2
+    assert {"✓ 1", "✗ 2", "✗ 3", "query"} <= set(words)
+    assert {"c2 id 7\n0.250", "c4 id 9\n1.00", "c5 distractor\n12.3"} <= set(words)
+    assert {"–\nsame\ncamera", "–\njunk\nsame\ncamera"} <= set(words)
+    assert inside(figure)
+
+
+def test_ranked_lists_state_the_ap_of_what_they_list(row):
+    shown = lambda results: texts(figures.ranked_lists([row._replace(results=results)]).axes[0])
+    assert "AP 100.00% of 1 match, ranks: 1" in shown(row.results)
+    last = row.results.iloc[[1, 1]].assign(rank=pd.array([5, 1200], dtype="Int64"))
+    words = shown(pd.concat([row.results, last], ignore_index=True))
+    # (1/1 + 2/5 + 3/1200) / 3
+    assert "AP 46.75% of 3 matches, ranks: 1     missed here: 2, at 5, 1,200" in words
+    assert "✓ 5" not in words and "✓ 1200" not in words, "missed matches are not in the list"
+    # A missed match whose rank happens to follow on is one that the list shows.
+    words = shown(pd.concat([row.results, last.iloc[:1].assign(rank=4)], ignore_index=True))
+    assert "AP 75.00% of 2 matches, ranks: 1, 4" in words and "✓ 4" in words
+    nothing = row.results.replace({"status": {"match": "wrong"}})
+    assert "no match in the gallery: not scored" in shown(nothing)
+    unknown = row.results.replace({"status": {"match": "unknown", "wrong": "unknown"}})
+    assert not any("AP" in word or "✓" in word or "✗" in word for word in shown(unknown))
+
+
+def test_ranked_lists_state_no_ap_of_half_a_list(row):
+    query = pd.DataFrame({"pid": [1], "camid": [1], "path": [row.results["path"][0]]})
+    gallery = pd.DataFrame({"pid": [2, 1, 2, 1], "camid": 2, "path": row.results["path"][1:5]})
+    found = Retrieval([[0.0]], query, [[1.0], [2.0], [3.0], [4.0]], gallery)
+    half = row._replace(results=found.ranked_list(0, topk=2))
+    with pytest.raises(ValueError, match="show_missed=True"):
+        figures.ranked_lists([half])
+    for whole in ({"topk": 2, "show_missed": True}, {"topk": None}):
+        results = found.ranked_list(0, **whole)
+        words = texts(figures.ranked_lists([row._replace(results=results)]).axes[0])
+        assert any(word.startswith("AP 50.00% of 2 matches") for word in words)
+
+
+def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
+    results = pd.concat([row.results.iloc[[2, 2, 2]], row.results.iloc[[4]]], ignore_index=True)
+    results["camid"], results.loc[3, "rank"] = -1, 1
+    words = texts(figures.ranked_lists([row._replace(results=results)]).axes[0])
+    assert "–\njunk ×3" in words and "id 9\n1.00" in words
+    assert not any("c-1" in word for word in words)
+
+
+def test_a_long_ranked_list_is_broken_into_lines(row):
+    results = row.results.iloc[[0, *[4] * 40]].reset_index(drop=True)
+    results["rank"] = pd.array([None, *range(1, 41)], dtype="Int64")
+    figure = figures.ranked_lists([row._replace(results=results), row])
+    assert figure.get_figwidth() <= figures.WIDEST + 0.1 and inside(figure)
+    places = [i.get_extent() for i in photographs(figure.axes[0])[1:42]]  # without the query
+    tops = sorted({place[3] for place in places[1:]})
+    assert len(tops) == 3 and max(place[2] for place in places) < figure.get_figheight()
+    starts = [min(p[0] for p in places if p[2] == bottom) for bottom in {p[2] for p in places}]
+    assert np.ptp(starts) < 0.1, "all lines start below each other"
+    in_order = [(p[2], p[0]) for p in places]
+    assert in_order == sorted(in_order), "read like text"
+    words = texts(figure.axes[0])
+    assert [word for word in words if word.startswith("✗")][:40] == [f"✗ {i}" for i in range(1, 41)]
+
+
+def test_results_of_nobody_known_carry_their_file_names(row):
+    results = row.results.assign(pid=-1, camid=-1)
+    results["status"] = results["status"].replace(["match", "wrong"], "unknown")
+    results.loc[1, "path"] = str(
+        shutil.copy(
+            results["path"][1], Path(results["path"][1]).with_name("$x_1$ " + 30 * "y" + ".png")
+        )
+    )
+    figure = figures.ranked_lists([row._replace(results=results)])
+    words = texts(figure.axes[0])
+    assert "4.png\n1.00" in words and r"\$x_1\$ …yy.png" in [w.split("\n")[0] for w in words]
+    assert inside(figure)
+    assert any("its file" in word for word in words)
+
+
+def test_ranked_lists_read_a_query_from_its_path(row):
+    path = row.results.path[2]
+    figure = figures.ranked_lists([row._replace(query=path)])
+    first = photographs(figure.axes[0])[0].get_array()
+    assert np.array_equal(first, np.asarray(Image.open(path)))
+
+
+def test_ranked_lists_refuse_emptiness(row):
+    for rows in ([], [row._replace(results=row.results.iloc[:0])]):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            figures.ranked_lists(rows)
+
+
+# --- curves
+
+
+@pytest.fixture
+def history():
+    step = np.array([1, 20, 40, 60])
+    columns = {"step": step, "loss": 1 / step, "active": 0.5, "lr": [1e-3, 1e-3, 1e-4, 1e-5]}
+    columns |= {"norm": 3.0, "images_per_s": 90.0}
+    columns |= {f"positive_p{p}": float(p) for p in (5, 50, 95)}
+    columns |= {f"negative_p{p}": 2.0 * p for p in (5, 50, 95)}
+    columns |= {
+        "held_out_mAP": [np.nan, 0.3, np.nan, 0.5],
+        "held_out_top1": [np.nan, 0.4, np.nan, 0.6],
+    }
+    return pd.DataFrame(columns)
+
+
+def test_training_curves_show_every_sign_of_health(history):
+    figure = figures.training_curves(history, make_recipe("demo"))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert len(panels) == 6
+    loss, collapse = panels["loss"].lines
+    assert np.array_equal(loss.get_ydata(), history.loss)
+    assert collapse.get_ydata()[0] == pytest.approx(math.log(2))
+    assert "ln 2" in collapse.get_label() and collapse.get_linestyle() == "--"
+    positives, negatives = panels["distances: median, 5–95 %"].lines
+    assert (positives.get_ydata() == 50).all() and (negatives.get_ydata() == 100).all()
+    assert positives.get_linestyle() != negatives.get_linestyle()
+    assert len(panels["distances: median, 5–95 %"].collections) == 2  # the bands
+    assert panels["learning rate"].get_yscale() == "log"
+    held_out = panels["held-out identities, %"].lines
+    assert [list(line.get_ydata()) for line in held_out] == [[30, 50], [40, 60]]
+    assert list(held_out[0].get_xdata()) == [20, 60]
+
+
+def test_training_curves_of_a_margin_and_without_held_out_identities(history):
+    history = history.drop(columns=["held_out_mAP", "held_out_top1"]).assign(lr=1e-3)
+    figure = figures.training_curves(history, make_recipe("demo", margin=0.2))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert panels["loss"].lines[1].get_ydata()[0] == 0.2
+    assert (panels["images per second"].lines[0].get_ydata() == 90).all()
+    assert panels["learning rate"].get_yscale() == "linear"
+    assert len(figures.training_curves(history).axes[0].lines) == 1  # no recipe, no line
+    with pytest.raises(ValueError, match="empty"):
+        figures.training_curves(history.iloc[:0])
+
+
+def test_histories_side_by_side_have_a_row_of_held_out_scores_only_where_there_are_any(history):
+    without = history.drop(columns=["held_out_mAP", "held_out_top1"])
+    for runs, rows in (({"a": without, "b": history}, 5), ({"a": without, "b": without}, 4)):
+        axes = np.reshape(figures.side_by_side(runs).axes, (rows, 2))
+        assert [panel.get_title(loc="left") for panel in axes[0]] == ["a", "b"]
+        assert [panel.get_xlabel() for panel in axes[-1]] == ["step", "step"]
+        assert all(panel.get_ylabel() for panel in axes[:, 0])
+    panels = figures.side_by_side({"a": without, "b": history}).axes
+    assert len(panels[8].lines) == 0
+    assert list(panels[9].lines[0].get_ydata()) == [30, 50]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figures.side_by_side({"a": history.iloc[:0]})
+
+
+def test_curves_differ_in_colour_and_line(history):
+    figure = figures.curves({str(i): ([0, 1], [i, i]) for i in range(20)}, "x", "y")
+    looks = {
+        (
+            line.get_color(),
+            line.get_linestyle(),
+            line._dash_pattern[1] and tuple(line._dash_pattern[1]),
+        )
+        for line in figure.axes[0].lines
+    }
+    assert len(looks) == 20
+    assert len(figure.axes[0].get_legend().get_texts()) == 20
+
+
+def test_cmc_counts_first_matches_and_leaves_out_queries_without():
+    figure = figures.cmc_curve({"a": [1, 1, 3, np.nan, 30]}, up_to=4)
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [1, 2, 3, 4]
+    assert list(line.get_ydata()) == [50, 50, 75, 75]
+
+
+def test_distance_histograms_are_densities_and_name_their_overlap():
+    figure = figures.distance_histograms([0, 1, 1, 2], np.repeat([0.0, 2.0, 3.0, 4.0], 100), bins=4)
+    filled_a, line_a, _, line_b, both = figure.axes[0].patches
+    for stairs in (filled_a, line_b):
+        values, edges, _ = stairs.get_data()
+        assert (values * np.diff(edges)).sum() == pytest.approx(1)
+    # bins of width 1: (¼, ½, ¼, 0) and (¼, 0, ¼, ½)
+    assert both.get_label() == "overlap: 50% of the area"
+    assert line_a.get_linestyle() != line_b.get_linestyle()
+    assert line_a.get_edgecolor() != line_b.get_edgecolor()
+
+
+def test_the_legend_of_histograms_covers_nothing():
+    figure = figures.distance_histograms([1, 2, 3, 4], [3, 4, 5])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    legend = axes.get_legend().get_window_extent()
+    assert legend.x0 >= axes.get_window_extent().x1 and legend.x1 <= figure.bbox.x1
+
+
+def test_embedding_map_highlights_the_largest_identities(photos):
+    pids = np.repeat([-1, 0, 5, 6, 7], [3, 3, 2, 1, 3])
+    points = np.random.default_rng(0).normal(size=(12, 2))
+    figure = figures.embedding_map(points, pids, photos, title="here")
+    legend, axes = figure.axes
+    everything, *identities = axes.lines
+    assert len(everything.get_xdata()) == 12
+    assert texts(legend) == ["id 7", "id 5", "id 6"]
+    assert [len(line.get_xdata()) for line in identities] == [3, 2, 1]
+    assert len({(line.get_color(), line.get_marker()) for line in identities}) == 3
+    for photo, pid in zip(photographs(legend), (7, 5, 6), strict=True):
+        assert any(
+            np.array_equal(photo.get_array(), photos[i]) for i in np.flatnonzero(pids == pid)
+        )
+    assert len(figures.embedding_map(points, pids, highlight=[6]).axes[1].lines) == 2
+    for wrong in ({"points": points[:5]}, {"images": photos[:2]}, {"highlight": [99]}):
+        with pytest.raises(ValueError):
+            figures.embedding_map(**({"points": points, "pids": pids} | wrong))
+
+
+def test_heat_map_writes_each_number_in_its_cell():
+    table = pd.DataFrame([[1, 2], [np.nan, 40]], index=["a", "b"], columns=["c", "d"])
+    table.columns.name = "camera"
+    axes = figures.heat_map(table).axes[0]
+    assert {(t.get_position(), t.get_text()) for t in axes.texts} == {
+        ((0, 0), "1"),
+        ((1, 0), "2"),
+        ((1, 1), "40"),
+    }
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["c", "d"]
+    assert axes.get_xlabel() == "camera"
+    dark, pale = (next(t for t in axes.texts if t.get_text() == n) for n in ("40", "1"))
+    assert (dark.get_color(), pale.get_color()) == ("white", "black")
+
+
+def test_everything_shown_is_valid_in_a_notebook(monkeypatch, photos):
+    """The bundle goes through JSON and its image decodes: what an executed notebook stores."""
+    import base64
+
+    import IPython.display
+
+    shown = _Displayed()
+    monkeypatch.setattr(IPython.display, "display", shown)
+    figure = figures.curves({"a": ([1, 2], [1, 2])}, "x", "y")
+    figures.show(figure, "A line that rises from 1 to 2.")
+    page = json.loads(json.dumps(shown[0]))["text/html"]
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "PNG" and image.size == (900, 480)
+    assert 'width="600"' in page

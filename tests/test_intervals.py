@@ -1,0 +1,168 @@
+"""The paired comparison against loops, simulations in which the truth is known, and Holm's steps."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from reidlib.evaluation.intervals import Spread, confidence_interval, difference, holm, seed_spread
+
+
+def per_query(ap, pids, first_rank=None):
+    """A per-query table; a query whose AP is NaN has no match."""
+    ap = np.asarray(ap, dtype=float)
+    rank = np.where(np.isnan(ap), np.nan, 1) if first_rank is None else first_rank
+    return pd.DataFrame(
+        {
+            "query": np.arange(len(ap)),
+            "pid": pids,
+            "matches": np.where(np.isnan(ap), 0, 2),
+            "AP": ap,
+            "AP_market": ap / 2,
+            "first_rank": rank,
+            "INP": ap / 3,
+        }
+    )
+
+
+def world(rng, rows=2, seeds=3, people=40, each=3, seed_sd=0.02, effect=0.0):
+    """Tables of rows that are equally good but for `effect`, which the first row has."""
+    pids = np.repeat(np.arange(people), each)
+    hard = rng.normal(0.6, 0.2, people)[pids] + rng.normal(0, 0.15, len(pids))
+    made = {}
+    for row in range(rows):
+        likes = rng.normal(0, 0.08, people)[pids] + rng.normal(0, 0.05, len(pids))
+        made[row] = [
+            per_query(
+                hard
+                + likes
+                + rng.normal(0, seed_sd)
+                + (effect if row == 0 else 0)
+                + rng.normal(0, 0.03, len(pids)),
+                pids,
+            )
+            for _ in range(seeds)
+        ]
+    return made
+
+
+def test_difference_equals_the_formula_written_as_a_loop():
+    rng = np.random.default_rng(0)
+    pids = np.array([7, 7, 7, 3, 3, 5, 9, 9])
+    first = [per_query(rng.random(8), pids) for _ in range(2)]
+    second = [per_query(rng.random(8), pids) for _ in range(3)]
+    found = difference(first, second, spread=Spread(0.03, 4), level=0.9)
+
+    gaps = []
+    for q in range(8):
+        ours = sum(t["AP"][q] for t in first) / 2
+        gaps.append(ours - sum(t["AP"][q] for t in second) / 3)
+    mean = sum(gaps) / 8
+    squares = sum(
+        sum(g - mean for g, p in zip(gaps, pids, strict=True) if p == pid) ** 2 for pid in {*pids}
+    )
+    people = 4 / 3 * squares / 8**2
+    seeds = 0.03**2 / 2 + 0.03**2 / 3
+    freedom = (people + seeds) ** 2 / (people**2 / 3 + seeds**2 / 4)
+    error = (people + seeds) ** 0.5
+    reach = stats.t.ppf(0.95, freedom) * error
+    assert found == pytest.approx(
+        (mean, mean - reach, mean + reach, 2 * stats.t.sf(abs(mean) / error, freedom),
+         people**0.5, seeds**0.5)
+    )  # fmt: skip
+    assert difference(second, first, spread=Spread(0.03, 4)).value == pytest.approx(-mean)
+
+
+def test_the_error_from_people_is_the_bootstrap_of_persons():
+    rng = np.random.default_rng(1)
+    one, other = world(rng, seeds=1, people=200).values()
+    low, high = confidence_interval(one[0], versus=other[0], by="pid", repeats=4000).loc[
+        "mAP", ["low", "high"]
+    ]
+    found = difference(one, other)
+    assert found.people == pytest.approx((high - low) / 2 / 1.96, rel=0.05)
+    # Queries of one person are alike: taken as independent they would promise too much.
+    alone = [[t.assign(pid=t["query"]) for t in tables] for tables in (one, other)]
+    assert difference(*alone).people < 0.8 * found.people
+
+
+def test_intervals_hold_the_truth_and_holm_claims_little_by_luck():
+    rng = np.random.default_rng(2)
+    inside, without_seeds, false, unadjusted = [], [], [], []
+    for _ in range(200):
+        rows = world(rng, rows=4)
+        spread = seed_spread(rows)
+        found = [difference(rows[a], rows[b], spread=spread) for a in range(4) for b in range(a)]
+        inside.append(found[0].low <= 0 <= found[0].high)
+        blind = difference(rows[1], rows[0])
+        without_seeds.append(blind.low <= 0 <= blind.high)
+        p = np.array([d.p for d in found])
+        unadjusted.append((p < 0.05).any())
+        false.append((holm(p) < 0.05).any())
+    assert 0.91 <= np.mean(inside) <= 0.985
+    assert np.mean(without_seeds) < 0.91
+    assert np.mean(false) <= 0.085 and np.mean(unadjusted) > 0.12
+
+
+def test_a_real_difference_is_found():
+    rows = world(np.random.default_rng(3), effect=0.1)
+    found = difference(rows[0], rows[1], spread=seed_spread(rows))
+    assert found.p < 0.01 and found.low > 0
+    assert found.low < 0.1 < found.high
+
+
+def test_scores_and_queries_without_match():
+    pids = [1, 1, 2, 3]
+    one = per_query([0.9, 0.5, 0.3, np.nan], pids, [1, 2, 6, np.nan])
+    two = per_query([0.6, 0.5, 0.3, np.nan], pids, [2, 2, 6, np.nan])
+    values = {
+        s: difference([one], [two], s).value for s in ("mAP", "mAP_market", "mINP", "top1", "top2")
+    }
+    assert values == pytest.approx(
+        {"mAP": 0.1, "mAP_market": 0.05, "mINP": 0.1 / 3, "top1": 1 / 3, "top2": 0}
+    )
+    same = difference([one], [one])
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_seed_spread_is_pooled_over_the_rows():
+    pids = [1, 2]
+    tables = {
+        "a": [per_query([x, x], pids) for x in (0.1, 0.2, 0.3)],
+        "b": [per_query([x, x], pids) for x in (0.5, 0.7)],
+        "c": [per_query([0.9, 0.9], pids)],
+    }
+    spread = seed_spread(tables)
+    # squares about the means: 0.01 + 0 + 0.01 and 0.01 + 0.01, over 2 + 1 degrees of freedom
+    assert spread.deviation == pytest.approx((0.04 / 3) ** 0.5) and spread.freedom == 3
+    alone = seed_spread({"c": tables["c"]})
+    assert np.isnan(alone.deviation) and alone.freedom == 0
+    blind, told = (difference(tables["a"], tables["b"], spread=s) for s in (None, alone))
+    assert np.isnan(told.seeds) and told.p == blind.p
+
+
+def test_holm_equals_its_definition():
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        p = rng.random(7) ** 3
+        order = np.argsort(p)
+        expected = np.empty(7)
+        for place, i in enumerate(order):
+            expected[i] = max(min(1, (7 - j) * p[order[j]]) for j in range(place + 1))
+        assert holm(p) == pytest.approx(expected)
+    assert holm([np.nan, 0.01, 0.04])[1:] == pytest.approx([0.02, 0.04])
+    assert np.isnan(holm([np.nan, 0.01])[0]) and len(holm([])) == 0
+
+
+def test_errors():
+    table = per_query([0.1, 0.2], [1, 2])
+    with pytest.raises(ValueError, match="one seed at least"):
+        difference([], [table])
+    with pytest.raises(ValueError, match="same queries"):
+        difference([table], [table.assign(pid=[1, 3])])
+    with pytest.raises(ValueError, match="same queries"):
+        difference([table, table.iloc[:1]], [table])
+    with pytest.raises(ValueError, match="two people"):
+        difference([table.assign(pid=1)], [table.assign(pid=1)])
+    with pytest.raises(ValueError, match="no score 'top3': choose mAP"):
+        difference([table], [table], "top3")

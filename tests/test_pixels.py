@@ -1,0 +1,272 @@
+"""The pixel cache and the batched augmentation, with its statistics."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from reidlib.data import pixels
+from reidlib.data.augment import Augmentation
+from reidlib.data.pixels import common_size, load_pixels, read_image
+from reidlib.data.tables import load
+from reidlib.paths import cache_dir
+
+
+def make_images(folder, n=6, size=(24, 12)):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(n):
+        path = folder / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        rows.append((str(path), i, 1))
+    return pd.DataFrame(rows, columns=["path", "pid", "camid"])
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setenv("REID_CACHE", str(tmp_path / "cache"))
+    return make_images(tmp_path)
+
+
+def load_quietly(*args, **options):
+    return load_pixels(*args, show_progress=False, **options)
+
+
+def test_pixels_are_those_of_the_files(table):
+    pixels, kept = load_quietly(table)
+    assert pixels.shape == (6, 24, 12, 3) and pixels.dtype == np.uint8
+    assert isinstance(pixels, np.memmap)
+    for row, path in enumerate(table["path"]):
+        assert np.array_equal(pixels[row], read_image(path))
+    pd.testing.assert_frame_equal(kept, table)
+
+
+def test_decoded_once_and_again_when_a_file_changes(table, monkeypatch):
+    load_quietly(table)
+    calls = []
+    monkeypatch.setattr(
+        "reidlib.data.pixels.read_image", lambda p: calls.append(p) or read_image(p)
+    )
+    load_quietly(table)
+    assert calls == []
+    path = table["path"][2]
+    white = np.full((24, 12, 3), 255, np.uint8)
+    Image.fromarray(white).save(path)
+    os.utime(path, ns=(1, 1))
+    pixels, _ = load_quietly(table)
+    assert len(calls) >= 6 and (pixels[2] == 255).all()
+    calls.clear()
+    load_quietly(table.iloc[:3])
+    assert calls  # other rows are another cache
+
+
+def test_a_broken_cache_is_made_again(table):
+    before, _ = load_quietly(table)
+    before = before.copy()
+    for suffix in (".npy", ".kept.npy"):
+        for content in (b"", b"garbage", None):
+            (file,) = (
+                p
+                for p in cache_dir().iterdir()
+                if p.name.endswith(suffix) and (suffix == ".kept.npy" or ".kept" not in p.name)
+            )
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+            again, kept = load_quietly(table)
+            assert np.array_equal(again, before) and len(kept) == 6
+
+
+def test_two_runs_that_decode_at_once_do_not_disturb_each_other(table, monkeypatch):
+    load_quietly(table)
+    (file,) = cache_dir().glob("*[!t].npy")  # not the .kept.npy
+    kept_file = file.with_suffix(".kept.npy")
+    written, save = [], np.save
+
+    def save_slowly(path, array):
+        with open(path, "wb"):  # empty for a while
+            written.append(pixels._read_cache(file, kept_file))
+        save(path, array)
+
+    monkeypatch.setattr(np, "save", save_slowly)
+    pixels._decode_all(table, None, "fail", file, kept_file, False)
+    assert len(written) == 1 and len(written[0][1]) == 6
+    assert [*cache_dir().glob("*.tmp*")] == []
+
+
+def test_what_is_written_to_the_pixels_does_not_reach_the_cache(table):
+    pixels, _ = load_quietly(table)
+    before = pixels[0].copy()
+    pixels[0] = 0
+    assert np.array_equal(load_quietly(table)[0][0], before)
+
+
+def test_images_of_other_sizes_need_a_size(table, tmp_path):
+    Image.new("RGB", (30, 50), "red").save(tmp_path / "big.png")
+    mixed = pd.concat([table, table[:1].assign(path=str(tmp_path / "big.png"))], ignore_index=True)
+    assert common_size(table, (9, 9)) is None
+    assert common_size(mixed, (24, 12)) == (24, 12)
+    with pytest.raises(ValueError, match=r"big\.png has 50×30 pixels.*size=\(height, width\)"):
+        load_quietly(mixed)
+    pixels, _ = load_quietly(mixed, size=(24, 12))
+    assert pixels.shape == (7, 24, 12, 3) and (pixels[6] == [255, 0, 0]).all()
+    assert np.array_equal(pixels[0], read_image(table["path"][0]))
+
+
+def test_unreadable_images_are_named_or_skipped(table):
+    for row in (1, 4):
+        with open(table["path"][row], "r+b") as file:
+            file.truncate(40)
+    with pytest.raises(ValueError, match=r"(?s)2 of 6 images cannot be read.*1\.png.*4\.png.*skip"):
+        load_quietly(table)
+    assert not [*cache_dir().glob("*")], "a failed decode leaves nothing behind"
+    for _ in range(2):  # decoded, then from the cache
+        pixels, kept = load_quietly(table, unreadable="skip")
+        assert kept["pid"].tolist() == [0, 2, 3, 5] and len(pixels) == 4
+        assert np.array_equal(pixels[3], read_image(table["path"][5]))
+
+
+def test_nothing_to_load_is_an_error(table):
+    with pytest.raises(ValueError, match="no rows"):
+        load_quietly(table[:0])
+    for path in table["path"]:
+        with open(path, "w"):
+            pass
+    with pytest.raises(ValueError, match="None of the 6 images can be read"):
+        load_quietly(table, unreadable="skip")
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_move_it(table, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("REID_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(OSError, match="Set REID_CACHE"):
+        load_quietly(table)
+
+
+def test_real_images_come_out_as_they_are():
+    table = load("synthetic").query
+    pixels, _ = load_quietly(table)
+    assert pixels.shape[1:] == (128, 64, 3)
+    assert np.array_equal(pixels[3], read_image(table["path"][3]))
+
+
+# --- augmentation
+
+
+def batch(n=3000, h=9, w=7):
+    """Images whose pixel (y, x) has the colours (y, x, 0): each shows where it was cut out."""
+    y, x = np.mgrid[:h, :w]
+    one = np.stack([y, x, np.zeros_like(x)], axis=2).astype(np.uint8)
+    return torch.from_numpy(np.repeat(one[None], n, axis=0))
+
+
+def unit(images):
+    """Back from [0, 1] to colours."""
+    return (images * 255).round().long()
+
+
+def test_crops_reach_every_place_equally_and_half_are_flipped():
+    augment = Augmentation((6, 4), enlarge=1.5, normalise="unit", seed=1)
+    assert augment.enlarged == (9, 6)
+    pixels = batch(6000, 9, 6)
+    out = unit(augment(pixels))
+    assert out.shape == (6000, 3, 6, 4)
+    top = out[:, 0, 0, 0]
+    flipped = out[:, 1, 0, 0] > out[:, 1, 0, 1]
+    left = torch.where(flipped, out[:, 1, 0, 3], out[:, 1, 0, 0])
+    # every image is one whole window of the original, cut at (top, left), mirrored or not
+    for i in range(200):
+        window = pixels[i, top[i] : top[i] + 6, left[i] : left[i] + 4].permute(2, 0, 1)
+        assert torch.equal(out[i], window.flip(2) if flipped[i] else window)
+    # 5 standard deviations of a share
+    assert abs(flipped.float().mean() - 0.5) < 5 * (0.25 / 6000) ** 0.5
+    for places, n in ((top, 4), (left, 3)):
+        counts = places.bincount(minlength=n)
+        assert len(counts) == n
+        assert (counts - 6000 / n).abs().max() < 5 * (6000 / n) ** 0.5
+    # and the three are independent
+    table = torch.stack([top.float(), left.float(), flipped.float()])
+    assert (torch.corrcoef(table) - torch.eye(3)).abs().max() < 5 / 6000**0.5
+
+
+def test_no_flip_no_crop_is_the_image_itself():
+    pixels = batch(5, 6, 4)
+    out = Augmentation((6, 4), flip=False, normalise="unit")(pixels)
+    assert torch.equal(unit(out), pixels.permute(0, 3, 1, 2).long())
+
+
+def test_the_seed_decides():
+    pixels = torch.randint(0, 256, (8, 16, 8, 3), dtype=torch.uint8)
+    make = lambda seed: Augmentation((16, 8), 1.25, erasing=0.5, seed=seed)
+    one, two, other = make(3), make(3), make(4)
+    first = one(pixels)
+    assert torch.equal(first, two(pixels)) and not torch.equal(first, other(pixels))
+    state = one.generator.get_state()
+    second = one(pixels)
+    assert not torch.equal(first, second)
+    one.generator.set_state(state)
+    assert torch.equal(second, one(pixels))
+
+
+def test_erasing():
+    pixels = torch.full((2000, 40, 20, 3), 200, dtype=torch.uint8)
+    out = Augmentation((40, 20), erasing=0.5, normalise="unit", seed=2)(pixels)
+    erased = (out == 0.5).all(dim=1)  # (B, h, w)
+    assert ((out == 0.5).any(dim=1) == erased).all()
+    share = erased.flatten(1).float().mean(dim=1)
+    hit = share > 0
+    assert abs(hit.float().mean() - 0.5) < 5 * (0.25 / 2000) ** 0.5
+    assert share[hit].min() > 0.01 and share[hit].max() <= 0.45 and 0.15 < share[hit].mean() < 0.25
+    for mask in erased[hit][:50]:  # one full rectangle
+        rows, columns = mask.any(1), mask.any(0)
+        assert mask.sum() == rows.sum() * columns.sum()
+    none = Augmentation((40, 20), erasing=0.0, normalise="unit")(pixels)
+    assert (none == none[0, 0, 0, 0]).all()
+
+
+def test_plain_resizes_and_normalises_only():
+    pixels = torch.randint(0, 256, (4, 30, 20, 3), dtype=torch.uint8)
+    augment = Augmentation((15, 10), 1.2, erasing=1.0)
+    out = augment.plain(pixels)
+    assert torch.equal(out, augment.plain(pixels))
+    resized = interpolate(
+        pixels.permute(0, 3, 1, 2).float(), size=(15, 10), mode="bilinear", antialias=True
+    )
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    torch.testing.assert_close(out, (resized / 255 - mean) / std)
+    # and the same as Pillow's, which rounds to whole numbers twice, once each way
+    pillow = Image.fromarray(pixels[0].numpy()).resize((10, 15), Image.Resampling.BILINEAR)
+    pillow = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
+    assert (resized[0] - pillow).abs().max() < 2.0
+
+
+@pytest.mark.parametrize(("size", "enlarge"), [((40, 20), 1.25), ((16, 8), 1.25), ((26, 12), 1.0)])
+def test_crops_are_those_of_the_whole_enlarged_image(size, enlarge):
+    # The definition: enlarge all, then cut and mirror image by image.
+    pixels = torch.randint(0, 256, (30, 26, 12, 3), dtype=torch.uint8)
+    augment = Augmentation(size, enlarge, normalise="unit", seed=3)
+    got = augment(pixels)
+    draw = torch.Generator().manual_seed(3)
+    top, left, mirror = (torch.rand(30, generator=draw) for _ in range(3))
+    high, wide = round(size[0] * enlarge), round(size[1] * enlarge)
+    channels = pixels.permute(0, 3, 1, 2)
+    whole = interpolate(channels, (high, wide), mode="bilinear", antialias=True)
+    # The whole image has whole numbers, as Pillow has them: rounded once each way.
+    exact = interpolate(channels.float(), (high, wide), mode="bilinear", antialias=True)
+    assert (whole - exact).abs().max() < 1.1
+    for image, enlarged in zip(pixels.numpy(), whole, strict=True):
+        pillow = Image.fromarray(image).resize((wide, high), Image.Resampling.BILINEAR)
+        pillow = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)
+        assert (enlarged.int() - pillow.int()).abs().max() <= 1
+    whole = whole / 255
+    assert 5 < (mirror < 0.5).sum() < 25
+    for i in range(30):
+        y, x = int(top[i] * (high - size[0] + 1)), int(left[i] * (wide - size[1] + 1))
+        image = whole[i, :, y : y + size[0], x : x + size[1]]
+        expected = image.flip(2) if mirror[i] < 0.5 else image
+        torch.testing.assert_close(got[i], expected, rtol=0, atol=1e-6)

@@ -1,0 +1,253 @@
+"""Re-ranking against the published algorithm written out in loops, ties and dead networks among it."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from reidlib.evaluation import rerank
+from reidlib.evaluation.rerank import k_reciprocal, normalise, query_expansion
+
+
+def dense(query, gallery, k1=20, k2=6, lam=0.3):
+    """The definition, image by image in float64, with stable sorts and whole matrices."""
+    x = np.concatenate([query, gallery]).astype(np.float64)
+    squared = np.square(x[:, None] - x[None]).sum(axis=2)
+    nearest = np.argsort(squared, axis=1, kind="stable")
+    largest = squared.max(axis=1, keepdims=True)
+    d = squared / np.where(largest > 0, largest, 1)
+
+    def reciprocal(i, k):
+        return {int(j) for j in nearest[i, : k + 1] if i in nearest[j, : k + 1]}
+
+    v = np.zeros_like(d)
+    for i in range(len(x)):
+        expanded = set(near := reciprocal(i, k1))
+        for c in near:
+            others = reciprocal(c, int(np.around(k1 / 2)))
+            if len(others & near) > 2 / 3 * len(others):
+                expanded |= others
+        for j in expanded:
+            v[i, j] = np.exp(-d[i, j])
+        if expanded:
+            v[i] /= v[i].sum()
+    if k2 != 1:
+        v = np.stack([v[nearest[i, :k2]].mean(axis=0) for i in range(len(x))])
+    final = np.empty((len(query), len(gallery)))
+    for q in range(len(query)):
+        for g in range(len(gallery)):
+            shared = np.minimum(v[q], v[len(query) + g]).sum()
+            jaccard = 1 - shared / (2 - shared)
+            final[q, g] = (1 - lam) * jaccard + lam * d[q, len(query) + g]
+    return final
+
+
+def people(queries, gallery, dim=8, identities=12, seed=0):
+    """Embeddings in clusters, as a network gives them."""
+    rng = np.random.default_rng(seed)
+    centres = 2 * rng.normal(size=(identities, dim))
+    return [
+        (centres[rng.integers(identities, size=n)] + rng.normal(size=(n, dim))).astype(np.float32)
+        for n in (queries, gallery)
+    ]
+
+
+def grid(queries, gallery):
+    """Small whole numbers: many exactly equal distances and some equal images."""
+    rng = np.random.default_rng(1)
+    return [rng.integers(-2, 3, size=(n, 3)).astype(np.float32) for n in (queries, gallery)]
+
+
+def copies(queries, gallery):
+    """Four different images, many times: more equal ones than k1."""
+    rng = np.random.default_rng(2)
+    four = rng.normal(size=(4, 5)).astype(np.float32)
+    return [four[rng.integers(4, size=n)] for n in (queries, gallery)]
+
+
+def shell(queries, gallery):
+    """Around the origin, at distances that differ in the eleventh digit; the queries stand there."""
+    rng = np.random.default_rng(4)
+    emb = rng.normal(size=(gallery, 4))
+    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
+    return [np.zeros((queries, 4)), emb * (1 + 1e-10 * rng.random((gallery, 1)))]
+
+
+SCENES = {
+    "people": people(15, 130),
+    "ties": grid(15, 110),
+    "copies": copies(10, 120),
+    "one query": people(1, 60),
+    "one query, one image": people(1, 1),
+    "fewer images than k1": people(3, 5),
+    "all equal": [np.full((4, 3), 1.3), np.full((50, 3), 1.3)],
+    "far from the origin": [emb.astype(np.float64) + 1e7 for emb in people(8, 80)],
+    "near ties": shell(2, 90),
+}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize(
+    ("k1", "k2", "lam"), [(20, 6, 0.3), (5, 1, 0.0), (7, 12, 0.6), (1, 1, 0.3), (6, 3, 1.0)]
+)
+def test_it_is_the_published_algorithm(scene, k1, k2, lam):
+    query, gallery = SCENES[scene]
+    expected = dense(query, gallery, k1, k2, lam)
+    found = k_reciprocal(query, gallery, k1, k2, lam, block_bytes=8 * len(gallery) * 7)
+    assert found.dtype == np.float32 and found.shape == (len(query), len(gallery))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
+    # The order too: what the loop calls equal, up to its own rounding, ties here.
+    expected = np.argsort(np.round(expected * 2**24), axis=1, kind="stable")
+    np.testing.assert_array_equal(np.argsort(found, axis=1, kind="stable"), expected)
+
+
+def test_the_scenes_are_not_trivial():
+    query, gallery = SCENES["people"]
+    plain, reranked = (k_reciprocal(query, gallery, lam=lam) for lam in (1.0, 0.3))
+    euclidean = np.square(query[:, None] - gallery[None]).sum(axis=2)
+    order = np.argsort(euclidean, axis=1)
+    np.testing.assert_array_equal(np.argsort(plain, axis=1), order)
+    assert (np.argsort(reranked, axis=1) != order).mean() > 0.3
+    squared = np.square(np.float64(SCENES["ties"][1][:, None] - SCENES["ties"][1][None])).sum(2)
+    assert all(len(np.unique(row)) < 0.3 * len(row) for row in squared)
+    # Where every expansion fails or succeeds, the 2/3 rule is not tested.
+    x = np.concatenate([query, gallery]).astype(np.float64)
+    nearest = np.argsort(np.square(x[:, None] - x[None]).sum(2), axis=1, kind="stable")
+    i, _ = rerank._expanded_reciprocal(nearest, 20)
+    full = rerank._neighbours(nearest[:, :21])
+    plain_sizes = full.multiply(full.T).sum(axis=1)
+    grown = np.bincount(i, minlength=len(x)) > plain_sizes
+    assert 0.1 < grown.mean() < 0.95
+
+
+def test_by_hand():
+    # Two pairs on a line. Everyone's one nearest other is its twin: R* = the pair.
+    found = k_reciprocal([[0.0]], [[1.0], [10.0], [11.0]], k1=1, k2=1, lam=0.3)
+    # V(q) = (1, exp(-1/121)) / sum over (q, g0); g0's furthest is q's end, 100 away.
+    a, b = np.exp(-1 / 121), np.exp(-1 / 100)
+    v_q, v_g = np.array([1, a]) / (1 + a), np.array([b, 1]) / (1 + b)
+    shared = np.minimum(v_q, v_g).sum()
+    expected = [0.7 * (1 - shared / (2 - shared)) + 0.3 / 121, 0.7 + 0.3 * 100 / 121, 1.0]
+    np.testing.assert_allclose(found[0], expected, atol=1e-7)
+
+
+def test_equal_gallery_images_tie_whatever_the_blocks():
+    query, gallery = people(5, 60, dim=32)
+    gallery[40:] = gallery[:20]
+    blocks = [k_reciprocal(query, gallery, block_bytes=b) for b in (1, 8 * 65 * 9, 2**26)]
+    for other in blocks[1:]:
+        np.testing.assert_array_equal(other, blocks[0])
+    plain = k_reciprocal(query, gallery, lam=1.0)
+    np.testing.assert_array_equal(plain[:, 40:], plain[:, :20])
+    # Copies of the query too: a rounding error near 0 is not lost in a float32 by itself.
+    gallery[:20] = query[0]
+    assert (k_reciprocal(query, gallery, lam=1.0)[0, :20] == 0).all()
+
+
+def test_moving_and_scaling_changes_nothing():
+    query, gallery = SCENES["people"]
+    expected = k_reciprocal(query, gallery)
+    moved = [8.0 * emb.astype(np.float64) + 3.0 for emb in (query, gallery)]
+    np.testing.assert_allclose(k_reciprocal(*moved), expected, atol=1e-6)
+    tensors = [torch.from_numpy(emb).requires_grad_() for emb in (query, gallery)]
+    np.testing.assert_array_equal(k_reciprocal(*tensors), expected)
+    half = [emb.bfloat16() for emb in tensors]
+    exact = [emb.detach().float().numpy() for emb in half]
+    np.testing.assert_array_equal(k_reciprocal(*half), k_reciprocal(*exact))
+
+
+def test_memory_does_not_grow_with_the_square():
+    query, gallery = people(40, 4000, dim=16, identities=300)
+    tracemalloc.start()
+    result = k_reciprocal(query, gallery, block_bytes=2**21)
+    peak = tracemalloc.get_traced_memory()[1] - result.nbytes
+    tracemalloc.stop()
+    assert peak < 0.25 * 8 * 4040**2, "a dense (N, N) matrix of float64 is four times as much"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k1": 0}, "k1 must be a whole number from 1, not 0"),
+        ({"k1": 2.5}, "k1 must be a whole number from 1, not 2.5"),
+        ({"k2": -1}, "k2 must be a whole number from 1, not -1"),
+        ({"lam": 1.1}, "lam is the share of the original distance, 0 to 1, not 1.1"),
+        ({"lam": float("nan")}, "lam is the share"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        k_reciprocal(*SCENES["people"], **options)
+
+
+@pytest.mark.parametrize("function", [k_reciprocal, query_expansion])
+@pytest.mark.parametrize(
+    ("query", "gallery", "message"),
+    [
+        (np.ones((2, 3)), np.ones((0, 3)), "gallery embeddings must be"),
+        (np.ones((0, 3)), np.ones((2, 3)), "query embeddings must be"),
+        (np.ones(3), np.ones((2, 3)), "query embeddings must be"),
+        (np.ones((2, 4)), np.ones((2, 3)), "query embeddings have 4 dimensions.*3"),
+        (np.ones((2, 3)), np.full((2, 3), np.nan), "gallery embeddings hold NaN"),
+        (np.full((2, 3), np.inf), np.ones((2, 3)), "query embeddings hold NaN, infinity"),
+        (np.ones((2, 3)), np.full((2, 3), 1e200), "gallery embeddings hold.*overflow"),
+    ],
+)
+def test_bad_embeddings(function, query, gallery, message):
+    with pytest.raises(ValueError, match=message):
+        function(query, gallery)
+
+
+# --- unit length, query expansion
+
+
+def test_unit_length_ranks_as_the_cosine_does():
+    query, gallery = (normalise(emb) for emb in SCENES["people"])
+    np.testing.assert_allclose(np.linalg.norm(gallery, axis=1), 1)
+    euclidean = np.square(query[:, None] - gallery[None]).sum(axis=2)
+    np.testing.assert_array_equal(np.argsort(euclidean, 1), np.argsort(-query @ gallery.T, 1))
+
+
+def expanded(emb, gallery, n, alpha, skip_itself=False):
+    """One image at a time."""
+    out = []
+    for row, x in enumerate(emb):
+        cosines = gallery @ x
+        near = [g for g in np.argsort(np.square(gallery - x).sum(1), kind="stable")]
+        near = [g for g in near if not (skip_itself and g == row)][:n]
+        total = x + sum(max(cosines[g], 0) ** alpha * gallery[g] for g in near)
+        out.append(total / np.linalg.norm(total))
+    return np.array(out)
+
+
+def corners(queries, gallery):
+    """Corners of a cube: lengths and distances have no rounding, and most distances tie."""
+    rng = np.random.default_rng(3)
+    return [rng.choice([-1.0, 1.0], size=(n, 4)) for n in (queries, gallery)]
+
+
+@pytest.mark.parametrize("scene", ["people", "corners", "copies", "one query", "fewer images"])
+@pytest.mark.parametrize(("n", "alpha"), [(1, 0.0), (5, 3.0), (200, 1.0)])
+def test_query_expansion_is_the_loop(scene, n, alpha):
+    scenes = SCENES | {"corners": corners(9, 70), "fewer images": people(3, 4)}
+    query, gallery = (normalise(emb) for emb in scenes[scene])
+    # Not of unit length, and the sides of different length.
+    found, same = query_expansion(3 * query, 7 * gallery, n, alpha, block_bytes=8 * 70)
+    np.testing.assert_allclose(found, expanded(query, gallery, n, alpha), atol=1e-6)
+    np.testing.assert_allclose(same, gallery, atol=1e-12)
+    query_too, both = query_expansion(query, gallery, n, alpha, both=True, block_bytes=8 * 70)
+    np.testing.assert_allclose(query_too, found, atol=1e-9)
+    np.testing.assert_allclose(both, expanded(gallery, gallery, n, alpha, True), atol=1e-6)
+
+
+def test_query_expansion_of_a_gallery_of_one():
+    query, gallery = query_expansion([[1.0, 0.0]], [[0.0, 2.0]], n=3, alpha=0, both=True)
+    np.testing.assert_allclose(query, [[0.5**0.5, 0.5**0.5]])
+    np.testing.assert_allclose(gallery, [[0, 1]])
+
+
+@pytest.mark.parametrize("options", [{"n": 0}, {"n": 1.5}, {"alpha": -1}, {"alpha": float("nan")}])
+def test_query_expansion_bad_settings(options):
+    with pytest.raises(ValueError, match="n must be a whole number from 1 and alpha 0 or more"):
+        query_expansion(*SCENES["people"], **options)

@@ -1,0 +1,785 @@
+"""The evaluator against the definitions, written out as loops over plain Python lists."""
+
+import doctest
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from reidlib.evaluation import retrieval
+from reidlib.evaluation.intervals import confidence_interval
+from reidlib.evaluation.metrics import average_precision
+from reidlib.evaluation.retrieval import Retrieval, distance_sample, evaluate, ranked_list
+
+SCORES = ["mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"]
+
+
+def table(pids, camids=None, paths=None):
+    columns = {"pid": pids, "camid": camids, "path": paths}
+    return pd.DataFrame({name: list(c) for name, c in columns.items() if c is not None})
+
+
+def line(*positions):
+    """Embeddings on a line, where distances can be read off."""
+    return np.array(positions, dtype=np.float64)[:, None]
+
+
+def oracle_ranks(i, query_emb, query, gallery_emb, gallery):
+    """Ranks of the matches of query i, from the protocol, one image at a time."""
+    cameras = "camid" in query and (query["camid"] >= 0).any() and (gallery["camid"] >= 0).any()
+    asked = query.iloc[i]
+    kept = []
+    for j, shown in enumerate(gallery.itertuples()):
+        same = shown.pid == asked.pid
+        if shown.pid == -1:
+            continue
+        if same and cameras and shown.camid == asked.camid:
+            continue
+        if same and "path" in query and shown.path == asked.path:
+            continue
+        difference = gallery_emb[j].astype(np.float64) - query_emb[i].astype(np.float64)
+        kept.append((float((difference**2).sum()), j, same))
+    return [rank for rank, (_, _, same) in enumerate(sorted(kept), 1) if same]
+
+
+def oracle(query_emb, query, gallery_emb, gallery):
+    """Scores and per-query values, from the definitions in the design."""
+    rows = []
+    for i in range(len(query)):
+        ranks = oracle_ranks(i, query_emb, query, gallery_emb, gallery)
+        n = len(ranks)
+        if n == 0:
+            rows.append([0] + [np.nan] * 5)
+            continue
+        ap = ap_market = 0.0
+        for found, rank in enumerate(ranks, 1):
+            ap += found / rank / n
+            before = (found - 1) / (rank - 1) if rank > 1 else 1.0
+            ap_market += (found / rank + before) / 2 / n
+        rows.append([n, ap, ap_market, ranks[0], ranks[-1], n / ranks[-1]])
+    have = [row for row in rows if row[0]]
+    scores = {
+        "mAP": np.mean([row[1] for row in have]),
+        "mAP_market": np.mean([row[2] for row in have]),
+        **{f"top{k}": np.mean([row[3] <= k for row in have]) for k in (1, 2, 5, 10)},
+        "mINP": np.mean([row[5] for row in have]),
+        "queries": len(rows),
+        "queries_without_match": len(rows) - len(have),
+    }
+    columns = ["matches", "AP", "AP_market", "first_rank", "last_rank", "INP"]
+    return scores, pd.DataFrame(rows, columns=columns)
+
+
+def problem(
+    seed, *, kind="integers", cameras=True, queries=12, size=60, dtype=np.float32, dim=None
+):
+    """A random problem with junk, distractors and duplicates; identity 9 is in the query alone."""
+    rng = np.random.default_rng(seed)
+    dim = dim or int(rng.integers(1, 9))
+    query_pids = np.append(rng.integers(1, 6, queries - 1), 9)
+    gallery_pids = np.append(rng.integers(-1, 6, size - 1), 1)
+    query_pids[0] = 1
+    if kind == "integers":  # many different images at the same distance
+        query_emb, gallery_emb = (
+            rng.integers(-2, 3, (queries, dim)),
+            rng.integers(-2, 3, (size, dim)),
+        )
+    else:
+        query_emb, gallery_emb = rng.normal(size=(queries, dim)), rng.normal(size=(size, dim))
+        copies = rng.permutation(size)  # the same image three times and more, all over the gallery
+        gallery_emb[copies[: size // 2]] = gallery_emb[copies[rng.integers(0, 8, size // 2)]]
+    query_camids = rng.integers(0, 3, queries) if cameras else np.full(queries, -1)
+    gallery_camids = rng.integers(0, 3, size) if cameras else np.full(size, -1)
+    gallery_camids[-1] = (query_camids[0] + 1) % 3 if cameras else -1  # query 0 has a match
+    return (
+        query_emb.astype(dtype),
+        table(query_pids, query_camids),
+        gallery_emb.astype(dtype),
+        table(gallery_pids, gallery_camids),
+    )
+
+
+def assert_agrees(args, **kwargs):
+    scores, per_query = oracle(*args)
+    result = evaluate(*args, **kwargs)
+    assert list(result.scores) == list(scores)
+    for name in scores:
+        assert result.scores[name] == pytest.approx(scores[name], abs=1e-12), name
+    for name in per_query:
+        np.testing.assert_allclose(result.per_query[name], per_query[name], rtol=0, atol=1e-12)
+    return result
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["integers", "duplicates"])
+def test_agrees_with_the_definitions(kind, dtype, cameras):
+    for seed in range(12):
+        result = assert_agrees(problem(seed, kind=kind, dtype=dtype, cameras=cameras))
+        assert result.scores["queries_without_match"] >= 1
+        assert 0 < result.scores["mAP"] < 1
+
+
+def test_equal_images_tie_exactly_where_a_matrix_product_would_not():
+    # BLAS rounds an image differently at an edge of its blocks. Copies of one image, each with
+    # its own identity, must rank in gallery order nonetheless. (Every second image is another,
+    # far off: were all the same, centring would leave nothing but zeros.)
+    rng = np.random.default_rng(0)
+    pids = np.arange(1, 202)
+    for dim in (3, 17, 128, 130):
+        gallery_emb = np.repeat(rng.normal(size=(1, dim)), 201, axis=0)
+        query_emb = gallery_emb[::2] + rng.normal(size=(101, dim))
+        gallery_emb[1::2] += 100
+        args = (query_emb, table(pids[::2]), gallery_emb, table(pids))
+        for queries_at_once in (1, 2, 37, 101):
+            result = evaluate(*args, block_bytes=8 * 201 * queries_at_once)
+            assert result.per_query["first_rank"].tolist() == list(range(1, 102))
+
+
+def test_fast_distances_may_be_wrong_by_half_the_slack():
+    # Ranks must not depend on that, whether few pairs are closer than the slack, or all of them.
+    rng = np.random.default_rng(2)
+    every = np.arange(30)
+    for slack in (0, 1e-3, 0.1, 1, 100):
+        for count in (1, 2, 8):
+            gallery_emb, pids = rng.normal(size=(30, 2)), np.zeros(30, int)
+            gallery_emb[rng.permutation(30)[:10]] = gallery_emb[0]
+            pids[rng.permutation(30)[:count]] = 1
+            args = rng.normal(size=(1, 2)), table([1]), gallery_emb, table(pids)
+            asked = Retrieval(*args)
+            for _ in range(10):
+                noise = rng.uniform(-0.49, 0.49, 30) * slack
+                near = asked._key(0, every) + noise
+                ranks = asked._ranks(0, near, slack, every, np.flatnonzero(pids))
+                assert sorted(ranks) == oracle_ranks(0, *args)
+                for topk in (1, 3, 30):
+                    rows = asked._list(0, near.copy(), slack, topk, False)[0]
+                    assert (
+                        rows.tolist()
+                        == np.argsort(asked._key(0, every), kind="stable")[:topk].tolist()
+                    )
+
+
+def test_last_bits_decide_like_the_direct_sum():
+    # Images that differ by a few of the smallest steps of float32, and copies of them.
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=16).astype(np.float32)
+    steps = rng.integers(-1, 2, (80, 16)) * np.spacing(base)
+    gallery_emb = (base + steps * (rng.random((80, 16)) < 0.1)).astype(np.float32)
+    query_emb = rng.normal(size=(9, 16)).astype(np.float32)
+    pids = rng.integers(0, 3, 80)
+    assert_agrees((query_emb, table(np.arange(9) % 2 + 1), gallery_emb, table(pids)))
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(1e6, np.float64), (1e3, np.float32)])
+def test_far_from_the_origin(offset, dtype):
+    for seed in range(5):
+        query_emb, query, gallery_emb, gallery = problem(seed, kind="duplicates", dtype=dtype)
+        far = (query_emb + dtype(offset)), query, (gallery_emb + dtype(offset)), gallery
+        assert far[0].dtype == dtype
+        assert_agrees(far)
+        if dtype == np.float64:  # 1e6 costs six digits of sixteen, too few to change an order
+            near = evaluate(query_emb, query, gallery_emb, gallery)
+            assert evaluate(*far).scores == near.scores
+
+
+def test_one_image_far_out_does_not_blur_the_rest():
+    query_emb, query, gallery_emb, gallery = problem(3, kind="duplicates", dtype=np.float64)
+    gallery_emb[7] = 1e9
+    assert_agrees((query_emb, query, gallery_emb, gallery))
+
+
+def test_blocks_change_nothing():
+    args = problem(5, kind="duplicates", queries=23, size=300, dim=40)
+    whole = evaluate(*args)
+    for block_bytes in (1, 8 * 300 * 4, 10**9):
+        part = evaluate(*args, block_bytes=block_bytes)
+        assert part.scores == whole.scores
+        assert part.protocol == whole.protocol
+        pd.testing.assert_frame_equal(part.per_query, whole.per_query, check_exact=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_takes_tensors(dtype):
+    query_emb, query, gallery_emb, gallery = problem(2, kind="integers")
+    tensors = [
+        torch.tensor(emb, dtype=dtype, requires_grad=True) for emb in (query_emb, gallery_emb)
+    ]
+    expected = evaluate(query_emb, query, gallery_emb, gallery).scores
+    assert evaluate(tensors[0], query, tensors[1], gallery).scores == expected
+
+
+def test_memory_holds_a_block_not_the_whole_matrix():
+    rng = np.random.default_rng(0)
+    query, gallery = table(rng.integers(1, 400, 500)), table(rng.integers(1, 400, 3000))
+    query_emb, gallery_emb = rng.normal(size=(500, 4)), rng.normal(size=(3000, 4))
+    tracemalloc.start()  # counts what NumPy allocates
+    try:
+        evaluate(query_emb, query, gallery_emb, gallery, block_bytes=2**18)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 2**20 < 500 * 3000 * 8 / 5
+
+
+def test_inputs_stay_as_they_were():
+    args = problem(4, dtype=np.float64)
+    before = [arg.copy() for arg in args]
+    evaluate(*args)
+    for arg, old in zip(args, before, strict=True):
+        assert np.array_equal(arg, old)
+
+
+def test_standard_ap_agrees_with_scikit_learn():
+    rng = np.random.default_rng(8)
+    query_emb, gallery_emb = rng.normal(size=(20, 6)), rng.normal(size=(150, 6))  # no ties
+    query, gallery = table(rng.integers(1, 5, 20)), table(rng.integers(0, 5, 150))
+    result = evaluate(query_emb, query, gallery_emb, gallery)
+    for i, ap in enumerate(result.per_query["AP"]):
+        distance = np.linalg.norm(gallery_emb - query_emb[i], axis=1)
+        expected = average_precision_score(gallery["pid"] == query["pid"][i], -distance)
+        assert ap == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_case_by_hand():
+    # Kept, by distance from 0: wrong 1, match 2, distractor 3, match 4. Left out: junk at 0.5 and
+    # the same identity from the same camera at 0.1; another identity from that camera stays.
+    gallery = table([5, -1, 7, 5, 0, 5], [1, 1, 1, 2, 3, 3])
+    gallery_emb = line(0.1, 0.5, 1, 2, 3, 4)
+    result = evaluate(line(0), table([5], [1]), gallery_emb, gallery)
+    assert result.scores == pytest.approx(
+        {
+            "mAP": (1 / 2 + 2 / 4) / 2,
+            "mAP_market": ((1 / 2 + 0) / 2 + (2 / 4 + 1 / 3) / 2) / 2,
+            **{"top1": 0, "top2": 1, "top5": 1, "top10": 1},
+            "mINP": 2 / 4,
+            **{"queries": 1, "queries_without_match": 0},
+        }
+    )
+    assert result.per_query.to_dict("records") == [
+        {
+            **{"query": 0, "pid": 5, "camid": 1, "matches": 2, "AP": 0.5},
+            "AP_market": pytest.approx(1 / 3),
+            **{"first_rank": 2, "last_rank": 4, "INP": 0.5},
+        }
+    ]
+    assert "Queries: 1. Gallery images: 5, after 1 of junk" in result.protocol
+    assert "same camera: 1." in result.protocol
+    assert "50.0" in str(result) and "33.33" in str(result)
+    assert result.table()["mAP"].item() == 50.0
+
+
+def test_same_camera_stays_in_if_asked():
+    gallery = table([5, 7, 5], [1, 1, 2])
+    result = evaluate(line(0), table([5], [1]), line(0.1, 1, 2), gallery, exclude_same_camera=False)
+    assert result.per_query["matches"].item() == 2
+    assert result.scores["top1"] == 1
+    assert "stay in, as asked" in result.protocol
+
+
+@pytest.mark.parametrize("camids", [None, [-1, -1]])
+def test_without_cameras_a_query_does_not_find_itself(camids):
+    images = table([1, 1], camids, ["a.jpg", "b.jpg"])
+    images = pd.concat([images, images.assign(pid=2, path=["c.jpg", "d.jpg"])], ignore_index=True)
+    emb = line(0, 3, 1.2, 2)
+    result = assert_agrees((emb, images, emb, images))
+    assert (result.per_query["matches"] == 1).all()
+    assert result.scores["top1"] == 0.5
+    assert "Cameras are unknown" in result.protocol
+    assert "the query image itself (path): 4." in result.protocol
+    no_paths = images.drop(columns="path")
+    assert evaluate(emb, no_paths, emb, no_paths).scores["top1"] == 1
+    empty = images.assign(path="")  # a file of embeddings may hold empty paths
+    assert evaluate(emb, empty, emb, empty).scores["top1"] == 1
+
+
+def test_no_image_is_dropped_twice():
+    images = table([1, 1, 1], [1, 1, 2], ["a.jpg", "b.jpg", "c.jpg"])
+    result = assert_agrees((line(0), images[:1], line(0, 1, 2), images))
+    assert "same camera: 2." in result.protocol and "itself" not in result.protocol
+    stays = evaluate(line(0), images[:1], line(0, 1, 2), images, exclude_same_camera=False)
+    assert stays.per_query["matches"].item() == 2
+    assert "the query image itself (path): 1." in stays.protocol
+
+
+def test_cameras_known_on_one_side_only_are_unknown():
+    gallery = table([1, 2], [3, 3])
+    result = evaluate(line(0), table([1]), line(0, 1), gallery)
+    assert result.scores["mAP"] == 1 and "Cameras are unknown" in result.protocol
+
+
+def test_queries_without_match_are_named_and_left_out():
+    query = table([1, 8, 1, 9])
+    result = evaluate(line(0, 0, 0, 0), query, line(0, 1), table([1, 2]))
+    assert result.scores["mAP"] == 1 and result.scores["top1"] == 1
+    assert (result.scores["queries"], result.scores["queries_without_match"]) == (4, 2)
+    assert "2 rows (1, 3)" in result.protocol
+    assert result.per_query["AP"].isna().tolist() == [False, True, False, True]
+    assert result.per_query["matches"].tolist() == [1, 0, 1, 0]
+
+
+def test_row_numbers_are_positions_whatever_the_index():
+    query_emb, query, gallery_emb, gallery = problem(6)
+    expected = evaluate(query_emb, query, gallery_emb, gallery)
+    query.index, gallery.index = query.index[::-1], gallery.index + 100
+    result = evaluate(query_emb, query, gallery_emb, gallery)
+    pd.testing.assert_frame_equal(result.per_query, expected.per_query)
+
+
+def test_average_precision_difference_is_the_identity_of_the_design():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n = int(rng.integers(1, 20))
+        ranks = np.sort(rng.choice(40, n, replace=False) + 1)
+        gap = sum((r - i) / (r * (r - 1)) for i, r in enumerate(ranks, 1) if r > 1) / (2 * n)
+        ap, ap_market = average_precision(ranks)
+        assert ap - ap_market == pytest.approx(gap, abs=1e-14)
+    assert average_precision([1, 2, 3]) == (1, 1)
+    assert average_precision([2]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("ranks", [[], [0, 1], [2, 2], [3, 1], [[1]]])
+def test_average_precision_refuses(ranks):
+    with pytest.raises(ValueError, match="ascending"):
+        average_precision(ranks)
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+@pytest.mark.parametrize("kind", ["integers", "duplicates"])
+def test_ranked_list_shows_what_is_scored(kind, cameras):
+    for seed in range(5):
+        args = problem(seed, kind=kind, cameras=cameras)
+        per_query = evaluate(*args).per_query
+        for i, row in per_query.iterrows():
+            shown = ranked_list(i, *args, topk=None)
+            assert sorted(shown["gallery"]) == list(range(len(args[3])))
+            assert shown["distance"].is_monotonic_increasing
+            ranks = shown.loc[shown["status"] == "match", "rank"].to_numpy(dtype=np.int64)
+            assert len(ranks) == row["matches"]
+            if len(ranks):
+                assert average_precision(ranks) == (row["AP"], row["AP_market"])
+            ranked = shown["rank"].dropna().tolist()
+            assert ranked == list(range(1, len(ranked) + 1))
+            assert (shown["rank"].isna() == shown["status"].isin(["junk", "same camera"])).all()
+
+
+def test_ranked_list_by_hand():
+    gallery = table([5, -1, 7, 5, 0, 5, 5], [1, 1, 1, 2, 3, 3, 1], list("abcdefg"))
+    gallery_emb = line(0.1, 1.5, 1, -2, 3, 4, 9)
+    args = (0, line(0), table([5], [1], ["q"]), gallery_emb, gallery)
+    shown = ranked_list(*args, topk=2)
+    assert list(shown) == ["rank", "gallery", "path", "pid", "camid", "distance", "status"]
+    assert shown["rank"].isna().tolist() == [True, False, True, False]
+    assert shown["rank"].dropna().tolist() == [1, 2] and shown["rank"].dtype == "Int64"
+    assert shown["path"].tolist() == ["a", "c", "b", "d"]
+    assert shown["distance"].tolist() == [0.1, 1, 1.5, 2]
+    assert shown["status"].tolist() == ["same camera", "wrong", "junk", "match"]
+    short = ranked_list(*args, topk=2, show_excluded=False)
+    assert short["gallery"].tolist() == [2, 3] and short["rank"].tolist() == [1, 2]
+    assert len(ranked_list(*args)) == 7  # fewer than ten: all there is
+    stays = ranked_list(*args, topk=1, exclude_same_camera=False)
+    assert stays["status"].tolist() == ["match"]
+    itself = ranked_list(0, line(0), table([5], None, ["a"]), gallery_emb, gallery, topk=1)
+    assert itself["status"].tolist() == ["query itself", "wrong"]
+    with pytest.raises(ValueError, match="query_row is 1"):
+        ranked_list(1, *args[1:])
+    with pytest.raises(ValueError, match="topk"):
+        ranked_list(*args, topk=0)
+
+
+def oracle_list(i, query_emb, query, gallery_emb, gallery, topk):
+    """A whole list sorted one image at a time, then cut; and the matches behind the cut."""
+    asked, rows = query.iloc[i], []
+    cameras = (query["camid"] >= 0).any() and (gallery["camid"] >= 0).any()
+    for j, shown in enumerate(gallery.itertuples()):
+        difference = gallery_emb[j].astype(np.float64) - query_emb[i].astype(np.float64)
+        status = "match" if shown.pid == asked.pid else "wrong"
+        if status == "match" and cameras and shown.camid == asked.camid:
+            status = "same camera"
+        if shown.pid == -1:
+            status = "junk"
+        rows.append((float((difference**2).sum()), j, status))
+    rank, cut, missed = 0, [], []
+    for _, j, status in sorted(rows):
+        ranked = status in ("match", "wrong")
+        rank += ranked
+        if rank < topk or (rank == topk and ranked):
+            cut.append((i, rank if ranked else None, j, status))
+        elif status == "match":
+            missed.append((i, rank, j, status))
+    return cut, missed
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+@pytest.mark.parametrize("kind", ["integers", "duplicates"])
+def test_many_lists_are_the_same_as_slow_ones(kind, cameras):
+    for seed in range(6):
+        args = problem(seed, kind=kind, cameras=cameras)
+        retrieval = Retrieval(*args)
+        for topk in (1, 4, 17, 1000):
+            for show_missed in (False, True):
+                wanted = []
+                for i in (3, 0, 11, 3):
+                    cut, missed = oracle_list(i, *args, topk)
+                    wanted += cut + missed * show_missed
+                found = retrieval.ranked_lists([3, 0, 11, 3], topk=topk, show_missed=show_missed)
+                rank = found["rank"].astype(object).where(found["rank"].notna(), None)
+                columns = (found["query"], rank, found["gallery"], found["status"])
+                assert list(zip(*columns, strict=True)) == wanted
+                for i, j, distance in found[["query", "gallery", "distance"]].itertuples(False):
+                    assert distance == retrieval.distances(i, [j])[0]
+    everyone = retrieval.ranked_lists(topk=None)
+    assert len(everyone) == 12 * 60
+    one = everyone[everyone["query"] == 5].drop(columns="query").reset_index(drop=True)
+    pd.testing.assert_frame_equal(retrieval.ranked_list(5, topk=None), one)
+
+
+def test_a_list_with_what_it_missed_holds_all_of_its_ap():
+    for seed in range(10):
+        retrieval = Retrieval(*problem(seed, kind="integers"))
+        found = retrieval.ranked_lists(topk=3, show_missed=True)
+        for row in retrieval.evaluate().per_query.itertuples():
+            ranks = found[(found["query"] == row.query) & (found["status"] == "match")]["rank"]
+            assert len(ranks) == row.matches
+            if row.matches:
+                assert average_precision(ranks.to_numpy(np.int64)) == (row.AP, row.AP_market)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_distances_that_came_ready(dtype):
+    for seed in range(6):
+        args = problem(seed, kind="integers")
+        known = Retrieval(*args)
+        distances = np.array([known.distances(i) ** 2 for i in range(12)]).round().astype(dtype)
+        ready = Retrieval.from_distances(distances, args[1], args[3])
+        assert ready.evaluate().scores == known.evaluate().scores
+        lists = [r.ranked_lists(topk=7, show_missed=True) for r in (known, ready)]
+        left, right = (table.drop(columns="distance") for table in lists)
+        pd.testing.assert_frame_equal(left, right)
+        np.testing.assert_allclose(lists[0]["distance"] ** 2, lists[1]["distance"], atol=1e-9)
+    with pytest.raises(ValueError, match="do not say how far"):
+        known.from_distances(distances, args[1], args[3]).ask([0])
+        ready.ask([0])
+    with pytest.raises(ValueError, match=r"\(12, 60\) for these tables, not \(11, 60\)"):
+        Retrieval.from_distances(distances[1:], args[1], args[3])
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 row \(2\)"):
+        broken = distances.astype(float)
+        broken[2, 5] = np.nan
+        Retrieval.from_distances(broken, args[1], args[3])
+
+
+def test_gallery_images_ask():
+    gallery = table([5, -1, 7, 5, 0, 5], [1, 1, 1, 2, 3, 3], list("abcdef"))
+    retrieval = Retrieval(line(0), table([5], [1], ["q"]), line(0, 1, 2, 3, 4, 5), gallery)
+    asked = retrieval.ask([3, 4, 1])
+    lists = asked.ranked_lists(topk=9)
+    status = {i: list(t["status"]) for i, t in lists.groupby("query", sort=False)}
+    # Nearest first: d c e b f a for the image d, which is itself left out.
+    assert status[0] == ["query itself", "wrong", "wrong", "junk", "match", "match"]
+    assert lists[lists["query"] == 0]["path"].tolist() == list("dcebfa")
+    # A distractor and junk are nobody: nothing is right or wrong.
+    assert status[1] == ["query itself", *["unknown"] * 3, "junk", "unknown"]
+    assert status[2] == ["query itself", *["unknown"] * 5]
+    with pytest.raises(ValueError, match="ask for nobody"):
+        asked.evaluate()
+    for wrong in ([], [6], [-1], 0, [0.5]):
+        with pytest.raises(ValueError, match="gallery"):
+            retrieval.ask(wrong)
+
+
+def test_without_labels_everything_is_ranked_and_nothing_judged():
+    gallery = table([-1, -1, -1], None, ["a", "b", "q"])
+    for pid in (-1, 4):
+        retrieval = Retrieval(line(0), table([pid], None, ["q"]), line(2, 1, 0), gallery)
+        found = retrieval.ranked_list(0)
+        if pid == -1:
+            assert found["status"].tolist() == ["query itself", "unknown", "unknown"]
+            assert found["path"].tolist() == ["q", "b", "a"]
+        assert set(found["status"]) <= {"unknown", "query itself"}
+    with pytest.raises(ValueError, match="junk"):
+        retrieval.evaluate()
+
+
+def test_distance_sample():
+    gallery = table([5, -1, 7, 5, 0, 5], [1, 1, 1, 2, 3, 3])
+    gallery_emb = line(0.1, 0.5, 1, 2, 3, 4)
+    args = (line(0, 0), table([5, 8], [1, 1]), gallery_emb, gallery)
+    matches, others = distance_sample(*args)
+    assert matches.tolist() == [2, 4]  # neither the same camera nor junk; query 1 has none
+    assert sorted(others[:2]) == [1, 3] and sorted(others[2:]) == [0.1, 1, 2, 3, 4]
+    few = distance_sample(*args, per_query=1, seed=3)[1]
+    assert len(few) == 2
+    assert np.array_equal(few, distance_sample(*args, per_query=1, seed=3)[1])
+    draws = {distance_sample(*args, per_query=1, seed=seed)[1][0] for seed in range(20)}
+    assert draws == {1, 3}
+
+
+def test_confidence_interval():
+    args = problem(1, kind="duplicates", queries=60, size=90)
+    result = evaluate(*args)
+    interval = confidence_interval(result.per_query, repeats=500)
+    assert list(interval.index) == SCORES
+    for name in SCORES:
+        assert interval["value"][name] == pytest.approx(result.scores[name])
+    assert (interval["low"] < interval["value"]).all()
+    assert (interval["value"] < interval["high"]).all()
+    # Of a mean of n values: 1.96 standard errors on either side.
+    ap = result.per_query["AP"].dropna()
+    half = (interval["high"] - interval["low"])["mAP"] / 2
+    assert half == pytest.approx(1.96 * ap.std() / np.sqrt(len(ap)), rel=0.15)
+    again = confidence_interval(result.per_query, repeats=500)
+    pd.testing.assert_frame_equal(again, interval)
+    narrow = confidence_interval(result.per_query, repeats=500, level=0.5)
+    assert (narrow["high"] - narrow["low"] < interval["high"] - interval["low"]).all()
+
+
+def test_confidence_interval_draws_persons():
+    # Two persons, one always found and one never: half of all draws hold one of them alone.
+    query = table([1] * 30 + [2] * 10)
+    query_emb = np.repeat(line(0, 9), [30, 10], axis=0)
+    per_query = evaluate(query_emb, query, line(0, 9, 8), table([1, 3, 2])).per_query
+    by_pid = confidence_interval(per_query, by="pid").loc["top1"]
+    assert by_pid.tolist() == [0.75, 0, 1]
+    by_query = confidence_interval(per_query).loc["top1"]
+    assert 0.5 < by_query["low"] < by_query["high"] < 0.95
+
+
+def test_paired_difference():
+    args = problem(1, kind="duplicates", queries=60, size=90)
+    a = evaluate(*args).per_query
+    b = a.assign(AP=a["AP"] - 0.01)  # every query a little worse: certain, though small
+    difference = confidence_interval(a, versus=b)
+    assert difference.loc["mAP"].to_numpy() == pytest.approx([0.01] * 3)
+    assert (difference.loc["top1"] == 0).all()
+    with pytest.raises(ValueError, match="same queries"):
+        confidence_interval(a, versus=b.iloc[:-1])
+    with pytest.raises(ValueError, match="two values"):
+        confidence_interval(a.iloc[:1])
+    with pytest.raises(ValueError, match="level"):
+        confidence_interval(a, level=95)
+
+
+E2 = line(0, 1)
+T2 = table([1, 2], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((line(0), T2, E2, T2), "1 query embeddings beside a query table of 2 rows"),
+        ((E2, T2, line(0), T2), "1 gallery embeddings"),
+        ((np.zeros((2, 3)), T2, E2, T2), "3 dimensions, gallery embeddings 1"),
+        ((np.zeros(2), T2, E2, T2), r"must be \(N, D\)"),
+        ((np.zeros((2, 0)), T2, E2, T2), r"must be \(N, D\)"),
+        ((np.array([["a"], ["b"]]), T2, E2, T2), r"must be \(N, D\)"),
+        ((line(0, np.nan), T2, E2, T2), r"query embeddings hold NaN or infinity in 1 row \(1\)"),
+        ((E2, T2, line(np.inf, 1), T2), "gallery embeddings hold NaN"),
+        ((E2, T2, line(-1e300, 1e300), T2), "overflow"),
+        ((E2[:0], T2[:0], E2, T2), "query is empty"),
+        ((E2, T2, E2[:0], T2[:0]), "gallery is empty"),
+        ((E2, T2, E2, table([-1, -1])), "junk"),
+        ((E2, table([0, 1]), E2, T2), r"1 row \(0\) of the query table"),
+        ((E2, table([1, -1]), E2, T2), r"1 row \(1\) of the query table"),
+        ((E2, T2, E2, table([1, -2])), "below -1"),
+        ((E2, T2.drop(columns="pid"), E2, T2), "no column 'pid'"),
+        ((E2, table([1.0, np.nan]), E2, T2), "whole numbers"),
+        ((E2, table(["0001", "0002"]), E2, T2), "whole numbers"),
+        ((E2, T2, E2, table([1, 2], [1, -1])), "1 of 2 images of the gallery table have no camera"),
+        ((E2, table([8, 9]), E2, T2), "share nothing"),
+        ((E2, T2, E2, T2), "2 for the same camera"),
+    ],
+)
+def test_refuses(args, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*args)
+
+
+def test_junk_may_lack_a_camera():
+    gallery = table([1, -1], [2, -1])
+    assert evaluate(line(0), table([1], [1]), line(0, 1), gallery).scores["mAP"] == 1
+
+
+def test_refuses_topk():
+    with pytest.raises(ValueError, match="topk"):
+        evaluate(E2, table([1, 2]), E2, table([1, 2]), topk=[0, 1])
+    assert evaluate(E2, table([1, 2]), E2, table([1, 2]), topk=[3]).scores["top3"] == 1
+
+
+def test_examples():
+    assert doctest.testmod(retrieval).attempted > 0
+    assert doctest.testmod(retrieval).failed == 0
+
+
+# --- float32 first, and what it cannot tell apart in float64
+
+
+def direct(query_emb, query, gallery_emb, gallery):
+    """Matches, first and last rank of each query by stable sorts of directly summed distances."""
+    kept = np.flatnonzero(gallery["pid"] != -1)
+    pids, camids = gallery["pid"].to_numpy()[kept], gallery["camid"].to_numpy()[kept]
+    rows = []
+    for emb, pid, camid in zip(query_emb, query["pid"], query["camid"], strict=True):
+        difference = gallery_emb[kept].astype(np.float64) - emb.astype(np.float64)
+        order = np.argsort(np.square(difference).sum(axis=1), kind="stable")
+        order = order[(pids[order] != pid) | (camids[order] != camid)]
+        ranks = np.flatnonzero(pids[order] == pid) + 1
+        ap = np.mean(np.arange(1, len(ranks) + 1) / ranks) if len(ranks) else np.nan
+        rows.append([len(ranks), ap, *(ranks[[0, -1]] if len(ranks) else [np.nan] * 2)])
+    return pd.DataFrame(rows, columns=["matches", "AP", "first_rank", "last_rank"])
+
+
+def crowd(seed, dim, queries=70, size=2600, people=40):
+    """People so close to each other that float32 is unsure of many pairs; some images twice."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(people + 1, dim))
+    pids = [rng.integers(1, people, queries), rng.integers(-1, people, size)]
+    embs = [centres[p] + 2 * rng.normal(size=(len(p), dim)) for p in pids]
+    copies = rng.integers(0, size, (2, size // 4))
+    # Every other copy is off by about the last digit of float32.
+    embs[1][copies[0]] = embs[1][copies[1]]
+    embs[1][copies[0, ::2]] *= 1 + 5e-8 * rng.normal(size=(len(copies[0, ::2]), dim))
+    camids = [rng.integers(0, 4, len(p)) for p in pids]
+    tables = [table(p, c) for p, c in zip(pids, camids, strict=True)]
+    return embs[0], tables[0], embs[1], tables[1]
+
+
+def assert_exact(args, **options):
+    result, expected = evaluate(*args, **options).per_query, direct(*args)
+    for name in ("matches", "first_rank", "last_rank"):
+        np.testing.assert_array_equal(result[name], expected[name], name)
+    np.testing.assert_allclose(result["AP"], expected["AP"], rtol=0, atol=1e-12)
+    return result
+
+
+@pytest.mark.parametrize("dim", [2, 40, 600])  # 600: three partial products
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ranks_are_exact_where_float32_is_unsure(dim, dtype):
+    query_emb, query, gallery_emb, gallery = crowd(dim, dim)
+    args = query_emb.astype(dtype), query, gallery_emb.astype(dtype), gallery
+    result = assert_exact(args)
+    # Ranks by float32 alone are others: else this test would prove nothing.
+    centre = args[2].mean(axis=0)
+    shown, asked = (np.float32(emb - centre) for emb in (args[2], args[0]))
+    near = (shown**2).sum(axis=1) - 2 * asked @ shown.T
+    kept = np.flatnonzero(gallery["pid"] != -1)
+    wrong = [
+        not np.array_equal(
+            np.argsort(row[kept], kind="stable"),
+            np.argsort(np.square(np.float64(args[2][kept]) - emb).sum(axis=1), kind="stable"),
+        )
+        for row, emb in zip(near, np.float64(args[0]), strict=True)
+    ]
+    assert any(wrong)
+    # Several tiles of the gallery and blocks of queries; and the code of accelerators.
+    for options in ({"block_bytes": 2**18}, {"device": "cpu"}):
+        other = evaluate(*args, **options).per_query
+        pd.testing.assert_frame_equal(other, result, check_exact=True)
+
+
+def test_products_on_a_device_are_exact_whatever_is_allowed_elsewhere(monkeypatch):
+    seen, count = set(), retrieval._count_before_torch
+
+    def watched(*args):
+        seen.add(torch.get_float32_matmul_precision())
+        return count(*args)
+
+    monkeypatch.setattr(retrieval, "_count_before_torch", watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # TF32 and less, which the error bound forbids
+    try:
+        evaluate(*problem(2), device="cpu")
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-21, 1e-15, 1e12, 1e18, 1e25, 1e100])
+def test_numbers_that_float32_cannot_hold(scale):
+    query_emb, query, gallery_emb, gallery = crowd(1, 6, queries=30, size=1200)
+    assert_exact((query_emb * scale, query, gallery_emb * scale, gallery))
+
+
+def test_far_queries_and_a_far_image():
+    query_emb, query, gallery_emb, gallery = crowd(2, 6, queries=30, size=1200)
+    query_emb[::3] *= 1e6
+    query_emb[1::3] *= 1e20
+    assert_exact((query_emb, query, gallery_emb, gallery))
+    gallery_emb[7] = 1e7
+    assert_exact((query_emb, query, gallery_emb, gallery))
+
+
+def test_dead_network_and_binary_codes_rank_by_gallery_order():
+    rng = np.random.default_rng(0)
+    _, query, _, gallery = crowd(3, 2, queries=20, size=2600)
+    for options in ({}, {"device": "cpu"}):
+        assert_exact((np.ones((20, 3)), query, np.ones((2600, 3)), gallery), **options)
+        codes = [rng.integers(0, 2, (n, 5)) for n in (20, 2600)]
+        assert_exact((codes[0], query, codes[1], gallery), **options)
+
+
+def test_three_ways_to_count_agree_with_a_loop():
+    rng = np.random.default_rng(6)
+    for spread in (1e-9, 0.01, 1):  # intervals apart, some, and all of them overlapping
+        # Tenths, so that numbers often stand on an end of an interval; one row has none.
+        near = rng.integers(0, 300, (4, 500)).astype(np.float32) / 10
+        row = np.repeat([0, 2, 3], [1, 60, 12])
+        middle = rng.integers(0, 300, len(row)) / np.float32(10)
+        low, high = (np.float32(middle + sign * spread * rng.random(len(row))) for sign in (-1, 1))
+        found = [
+            retrieval._count_before(near, row, low, high),
+            retrieval._count_before_torch(torch.from_numpy(near.copy()), row, low, high),
+        ]
+        between = np.zeros(near.shape, bool)
+        for r, a, b in zip(row, low, high, strict=True):
+            between[r] |= (near[r] >= a) & (near[r] <= b)
+        assert 0 < between.sum() < between.size
+        expected = [((near[r] < a) & ~between[r]).sum() for r, a in zip(row, low, strict=True)]
+        for counts, rows, columns in found:
+            np.testing.assert_array_equal(counts, expected)
+            marked = np.zeros(near.shape, bool)
+            marked[rows, columns] = True
+            np.testing.assert_array_equal(marked, between)
+            assert len(rows) == between.sum()
+        for r in (0, 2, 3):
+            mine = row == r
+            for way in (retrieval._count_by_passes, retrieval._count_by_sort):
+                counts, columns = way(near[r], low[mine], high[mine])
+                np.testing.assert_array_equal(counts, np.array(expected)[mine])
+                np.testing.assert_array_equal(np.sort(columns), np.flatnonzero(between[r]))
+
+
+def test_few_and_many_matches_a_query():
+    # 2,600 images of 40 people are 65 each, which are sorted; of 400, 6 each, which are passed.
+    for people in (40, 400):
+        args = crowd(9, 20, people=people)
+        first = assert_exact(args)
+        other = evaluate(*args, device="cpu").per_query
+        pd.testing.assert_frame_equal(other, first, check_exact=True)
+    with pytest.raises(RuntimeError, match="device"):
+        evaluate(*args, device="nowhere")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.uint8])
+def test_given_distances_rank_exactly(dtype):
+    rng = np.random.default_rng(4)
+    _, query, _, gallery = crowd(4, 2, queries=30, size=2600)
+    distances = rng.integers(0, 200, (30, 2600)).astype(dtype)
+    if dtype == np.float64:  # apart by less than float32 shows
+        distances = 1 + rng.permutation(distances.size).reshape(distances.shape) * 1e-12
+    if dtype == np.int64:  # apart by less than float64 shows
+        distances = 2**60 + rng.integers(0, 2000, distances.shape)
+    result = Retrieval.from_distances(distances, query, gallery).evaluate(block_bytes=2**18)
+    kept = np.flatnonzero(gallery["pid"] != -1)
+    shown = gallery.iloc[kept].to_numpy()
+    for row, asked, got in zip(
+        distances, query.itertuples(), result.per_query.itertuples(), strict=True
+    ):
+        order = np.argsort(row[kept], kind="stable")
+        pids, camids = shown[order].T
+        pids = pids[(pids != asked.pid) | (camids != asked.camid)]
+        ranks = np.flatnonzero(pids == asked.pid) + 1
+        assert (got.first_rank, got.last_rank) == (ranks[0], ranks[-1])
+        assert abs(got.AP - average_precision(ranks)[0]) < 1e-12

@@ -1,0 +1,110 @@
+"""The PK sampler: what an epoch shows, ragged identities, exact length, restore."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from reidlib.data.sampler import PKSampler
+
+RAGGED = np.repeat([0, 3, 5, 8, 9, 12, 40], [9, 1, 4, 2, 17, 6, 3])
+
+
+def shuffled(pids, seed=0):
+    return np.random.default_rng(seed).permutation(pids)
+
+
+@pytest.mark.parametrize("epoch", ["identities", "images"])
+@pytest.mark.parametrize(("p", "k"), [(2, 4), (3, 2), (7, 4), (1, 1), (4, 5)])
+def test_every_batch_is_p_identities_of_k_images(epoch, p, k):
+    pids = shuffled(RAGGED)
+    size = Counter(pids.tolist())
+    sampler = PKSampler(pids, p, k, epoch, seed=3)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    seen = Counter()
+    for batch in batches:
+        assert batch.shape == (p * k,) and batch.dtype == np.int64
+        groups = pids[batch].reshape(p, k)
+        assert (groups == groups[:, :1]).all()
+        assert len(set(groups[:, 0].tolist())) == p
+        for rows in batch.reshape(p, k):
+            shown = Counter(rows.tolist())
+            n = size[int(pids[rows[0]])]
+            # even: rows that are shown differ by one at most; no duplicate where there are K images
+            assert len(shown) == min(n, k)
+            assert max(shown.values()) - min(shown.values()) <= 1
+        seen.update(batch.tolist())
+    identities = Counter(pids[b].reshape(p, k)[i, 0] for b in batches for i in range(p))
+    assert set(identities) == set(size)
+    if epoch == "images":
+        assert set(seen) == set(range(len(pids)))
+    else:
+        # every identity once; only the fill of the last batch comes on top
+        assert sum(identities.values()) - len(size) < p
+
+
+def test_trinet_epoch_on_market_sizes():
+    pids = np.repeat(np.arange(751), 17)
+    sampler = PKSampler(pids, 18, 4)
+    assert len(sampler) == 42  # ceil(751 / 18)
+    first = np.concatenate([pids[b].reshape(18, 4)[:, 0] for b in sampler])
+    assert sorted(set(first.tolist())) == list(range(751))
+    assert len(first) - 751 == 42 * 18 - 751
+
+
+def test_one_identity_with_most_images_sets_the_length():
+    pids = np.repeat([0, 1, 2], [20, 2, 2])
+    sampler = PKSampler(pids, p=2, k=2, epoch="images")
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 10
+    assert set(np.concatenate(batches).tolist()) == set(range(24))
+
+
+def test_epochs_differ_and_the_seed_decides():
+    sampler = PKSampler(RAGGED, 3, 2, seed=1)
+    first, second = list(sampler), list(sampler)
+    assert not all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    again = PKSampler(RAGGED, 3, 2, seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    other = PKSampler(RAGGED, 3, 2, seed=2)
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("epoch", ["identities", "images"])
+@pytest.mark.parametrize("stop", range(0, 9))
+def test_a_restored_sampler_gives_the_batches_that_would_have_come(epoch, stop):
+    def stream(sampler, n):
+        out = []
+        while len(out) < n:
+            for batch in sampler:
+                out.append(batch)
+                if len(out) == n:
+                    break
+        return out
+
+    whole = stream(PKSampler(RAGGED, 3, 2, epoch, seed=5), 14)
+    broken = PKSampler(RAGGED, 3, 2, epoch, seed=5)
+    stream(broken, stop)
+    restored = PKSampler(RAGGED, 3, 2, epoch, seed=99)
+    restored.load_state_dict(broken.state_dict())
+    rest = stream(restored, 14 - stop)
+    for expected, got in zip(whole[stop:], rest, strict=True):
+        assert np.array_equal(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(pids=[], p=2, k=2), "list of identities"),
+        (dict(pids=[1, 1, 2], p=3, k=2), "P = 3 identities, the data has 2"),
+        (dict(pids=[1, 1, 1], p=2, k=2), "the data has 1: without a second identity there is no"),
+        (dict(pids=[1, -1, 2], p=2, k=2), "1 rows are junk"),
+        (dict(pids=[1, 2], p=0, k=2), "at least 1"),
+        (dict(pids=[1, 2], p=2, k=0), "at least 1"),
+        (dict(pids=[1, 2], p=2, k=2, epoch="all"), "Unknown epoch 'all'"),
+    ],
+)
+def test_errors_say_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PKSampler(**arguments)

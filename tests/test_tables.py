@@ -1,0 +1,731 @@
+"""Data sets: what is read, what is refused, what is found wrong."""
+
+import os
+import re
+import stat
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from reidlib.data import tables as ds
+from reidlib.data.check import check, drop_unreadable
+from reidlib.data.pixels import read_image
+
+MARKET = Path(__file__).resolve().parent.parent / "data" / ds.MARKET_FOLDER
+needs_market = pytest.mark.skipif(
+    not (MARKET / "bounding_box_train").is_dir(), reason=f"Market-1501 is not at {MARKET}"
+)
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """An empty data folder for each test."""
+    place = tmp_path / "data"
+    place.mkdir()
+    monkeypatch.setenv("REID_DATA", str(place))
+    return place
+
+
+def picture(path, size=(8, 16), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = sum(path.name.encode())
+    grey = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(grey).convert(mode).save(path, **options)
+    return path
+
+
+SMALL = {
+    "bounding_box_train": [
+        f"{p:04d}_c{c}s1_00000{i}_0{i}.jpg" for p in (2, 7) for c in (1, 2) for i in (1, 2)
+    ],
+    "query": ["0001_c1s1_000001_00.jpg", "0003_c2s1_000001_00.jpg.jpg"],
+    "bounding_box_test": [
+        "-1_c1s1_000401_03.jpg",
+        "0000_c3s1_000451_04.jpg",
+        "0001_c1s1_000011_01.jpg",
+        "0001_c2s1_000012_01.jpg",
+        "0003_c1s1_000012_01.jpg.jpg",
+    ],
+}
+
+
+def small_market(root):
+    for folder, names in SMALL.items():
+        for name in names:
+            picture(root / folder / name)
+    return root
+
+
+def rows(table):
+    return [
+        (os.path.basename(p), q, c)
+        for p, q, c in zip(table.path, table.pid, table.camid, strict=True)
+    ]
+
+
+def say(report):
+    return [f"{r.severity}: {r.problem} {r.advice}" for r in report.problems.itertuples()]
+
+
+def found(report, pattern):
+    hits = [line for line in say(report) if re.search(pattern, line)]
+    assert len(hits) == 1, say(report)
+    return hits[0]
+
+
+# --------------------------------------------------------------------------------- Market-1501
+
+
+@needs_market
+def test_real_market_is_complete():
+    data = ds.load(str(MARKET))
+    assert data.name == "market1501"
+    report = check(data, decode=False)
+    assert report.ok and not (report.problems.severity == "warning").any(), str(report)
+    counts = report.counts
+    assert counts.images.to_dict() == ds.MARKET_COUNTS
+    assert counts.identities.to_dict() == {"train": 751, "query": 750, "gallery": 750}
+    assert counts.junk["gallery"] == 3819 and counts.distractors["gallery"] == 2798
+    assert (counts.cameras == 6).all()
+    # The 24 doubled suffixes: all six queries of identity 1488 and 18 of its gallery images.
+    double = pd.concat([data.query, data.gallery])
+    double = double[double.path.str.endswith(".jpg.jpg")]
+    assert len(double) == 24 and (data.query.pid == 1488).sum() == 6
+    for table in data.splits.values():
+        assert isinstance(table.index, pd.RangeIndex)
+        assert table.pid.dtype == table.camid.dtype == np.int64
+    assert read_image(data.query.path[0]).shape == (128, 64, 3)
+
+
+@needs_market
+def test_real_market_holds_out_matchable_identities():
+    train = ds.load(str(MARKET)).train
+    rest, query, gallery = ds.hold_out(train, 100, seed=3)
+    assert query.pid.nunique() == 100 and rest.pid.nunique() == 651
+    assert len(rest) + len(query) + len(gallery) == len(train)
+    for pid, camid in zip(query.pid, query.camid, strict=True):
+        assert ((gallery.pid == pid) & (gallery.camid != camid)).any()
+
+
+@pytest.mark.parametrize("layout", ["data folder", "nested", "path", "parent", "zip", "zip path"])
+def test_market_is_found_wherever_people_put_it(layout, data, tmp_path):
+    place = {
+        "data folder": data / ds.MARKET_FOLDER,
+        "nested": data / "market1501" / ds.MARKET_FOLDER,
+        "path": tmp_path / "Market-1501",
+        "parent": tmp_path / "disk" / ds.MARKET_FOLDER,
+    }.get(layout, tmp_path / "source" / ds.MARKET_FOLDER)
+    small_market(place)
+    dataset = "market1501"
+    if layout.startswith("zip"):
+        archive = (data if layout == "zip" else tmp_path) / f"{ds.MARKET_FOLDER}.zip"
+        with zipfile.ZipFile(archive, "w") as z:
+            z.writestr("__MACOSX/bounding_box_train/._x.jpg", b"resource fork")
+            for path in sorted(place.rglob("*")):
+                z.write(path, path.relative_to(place.parent))
+        dataset = "market1501" if layout == "zip" else str(archive)
+    if layout in ("path", "parent"):
+        dataset = str(place if layout == "path" else place.parent)
+    got = ds.load(dataset)
+    assert got.name == "market1501"
+    assert rows(got.query) == [("0001_c1s1_000001_00.jpg", 1, 1), (SMALL["query"][1], 3, 2)]
+    assert list(got.gallery.pid) == [-1, 0, 1, 1, 3]  # junk and distractors stay
+    assert list(got.train.camid) == [1, 1, 2, 2] * 2
+    assert all(os.path.isabs(p) and os.path.isfile(p) for p in got.gallery.path)
+    again = ds.load(dataset)  # unpacked once, then found
+    assert ds.fingerprint(got) == ds.fingerprint(again)
+    assert not list(data.glob(".*"))
+
+
+def test_market_missing_says_where_to_put_it(data):
+    small_market(data / f".{ds.MARKET_FOLDER}.77.part")  # another process is unpacking
+    with pytest.raises(FileNotFoundError, match=f"looked in {data}.*Liang Zheng.*Kaggle"):
+        ds.load()
+    with pytest.raises(FileNotFoundError, match='no \'nowhere\'.*"market1501" and "synthetic"'):
+        ds.load("nowhere")
+    with pytest.raises(FileNotFoundError, match="no ''"):
+        ds.load("")
+    with pytest.raises(ValueError, match="pattern and image_root are for your own"):
+        ds.load("market1501", pattern="x")
+    (data / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no folder bounding_box_train"):
+        ds.market1501(data / "folder")
+    with pytest.raises(ValueError, match="holds no images"):
+        ds.load("folder")
+    (data / "list.txt").write_text("x")
+    with pytest.raises(ValueError, match="neither a folder"):
+        ds.load("list.txt")
+
+
+def test_market_with_a_split_missing(data):
+    small_market(data / "set")
+    os.rename(data / "set" / "query", data / "set" / "queries")
+    with pytest.raises(FileNotFoundError, match=r"lacks a folder for query"):
+        ds.load("set")
+
+
+def test_strays_are_noted_and_wrong_names_refused(data):
+    root = small_market(data / "set")
+    (root / "query" / "Thumbs.db").write_bytes(b"x")
+    (root / "query" / "._0001_c1s1_000001_00.jpg").write_bytes(b"x")
+    picture(root / "query" / ".ipynb_checkpoints" / "0001_c1s1_000001_00-checkpoint.jpg")
+    picture(root / "query" / "0001_c4s1_000001_00.JPG")
+    picture(root / "query" / "0001_c5s1_000001_00.png")
+    got = ds.load("set")
+    assert got.name == "set" and list(got.query.camid) == [1, 4, 5, 2]
+    assert got.notes == (
+        "In query/ ignored, hidden or no images: ._0001_c1s1_000001_00.jpg, .ipynb_checkpoints/, Thumbs.db.",
+    )
+    picture(root / "query" / "holiday.jpg")
+    with pytest.raises(ValueError, match=r"1 of 5 image names in .*query do not fit.*holiday\.jpg"):
+        ds.load("set")
+
+
+def test_two_data_sets_below_one_folder(data):
+    small_market(data / "one"), small_market(data / "two")
+    with pytest.raises(ValueError, match="holds several data sets"):
+        ds.load(str(data))
+
+
+def test_duke_like_names_by_pattern(data):
+    for folder in SMALL:
+        picture(data / "duke" / folder / "0005_c2_f0046182.jpg")
+    got = ds.load("duke", pattern=r"^(?P<pid>\d+)_c(?P<camid>\d)")
+    assert rows(got.query) == [("0005_c2_f0046182.jpg", 5, 2)]
+
+
+def test_synthetic_is_drawn_once(data, monkeypatch):
+    from reidlib.data import synthetic
+
+    drawn, draw = [], synthetic.draw_dataset
+
+    def draw_few(root):
+        drawn.append(root)
+        return draw(root, train_ids=2, test_ids=2, images_per_camera=1, distractors=1, junk=1)
+
+    monkeypatch.setattr(synthetic, "draw_dataset", draw_few)
+    assert ds.load("synthetic").name == ds.load("synthetic").name == "synthetic"
+    assert drawn == [data / "synthetic"]
+
+
+# ---------------------------------------------------------------------------------------- zips
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "..\\evil.jpg", "C:\\evil.jpg"]
+)
+def test_zip_that_leaves_its_folder_is_refused(name, data):
+    with zipfile.ZipFile(data / "set.zip", "w") as z:
+        z.writestr("bounding_box_train/0002_c1s1_000451_03.jpg", b"good")
+        z.writestr(name, b"evil")
+    with pytest.raises(ValueError, match="is refused.*would leave the folder"):
+        ds.load("set.zip")
+    assert sorted(p.name for p in data.parent.rglob("*")) == ["data", "set.zip"]
+
+
+def test_zip_with_a_link_is_refused(data):
+    link = zipfile.ZipInfo("bounding_box_train")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(data / "set.zip", "w") as z:
+        z.writestr(link, "/etc")
+    with pytest.raises(ValueError, match="'bounding_box_train' is a link"):
+        ds.load("set.zip")
+    assert os.listdir(data) == ["set.zip"]
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "text"])
+def test_broken_zip_is_named_and_leaves_nothing(damage, data):
+    small_market(data.parent / "source")
+    archive = data / f"{ds.MARKET_FOLDER}.zip"
+    with zipfile.ZipFile(archive, "w") as z:
+        for path in sorted((data.parent / "source").rglob("*.jpg")):
+            z.write(path, path.relative_to(data.parent))
+    whole = archive.read_bytes()
+    middle = len(whole) // 2
+    changed = {
+        "short": whole[:-200],
+        "flipped": whole[:middle]
+        + bytes(b ^ 255 for b in whole[middle : middle + 20])
+        + whole[middle + 20 :],
+        "text": b"<html>please sign in</html>",
+    }
+    archive.write_bytes(changed[damage])
+    with pytest.raises(ValueError, match=f"cannot unpack {archive}.*Download it again"):
+        ds.load("market1501")
+    assert os.listdir(data) == [archive.name]
+
+
+# ------------------------------------------------------------------------------------- folders
+
+
+def test_folder_of_named_identities_already_split(data):
+    for split, people in (("train", ("bo", "cy")), ("query", ("al",)), ("gallery", ("al", "di"))):
+        for person in people:
+            picture(data / "own" / split / person / f"{split} 1.jpg")
+            picture(data / "own" / split / person / "deep" / "2.JPEG", format="JPEG")
+    got = ds.load("own")
+    # One map for all splits, sorted by name, from 1: 0 means distractor.
+    assert dict(zip(got.gallery.label, got.gallery.pid, strict=True)) == {"al": 1, "di": 4}
+    assert dict(zip(got.train.label, got.train.pid, strict=True)) == {"bo": 2, "cy": 3}
+    assert list(got.query.pid) == [1, 1] and (got.query.camid == -1).all()
+    assert any("al = 1, bo = 2, cy = 3, di = 4" in note for note in got.notes)
+    assert any("No camera is known" in note for note in got.notes)
+    found(check(got), "warning: Without cameras nothing is excluded")
+
+
+def test_numeric_folders_keep_their_numbers(data):
+    for split, people in (("train", ("0007",)), ("query", ("12",)), ("test", ("-1", "0000", "12"))):
+        for person in people:
+            picture(data / "own" / split / person / "x_c3s1_1_1.jpg")
+    got = ds.load("own", pattern=r"_c(?P<camid>\d)")  # identity from the folder, camera by name
+    assert list(got.train.pid) == [7] and list(got.gallery.pid) == [-1, 0, 12]
+    assert "label" not in got.train and list(got.gallery.camid) == [3, 3, 3]
+
+
+def test_named_cameras_are_numbered(data):
+    for split in ("train", "query", "gallery"):
+        for cam in ("left", "door") if split != "query" else ("left",):
+            picture(data / "own" / split / f"5-{cam}.png")
+    got = ds.load("own", pattern=r"(?P<pid>\d+)-(?P<camid>\w+)")
+    assert sorted(got.gallery.camid) == [1, 2] and list(got.query.camid) == [2]
+    assert "label" not in got.train
+    assert got.notes == ("The cameras are names and were numbered: door = 1, left = 2.",)
+
+
+def unsplit(root, cameras):
+    for person in range(1, 8):
+        for cam in range(1, cameras + 1):
+            for shot in range(3):
+                picture(root / f"p{person}" / f"c{cam}_{shot}.jpg")
+    picture(root / "solo" / "c1_0.jpg")
+    picture(root / "-1" / "c1_0.jpg")
+    picture(root / "0000" / "c1_1.jpg")
+    return root
+
+
+def test_unsplit_folder_is_split_by_seed(data):
+    unsplit(data / "own", cameras=2)
+    load = lambda seed: ds.load("own", pattern=r"^c(?P<camid>\d)", seed=seed)  # noqa: E731
+    got = load(0)
+    assert ds.fingerprint(got) == ds.fingerprint(load(0)) != ds.fingerprint(load(1))
+    assert got.query.pid.nunique() == 4 and got.train.pid.nunique() == 4  # 8 people in halves
+    assert not set(got.train.pid) & set(got.gallery.pid)
+    assert "solo" in set(got.train.label)  # nobody could match it
+    assert not got.query.duplicated(["pid", "camid"]).any() and len(got.query) == 8
+    assert sorted(got.gallery.pid)[:2] == [-1, 0]
+    everything = pd.concat(got.splits.values()).path
+    assert len(everything) == everything.nunique() == 7 * 2 * 3 + 3
+    assert check(got).ok
+    assert any("halves with seed 0" in note for note in got.notes)
+
+
+def test_unsplit_folder_without_cameras_has_one_query_each(data):
+    unsplit(data / "own", cameras=2)
+    got = ds.load("own")
+    assert len(got.query) == got.query.pid.nunique() == 4
+
+
+def test_flat_folder_needs_a_pattern(data):
+    for name in ("ann_cam1_a", "ann_cam2_b", "bob_cam1_a", "bob_cam2_b"):
+        picture(data / "flat" / f"{name}.jpg")
+    with pytest.raises(ValueError, match="no sub-folder for each identity.*give pattern"):
+        ds.load("flat")
+    got = ds.load("flat", pattern=r"^(?P<pid>[a-z]+)_cam(?P<camid>\d)")
+    assert len(got.train) == 2 and len(got.query) == len(got.gallery) == 1
+    assert got.query.camid[0] != got.gallery.camid[0]
+    for pattern, message in ((r"(", "no regular expression"), (r"\d", "neither a group")):
+        with pytest.raises(ValueError, match=message):
+            ds.load("flat", pattern=pattern)
+    with pytest.raises(ValueError, match="2 of 4 image names.*bob_cam1_a.jpg"):
+        ds.load("flat", pattern=r"(?P<pid>ann)")
+
+
+def test_loose_images_beside_identities_are_noted(data):
+    unsplit(data / "own", cameras=1)
+    picture(data / "own" / "preview.jpg")
+    assert any("in no identity's folder: preview.jpg" in note for note in ds.load("own").notes)
+
+
+def test_too_few_identities_to_split(data):
+    picture(data / "own" / "a" / "1.jpg"), picture(data / "own" / "b" / "1.jpg")
+    with pytest.raises(ValueError, match="too few identities to split"):
+        ds.load("own")
+
+
+# ---------------------------------------------------------------------------------------- lists
+
+
+def lists(root, header=None, pid=lambda name: name.split("_")[0], extra=lambda name: ""):
+    """Lists as triplet-reid writes them, beside the folders of small_market."""
+    small_market(root)
+    for folder, word in zip(SMALL, ("train", "query", "test"), strict=True):
+        lines = [f"{pid(n)},{folder}/{n}{extra(n)}" for n in SMALL[folder]]
+        text = "\n".join([header, *lines] if header else lines) + "\n"
+        (root / f"market1501_{word}.csv").write_text(text)
+    os.rename(root / "bounding_box_train", root / "bounding_box_training")
+    text = (root / "market1501_train.csv").read_text()
+    (root / "market1501_train.csv").write_text(text.replace("_train/", "_training/"))
+    return root
+
+
+def test_triplet_reid_lists(data):
+    lists(data / "lists")
+    got = ds.load("lists")
+    assert got.name == "lists" and list(got.gallery.pid) == [-1, 0, 1, 1, 3]
+    assert (got.gallery.camid == -1).all()  # never guessed, but said
+    assert any('pattern="market1501" would read' in note for note in got.notes)
+    named = ds.load("lists", pattern="market1501")
+    assert list(named.gallery.camid) == [1, 3, 1, 2, 1] and list(named.query.camid) == [1, 2]
+    assert not named.notes
+
+
+def test_list_with_header_names_and_cameras(data):
+    people = {"-1": "-1", "0000": "0000", "0001": "zoe", "0002": "al", "0003": "bo", "0007": "cy"}
+    root = lists(
+        data / "lists",
+        header="\ufeffpid,path,camid,remark",
+        pid=lambda name: people[name.split("_")[0]],
+        extra=lambda name: f",{re.search('c([0-9])', name)[1]},",
+    )
+    got = ds.load(str(root))
+    assert list(got.gallery.pid) == [-1, 0, 4, 4, 2] and list(got.query.pid) == [4, 2]
+    assert list(got.gallery.label) == ["-1", "0000", "zoe", "zoe", "bo"]
+    assert list(got.gallery.camid) == [1, 3, 1, 2, 1]
+    assert check(got).ok
+
+
+def test_headless_third_column_is_the_camera(data):
+    lists(data / "lists", extra=lambda name: ",9")
+    assert set(ds.load("lists").query.camid) == {9}
+
+
+def test_training_list_alone(data):
+    root = lists(data / "lists")
+    got = ds.load(str(root / "market1501_train.csv"), pattern="market1501")
+    assert len(got.train) == 8 and len(got.query) == len(got.gallery) == 0
+    assert got.query.pid.dtype == np.int64 and list(got.query) == ["path", "pid", "camid"]
+    assert got.notes == (
+        "No list for query and gallery was given: this data set can train, not test.",
+    )
+    assert check(got).ok and check(got).counts.images["query"] == 0
+
+
+def test_image_root_and_lists_elsewhere(data, tmp_path):
+    root = lists(data / "images")
+    (tmp_path / "csv").mkdir()
+    for path in root.glob("*.csv"):
+        os.rename(path, tmp_path / "csv" / path.name)
+    with pytest.raises(FileNotFoundError, match="8 of 8 images in .* do not exist.*image_root"):
+        ds.load(str(tmp_path / "csv"))
+    got = ds.load(str(tmp_path / "csv"), image_root=str(root))
+    assert got.root == root and len(got.gallery) == 5
+    with pytest.raises(ValueError, match="image_root goes with CSV lists"):
+        ds.load(str(unsplit(data / "own", 1)), image_root=str(root))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "lists no images"),
+        ("pid,path\n", "lists no images"),
+        ("1,a.jpg\n\n2\n", "line 3: expected pid,path, got '2'"),
+        ("1;a.jpg\n", "line 1: expected pid,path, got '1;a.jpg'"),
+        ("1,a.jpg,3\n2,a.jpg,\n", "line 2: expected pid,path,camid"),
+        ("-7,a.jpg\n", "identities below -1"),
+        ("1,a.jpg,-1\n1,a.jpg,2\n", "1 of 2 images in training have a camera"),
+    ],
+)
+def test_broken_lists_are_explained(text, message, data):
+    picture(data / "a.jpg")
+    (data / "train.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ds.load("train.csv")
+
+
+def test_lists_that_do_not_go_together(data):
+    root = lists(data / "lists")
+    with pytest.raises(ValueError, match="query and gallery go together"):
+        ds.csv_lists(query=root / "market1501_query.csv")
+    with pytest.raises(ValueError, match="no list given"):
+        ds.csv_lists()
+    (root / "duke_train.csv").write_text("x")
+    with pytest.raises(ValueError, match="both lists for train"):
+        ds.load("lists")
+
+
+def test_image_list_of_folder_and_csv(data):
+    root = lists(data / "lists")
+    plain = ds.image_list(root / "query")
+    assert set(plain.pid) == set(plain.camid) == {-1} and len(plain) == 2
+    named = ds.image_list(root / "query", pattern="market1501")
+    assert list(named.pid) == [1, 3] and list(named.camid) == [1, 2]
+    assert list(ds.image_list(root / "market1501_query.csv").pid) == [1, 3]
+    names = [str(path) for path in plain.path]
+    pd.DataFrame({"path": names, "rank": 1}).to_csv(root / "unlabelled.csv", index=False)
+    unlabelled = ds.image_list(root / "unlabelled.csv")
+    assert unlabelled.path.tolist() == names
+    assert set(unlabelled.pid) == set(unlabelled.camid) == {-1}
+    (root / "unlabelled.csv").write_text("\n".join(["path", *names]))
+    assert ds.image_list(root / "unlabelled.csv").path.tolist() == names
+    with pytest.raises(ValueError, match="expected pid,path"):  # to train on, labels are needed
+        ds.csv_lists(*[root / "unlabelled.csv"] * 3)
+    (root / "names.csv").write_text(f"ann,query/{SMALL['query'][0]}\n")
+    with pytest.raises(ValueError, match="identities that are names"):
+        ds.image_list(root / "names.csv")
+    (data / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        ds.image_list(data / "empty")
+
+
+# --------------------------------------------------------------------------------------- images
+
+
+def test_every_kind_of_pixel_becomes_rgb(tmp_path):
+    for mode, suffix in [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"),
+                         ("1", "png"), ("LA", "png"), ("RGB", "webp")]:  # fmt: skip
+        pixels = read_image(picture(tmp_path / f"{mode}.{suffix}", mode=mode))
+        assert pixels.shape == (16, 8, 3) and pixels.dtype == np.uint8, mode
+        if mode in ("L", "1", "LA"):
+            assert (pixels[..., 0] == pixels[..., 2]).all() and pixels.std() > 0
+    deep = np.array([[0, 256 * 7, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 7, 255]
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red.save(tmp_path / "red.jpg", quality=95)
+    assert np.abs(read_image(tmp_path / "red.jpg").astype(int) - [255, 0, 0]).max() < 12
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (16, 8), (255, 255, 255))
+    image.paste((0, 0, 0), (0, 0, 8, 8))  # the left half is black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to look at it
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    pixels = read_image(tmp_path / "turned.jpg")
+    assert pixels.shape == (16, 8, 3)
+    assert pixels[:6].mean() < 30 and pixels[-6:].mean() > 225  # left has gone up
+
+
+def broken(root):
+    """Images that cannot be read, by what is wrong."""
+    good = picture(root / "good.jpg", size=(64, 128))
+    whole = good.read_bytes()
+    for name, content in [("cut.jpg", whole[: len(whole) // 2]), ("empty.jpg", b""),
+                          ("text.jpg", b"<html>sign in</html>"), ("head.png", b"\x89PNG\r\n\x1a\n"),
+                          ("start.jpg", whole[:20])]:  # fmt: skip
+        (root / name).write_bytes(content)
+    return ["cut.jpg", "empty.jpg", "head.png", "start.jpg", "text.jpg"]
+
+
+def test_broken_images_are_named_with_the_cause(tmp_path):
+    for name in broken(tmp_path):
+        with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}: .") as caught:
+            read_image(tmp_path / name)
+        assert str(caught.value).count(str(tmp_path)) == 1
+    with pytest.raises(ValueError, match="image file is truncated"):
+        read_image(tmp_path / "cut.jpg")
+    with pytest.raises(ValueError, match="no such file"):
+        read_image(tmp_path / "gone.jpg")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="mode F"):
+        read_image(tmp_path / "float.tiff")
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def test_check_finds_nothing_wrong_in_a_good_set(data):
+    small_market(data / "set")
+    report = check(ds.load("set"))
+    assert report.ok and list(report.problems.severity) == [] and report.unreadable == {}
+    assert report.counts.loc["gallery"].to_dict() == {
+        "images": 5, "identities": 2, "cameras": 3, "junk": 1, "distractors": 1
+    }  # fmt: skip
+    assert "15 of 15 images decoded." in str(report) and str(report).endswith(
+        "OK (errors: 0, warnings: 0, notes: 0)."
+    )
+
+
+def test_check_names_unreadable_images_and_drops_them(data):
+    root = small_market(data / "set")
+    for i in range(12):
+        (root / "query" / f"0001_c{i}s2_000001_00.jpg").write_bytes(b"")
+    got = ds.load("set")
+    seen = []
+    report = check(got, progress=lambda items, total: seen.append(total) or items)
+    assert seen == [27] and not report.ok and len(report.unreadable) == 12
+    line = found(report, "^error: 12 images cannot be read")
+    assert line.count(".jpg (no image format") == 10 and "and 2 more" in line
+    assert "drop_unreadable" in line and "NOT OK (errors: 1" in str(report)
+    mended = drop_unreadable(got, report)
+    assert rows(mended.query) == [("0001_c1s1_000001_00.jpg", 1, 1), (SMALL["query"][1], 3, 2)]
+    assert isinstance(mended.query.index, pd.RangeIndex) and len(mended.gallery) == 5
+    assert "12 unreadable images left out" in mended.notes[-1]
+    assert check(mended).ok
+    assert check(got, decode=False).ok  # not looked at
+    for path in (root / "query").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no image of query"):
+        drop_unreadable(got, check(got))
+
+
+def test_check_compares_market_with_its_counts(data):
+    small_market(data / ds.MARKET_FOLDER)
+    report = check(ds.load())
+    assert report.ok  # a warning: a part of Market-1501 is still a data set
+    found(report, "warning: gallery has 5 images, Market-1501 has 19,732")
+    few = ds.load()
+    row = few.query.iloc[[0]]
+    many = pd.concat([row] * 3362, ignore_index=True)
+    lost = check(ds.Dataset(few.name, few.root, few.train, many, few.gallery), decode=False)
+    found(lost, r"query has 3,362 .*6 files that end in \.jpg\.jpg are lost")
+
+
+def made(train, query=(), gallery=()):
+    """A data set of (path, pid, camid) rows; no files."""
+    tables = [
+        pd.DataFrame(list(t), columns=["path", "pid", "camid"]).astype(
+            {"path": str, "pid": "int64", "camid": "int64"}
+        )
+        for t in (train, query, gallery)
+    ]
+    return ds.Dataset("made", Path("/made"), *tables)
+
+
+TRAIN = [(f"/t{p}{i}", p, 1 + i % 2) for p in (1, 2, 3) for i in range(4)]
+
+
+def test_check_training_identities():
+    train = [*TRAIN, ("/a", 4, 1), ("/b", 5, 1), ("/c", 5, 1), ("/c", 5, 1), ("/j", -1, 1)]
+    report = check(made([*train, ("/d", 0, 2)]), k=4, decode=False)
+    assert "one image: 4." in found(report, "warning: 1 training identities")
+    assert "K = 4 images: 5." in found(report, "note: 1 training identities have fewer")
+    assert "in train: /c." in found(report, "warning: 1 images are listed twice")
+    found(report, "error: 1 images in train have pid -1")
+    found(report, "warning: 1 images in train have pid 0")
+    assert list(report.problems.severity) == sorted(
+        report.problems.severity, key=["error", "warning", "note"].index
+    )
+    found(check(made(TRAIN[:4]), decode=False), "error: training has 1 identities")
+    assert check(made(TRAIN), k=4, decode=False).problems.empty
+
+
+def test_check_overlap_of_training_and_test():
+    query, gallery = [("/q", 3, 1)], [("/g", 3, 2), ("/h", 0, 1)]
+    report = check(made(TRAIN, query, gallery), decode=False)
+    found(report, "error: 1 identities are in training and in test: 3")
+
+
+def test_check_queries_without_match():
+    query = [("/q7", 7, 1), ("/q8", 8, 1), ("/q9", 9, 2)]
+    gallery = [("/g7", 7, 1), ("/g8", 8, 1), ("/g8b", 8, 3), ("/g0", 0, 1)]
+    report = check(made(TRAIN, query, gallery), decode=False)
+    assert "another camera; identities: 7, 9." in found(report, "^warning: 2 of 3 queries")
+    found(check(made(TRAIN, query[:1], gallery), decode=False), "^error: 1 of 1 queries")
+    blind = [[(p, q, -1) for p, q, _ in rows_] for rows_ in (query, gallery)]
+    report = check(made(TRAIN, *blind), decode=False)
+    assert "in the gallery; identities: 9." in found(report, "^warning: 1 of 3 queries")
+    same = made(TRAIN, blind[0], [*blind[0], *blind[1]])
+    found(check(same, decode=False), "error: 3 queries are in the gallery too")
+
+
+# ------------------------------------------------------------------------- hold out, fingerprint
+
+
+def test_hold_out_gives_every_query_a_match_and_touches_nothing_else():
+    rng = np.random.default_rng(0)
+    train = pd.DataFrame({"pid": rng.integers(-1, 40, 150), "camid": rng.integers(1, 4, 150)})
+    train.insert(0, "path", [f"/{i}" for i in range(150)])
+    train = train.sample(frac=1, random_state=1)  # an index out of order
+    before = train.copy()
+    for seed in range(20):
+        rest, query, gallery = ds.hold_out(train, 20, seed=seed)
+        assert query.pid.nunique() == 20 and (query.pid > 0).all()
+        assert not set(rest.pid) & set(query.pid) and set(gallery.pid) == set(query.pid)
+        assert sorted([*rest.path, *query.path, *gallery.path]) == sorted(train.path)
+        assert not query.duplicated(["pid", "camid"]).any()
+        for pid, camid in zip(query.pid, query.camid, strict=True):
+            assert ((gallery.pid == pid) & (gallery.camid != camid)).any()
+        again = ds.hold_out(train, 20, seed=seed)
+        assert all(a.equals(b) for a, b in zip((rest, query, gallery), again, strict=True))
+    assert not again[1].equals(ds.hold_out(train, 20, seed=99)[1])
+    pd.testing.assert_frame_equal(train, before)
+
+
+def test_hold_out_takes_one_query_a_camera_as_market_does():
+    train = pd.DataFrame([(f"/{p}{c}{i}", p, c) for p in (1, 2) for c in (1, 2) for i in (1, 2)],
+                         columns=["path", "pid", "camid"])  # fmt: skip
+    _, query, gallery = ds.hold_out(train, 1)
+    assert sorted(query.camid) == sorted(gallery.camid.unique()) == [1, 2] and len(gallery) == 2
+    _, query, gallery = ds.hold_out(train.assign(camid=-1), 1)
+    assert len(query) == 1 and len(gallery) == 3
+
+
+@pytest.mark.parametrize("identities", [0, -1, 2, 3])
+def test_hold_out_of_too_many_is_refused(identities):
+    train = pd.DataFrame([("/a", 1, 1), ("/b", 1, 2), ("/c", 2, 1), ("/d", 2, 1)],
+                         columns=["path", "pid", "camid"])  # fmt: skip
+    with pytest.raises(ValueError, match=f"cannot hold out {identities} of 2.*: 1 have images"):
+        ds.hold_out(train, identities)
+
+
+def test_a_file_names_the_held_out_identities(tmp_path):
+    train = pd.DataFrame([(f"/{p}{c}{i}", p, c) for p in (1, 2, 3) for c in (1, 2) for i in (1, 2)],
+                         columns=["path", "pid", "camid"])  # fmt: skip
+    file = tmp_path / "mine.txt"
+    file.write_text("# two people\n3\n1  # and one more\n")
+    rest, query, gallery = ds.hold_out(train, str(file))
+    assert set(rest.pid) == {2} and set(query.pid) == set(gallery.pid) == {1, 3}
+    for text, message in (("7", "names 1 identities, first 7"), ("x", "one identity"),
+                          ("1\n1", "twice"), ("# none", "no identity")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ds.hold_out(train, str(file))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ds.hold_out(train, "nowhere")
+
+
+def test_the_split_of_market1501_is_fixed():
+    pids = ds.split_file("market1501")
+    assert (len(pids), pids.min(), pids.max(), pids.sum()) == (101, 10, 1496, 75903)
+
+
+@needs_market
+def test_the_split_of_market1501_gives_the_same_images_everywhere():
+    train = ds.market1501(MARKET).train
+    rest, query, gallery = ds.hold_out(train, "market1501")
+    assert (len(rest), rest.pid.nunique(), len(query), len(gallery)) == (11265, 650, 380, 1291)
+    assert ds.fingerprint(query).startswith("9cb2cb45c873365e")
+
+
+def test_fingerprint_compares_across_machines_and_sees_changes(data):
+    one = ds.load(str(small_market(data / "one")))
+    two = ds.load(str(small_market(data / "two" / "deeper")))
+    table, path = one.train, Path(one.train.path[0])
+    assert ds.fingerprint(one) == ds.fingerprint(two)
+    assert ds.fingerprint(table) == ds.fingerprint(two.train) != ds.fingerprint(one.query)
+    before, dated = ds.fingerprint(table), ds.fingerprint(table, mtime=True)
+    assert re.fullmatch("[0-9a-f]{64}", before) and before != dated
+    assert ds.fingerprint(table[::-1]) != before  # order counts
+    for column in ("pid", "camid"):
+        assert ds.fingerprint(table.assign(**{column: table[column] + 1})) != before
+    os.utime(path, ns=(1, 1))
+    assert ds.fingerprint(table) == before and ds.fingerprint(table, mtime=True) != dated
+    path.write_bytes(path.read_bytes() + b"x")
+    assert ds.fingerprint(table) != before
+
+
+def test_embedded_data_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("REID_DATA", str(tmp_path))
+    (tmp_path / "synthetic" / "bounding_box_train").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="not drawn by this version of reidlib: remove that folder"
+    ):
+        ds.load("synthetic")
+    (tmp_path / "synthetic" / "dataset.json").write_text('{"version": 0}')
+    with pytest.raises(ValueError, match="not drawn by this version"):
+        ds.load("synthetic")

@@ -1,0 +1,702 @@
+"""Causes against slow loops; maps against networks whose attention is known; suspects that were planted."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from reidlib.data.pixels import read_image
+from reidlib.data.tables import load
+from reidlib.evaluation.retrieval import Retrieval
+from reidlib.look import figures, suspects, why
+from reidlib.look.embedding_map import linked_map
+from reidlib.model.weights import build_model
+from reidlib.recipes import make_recipe
+
+
+def problem(seed=0, people=12, cameras=4, noise=1.2, distractors=15, junk=4):
+    """Queries and a gallery of people with cameras, distractors and junk, not too easy."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(people + 1, 6))
+    rows, emb = [], []
+    for pid in range(1, people + 1):
+        seen = rng.choice(np.arange(1, cameras + 1), rng.integers(2, cameras + 1), replace=False)
+        for camid in seen:
+            for i in range(rng.integers(1, 4)):
+                rows.append((pid, camid, i == 0))
+                emb.append(centres[pid] + noise * rng.normal(size=6))
+    for i in range(distractors + junk):
+        rows.append((0 if i < distractors else -1, int(rng.integers(1, cameras + 1)), False))
+        emb.append(rng.normal(size=6) * 1.5)
+    table = pd.DataFrame(rows, columns=["pid", "camid", "asks"])
+    table["path"] = [f"{i:04d}.jpg" for i in range(len(table))]
+    emb = np.array(emb)
+    asks = table.pop("asks").to_numpy()
+    # half of the queries stay in the gallery too, as the query image itself
+    hidden = asks & (np.arange(len(table)) % 2 == 0)
+    query, gallery = table[asks], table[~hidden].sample(frac=1, random_state=seed)
+    return (
+        *(emb[asks], query.reset_index(drop=True)),
+        *(emb[gallery.index], gallery.reset_index(drop=True)),
+    )
+
+
+def flat(problem):
+    return Retrieval(*problem)
+
+
+# --- which queries fail, and what they share
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_causes_are_those_of_a_slow_loop(seed):
+    query_emb, query, gallery_emb, gallery = problem(seed)
+    retrieval = Retrieval(query_emb, query, gallery_emb, gallery)
+    rng = np.random.default_rng(seed)
+    colours = rng.random((len(query), 5)), rng.random((len(gallery), 5))
+    table = why.causes(retrieval, colours)
+    lists = [retrieval.ranked_list(q, topk=None) for q in range(len(query))]
+    ranked = [found.dropna(subset="rank") for found in lists]
+    matches = np.array([(found["status"] == "match").sum() for found in ranked])
+    median = np.median(matches[matches > 0])
+    hard = []  # (query, its person, camera, match's camera, behind the nearest stranger?)
+    for q, found in enumerate(ranked):
+        first = found.loc[found["status"] == "wrong", "rank"].min()
+        for row in found[found["status"] == "match"].itertuples():
+            hard.append((q, query["pid"][q], query["camid"][q], row.camid, row.rank > first))
+    assert table["wrong"].any() and not table["wrong"].all()
+    for q, found in enumerate(ranked):
+        row, camid = table.iloc[q], query["camid"][q]
+        strangers, own = found[found["status"] == "wrong"], found[found["status"] == "match"]
+        stranger = strangers.iloc[0]
+        assert row["stranger"] == stranger["gallery"] and row["stranger_pid"] == stranger["pid"]
+        assert row["own_camera"] == (stranger["camid"] == camid)
+        assert row["distractor"] == (stranger["pid"] == 0)
+        if len(own) == 0:
+            assert row["cause"] == "no match" and not row["wrong"]
+            assert pd.isna(row["match"]) and row["strangers_above"] == 0
+            continue
+        assert row["match"] == own.iloc[0]["gallery"]
+        assert row["wrong"] == (own.iloc[0]["rank"] > 1)
+        above = strangers[strangers["rank"] < own["rank"].min()]
+        assert row["strangers_above"] == len(above) == row["first_rank"] - 1
+        assert row["distractors_above"] == (above["pid"] == 0).sum()
+        assert row["own_camera_above"] == (above["camid"] == camid).sum()
+        near = [np.linalg.norm(colours[0][q] - colours[1][g]) for g in own["gallery"]]
+        far = np.linalg.norm(colours[0][q] - colours[1][stranger["gallery"]])
+        assert row["colour_ratio"] == pytest.approx(far / min(near))
+        assert row["same_colours"] == (far < min(near))
+        assert row["few_matches"] == (len(own) <= median / 2)
+        others = [
+            np.mean([b for _, p, c, m, b in hard if (c, m) == (camid, camera) and p != row["pid"]])
+            for camera in own["camid"]
+            if any((c, m) == (camid, camera) and p != row["pid"] for _, p, c, m, _ in hard)
+        ]
+        expected = np.mean(others) if others else np.nan
+        assert row["camera_difficulty"] == pytest.approx(expected, nan_ok=True)
+        walk = lists[q][lists[q]["status"] == "same camera"]
+        walk = walk[walk["path"] != query["path"][q]]["distance"]
+        expected = walk.min() if len(walk) else np.nan
+        assert row["own_camera_distance"] == pytest.approx(expected, nan_ok=True)
+    for name, column in (
+        ("hard_cameras", "camera_difficulty"),
+        ("odd_picture", "own_camera_distance"),
+    ):
+        limit = np.nanquantile(table[column], 0.75)
+        assert (table[name] == (table[column] > limit)).all()
+
+
+def test_long_lists_are_counted_as_short_ones():
+    """The first match of the one query stands far behind the longest list that is asked for."""
+    gallery = pd.DataFrame({"pid": [1, *[0] * 30, *[2] * 30], "camid": [2, *[1] * 10, *[2] * 50]})
+    query = pd.DataFrame({"pid": [1], "camid": [1]})
+    retrieval = Retrieval(np.zeros((1, 1)), query, 61.0 - np.arange(61)[:, None], gallery)
+    row = why.causes(retrieval).iloc[0]
+    assert row[["strangers_above", "distractors_above", "own_camera_above"]].tolist() == [
+        60,
+        30,
+        10,
+    ]
+    assert row["first_rank"] == 61 and row["wrong"] and not row["same_colours"]
+
+
+def test_causes_without_cameras_and_of_perfect_lists():
+    query_emb, query, gallery_emb, gallery = problem()
+    for tables in (
+        [table.drop(columns="camid") for table in (query, gallery)],
+        [table.assign(camid=-1) for table in (query, gallery)],
+    ):
+        retrieval = Retrieval(query_emb, tables[0], gallery_emb, tables[1])
+        table = why.causes(retrieval)
+        for name in ("own_camera", "hard_cameras", "odd_picture", "same_colours"):
+            assert not table[name].any()
+        assert (table["own_camera_above"] == 0).all() and table["wrong"].any()
+        assert len(why.camera_pairs(retrieval)) == 0
+    # nobody but the query's own person in the gallery
+    alone = pd.DataFrame({"pid": [1, 1], "camid": [1, 2]})
+    retrieval = Retrieval(np.zeros((2, 1)), alone, np.zeros((2, 1)), alone)
+    table = why.causes(retrieval)
+    assert table["stranger"].isna().all() and (table["cause"] == "").all()
+    assert why.base_rates(table)[["lift", "low", "high"]].isna().all(axis=None)
+    assert len(why.confusions(retrieval)) == 0
+    assert (why.camera_pairs(retrieval)["behind"] == 0).all()
+    with pytest.raises(ValueError, match="colour histograms do not fit"):
+        why.causes(retrieval, (np.zeros((1, 3)), np.zeros((2, 3))))
+
+
+def rates_table(n=400, seed=0):
+    """Wrong queries wear a hat four times as often as right ones; beards say nothing."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.random(n) < 0.4
+    return pd.DataFrame(
+        {
+            **{"pid": np.arange(n) // 2 + 1, "matches": 1, "wrong": wrong, "AP": 1 - 0.5 * wrong},
+            "hat": rng.random(n) < np.where(wrong, 0.6, 0.15),
+            "beard": rng.random(n) < 0.3,
+            "both": rng.random(n) < np.where(wrong, 0.3, 0.15),
+        }
+    )
+
+
+def test_base_rates():
+    table = rates_table()
+    found = why.base_rates(table, ["hat", "beard"])
+    wrong, hat = table["wrong"], table["hat"]
+    row = found.loc["hat"]
+    assert row["wrong"] == (wrong & hat).sum() and row["right"] == (~wrong & hat).sum()
+    assert row["share_wrong"] == hat[wrong].mean() and row["share_right"] == hat[~wrong].mean()
+    a, b, n, m = row["wrong"], row["right"], wrong.sum(), (~wrong).sum()
+    assert row["lift"] == pytest.approx((a + 0.5) / (n + 1) * (m + 1) / (b + 0.5), rel=1e-12)
+    assert row["mAP_with"] == pytest.approx(table["AP"][hat].mean())
+    assert row["mAP_without"] == pytest.approx(table["AP"][~hat].mean())
+    assert 1.5 < row["low"] < row["lift"] < row["high"]
+    assert found.loc["beard", "low"] < 1 < found.loc["beard", "high"]
+    # the interval is of persons: with every query twice, it stays; of queries, it would shrink
+    twice = why.base_rates(pd.concat([table, table]), ["hat"]).loc["hat"]
+    assert twice["high"] - twice["low"] == pytest.approx(row["high"] - row["low"], rel=0.1)
+    # queries without match are neither wrong nor right
+    blank = table.assign(matches=0, hat=True, wrong=False)
+    again = why.base_rates(pd.concat([table, blank]), ["hat"]).loc["hat"]
+    assert again["right"] == row["right"]
+
+
+def test_a_wrong_query_goes_to_the_evidence_with_the_largest_proven_lift(monkeypatch):
+    table = rates_table()
+    names = dict.fromkeys(("both", "hat", "beard"), "")
+    monkeypatch.setattr(why.base_rates, "__defaults__", (tuple(names),))
+    cause = pd.Series(why._causes(table))
+    wrong = table["wrong"]
+    assert (cause[wrong & table["hat"]] == "hat").all()
+    assert (cause[wrong & ~table["hat"] & table["both"]] == "both").all()
+    assert (cause[wrong & ~table["hat"] & ~table["both"]] == "unexplained").all()
+    assert (cause[~wrong] == "").all()
+
+
+def test_camera_pairs_and_confusions_are_those_of_a_slow_loop():
+    retrieval = Retrieval(*problem(3))
+    query = retrieval.query
+    pairs, mixed = {}, {}
+    for q in range(len(query)):
+        found = retrieval.ranked_list(q, topk=None, show_excluded=False)
+        matches, wrong = (found[found["status"] == status] for status in ("match", "wrong"))
+        for row in matches.itertuples():
+            behind = row.rank > wrong["rank"].min()
+            pairs.setdefault((query["camid"][q], row.camid), []).append(behind)
+        for row in found.head(len(matches)).itertuples():
+            if row.status == "wrong" and row.pid > 0:
+                key = tuple(sorted((query["pid"][q], row.pid)))
+                mixed.setdefault(key, []).append((row.distance, q, row.gallery))
+    found = why.camera_pairs(retrieval).set_index(["camid", "match_camid"])
+    assert {*found.index} == {*pairs}
+    for key, behind in pairs.items():
+        assert found.loc[key].tolist() == [len(behind), np.mean(behind)]
+    found = why.confusions(retrieval)
+    assert len(found) == len(mixed) > 5 and found["intrusions"].is_monotonic_decreasing
+    for row in found.itertuples():
+        hits = sorted(mixed[row.pid, row.other_pid])
+        assert row.intrusions == len(hits) and row.queries == len({q for _, q, _ in hits})
+        assert (row.distance, row.query, row.gallery) == hits[0]
+        assert row.mutual == (len({query["pid"][q] for _, q, _ in hits}) == 2)
+
+
+# --- what the network looked at
+
+RECIPE = make_recipe("demo", height=64, width=32, normalise="unit")
+
+
+class Corner(nn.Module):
+    """Sees the red of one corner alone: rows 0 to 15, columns 16 to 31."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, images):
+        return self.scale * images[:, :1, :16, 16:].mean(dim=(2, 3))
+
+
+def test_occlusion_finds_the_one_place_that_counts():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 64, 32, 3), dtype=np.uint8)
+    pixels[:, :16, 16:, 0] = 255  # red, which the mean colour is not
+    model = Corner().train()
+    targets = np.array([[[1.0], [0.0]], [[1.0], [0.0]]])  # (2, 2, 1): what is red, what is not
+    maps = why.occlusion_maps(model, pixels, targets, RECIPE, cells=(8, 4), batch=7)
+    assert maps.shape == (2, 2, 8, 4) and model.training
+    # the corner is cells 0 to 1 × 2 to 3; a patch hides two cells, so one more row and column show it
+    assert (maps[:, 0, :2, 2:] > 0).all() and (maps[:, 1, :2, 2:] < 0).all()
+    assert np.abs(maps[:, :, 3:]).max() < 1e-6 and np.abs(maps[:, :, :, 0]).max() < 1e-6
+    assert maps[0, 0].argmax() in (2, 3, 6, 7)
+    # the slow loop
+    image = torch.tensor(pixels[0]).permute(2, 0, 1) / 255
+    expected = np.zeros((8, 4))
+    for row in range(8):
+        for column in range(4):
+            for i in (row, row + 1):
+                for j in (column, column + 1):
+                    hidden = image.clone()
+                    part = (
+                        slice(max(8 * i - 8, 0), 8 * i + 8),
+                        slice(max(8 * j - 8, 0), 8 * j + 8),
+                    )
+                    for channel in range(3):
+                        hidden[channel][part] = image[channel].mean()
+                    change = abs(1 - model(hidden[None])) - abs(1 - model(image[None]))
+                    expected[row, column] += change.item() / 4
+    np.testing.assert_allclose(maps[0, 0], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="need targets of shape"):
+        why.occlusion_maps(model, pixels, targets[0], RECIPE)
+    with pytest.raises(ValueError, match="cells must be"):
+        why.occlusion_maps(model, pixels, targets, RECIPE, cells=(65, 4))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_small"])
+def test_activation_maps_are_those_of_the_deepest_layer_that_is_fine_enough(backbone):
+    recipe = make_recipe("demo", backbone=backbone)
+    model = build_model(recipe).train()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 32, 3), dtype=np.uint8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    maps = why.activation_maps(model, pixels, recipe)
+    assert maps.shape == (3, 8, 4) and model.training
+    after = model.state_dict()
+    assert all(
+        torch.equal(after[name], value) for name, value in before.items()
+    )  # of BatchNorm too
+    model.eval()
+    features = why._inputs(model, pixels, recipe)
+    layers = getattr(model.backbone, "features", model.backbone)
+    shapes = []
+    with torch.no_grad():
+        for layer in layers:
+            features = layer(features)
+            shapes.append(features.shape[2])
+            if features.shape[2] == 8:
+                expected = (features**2).sum(1)
+    np.testing.assert_allclose(maps, expected.numpy(), rtol=1e-4, atol=1e-6)
+    assert shapes[-1] == 2, "the last map has two rows: too few to see anything"
+    assert why.activation_maps(model, pixels, recipe, rows=1).shape[1] == 2
+    with pytest.raises(ValueError, match="give fewer"):
+        why.activation_maps(model, pixels, recipe, rows=65)
+    with pytest.raises(ValueError, match="no images"):
+        why.activation_maps(model, pixels[:0], recipe)
+
+
+def test_overlay():
+    image = np.full((4, 4, 3), (90, 120, 150), np.uint8)  # grey 120
+    values = np.array([[1.0, 0], [-1, 4]])
+    drawn = figures.overlay(image, values, most=1.0)
+    assert drawn.dtype == np.uint8 and drawn.shape == (4, 4, 3)
+    orange, blue = (0.8 * np.array(c) + 0.2 * 120 for c in ((213, 94, 0), (0, 114, 178)))
+    np.testing.assert_allclose(drawn[0, 0], orange, atol=1)
+    np.testing.assert_allclose(drawn[3, 0], blue, atol=1)
+    np.testing.assert_allclose(drawn[3, 3], orange, atol=1)  # more than most is drawn as most
+    assert (figures.overlay(image, np.zeros((2, 2)), 1.0) == 120).all()
+    with pytest.raises(ValueError, match="above zero"):
+        figures.overlay(image, values, most=0.0)
+
+
+# --- copies of photographs
+
+
+def reencoded(image, quality):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def test_planted_copies_are_found_and_nothing_else(data_root):
+    """Files copied inside a drawn data set: under another identity, split and camera, altered or not."""
+    data = load(data_root / "synthetic")
+    train, query, gallery = data.train, data.query, data.gallery
+    tables = [t.assign(split=s) for s, t in data.splits.items()]
+    pixels = [np.stack([read_image(p) for p in t["path"]]) for t in tables]
+    everything = pd.concat(tables, ignore_index=True)
+    assert len(suspects.duplicates(pixels, everything)) == 0
+    first = {"train": 0, "query": len(train), "gallery": len(train) + len(query)}
+
+    def row(split, i):
+        return first[split] + i, pixels[["train", "query", "gallery"].index(split)][i]
+
+    people = np.flatnonzero(gallery["pid"] > 0)
+    planted, extra = {}, []
+
+    def plant(source, image, harm, kind, **labels):
+        planted[len(everything) + len(extra)] = (source, harm, kind)
+        extra.append(
+            (everything.iloc[source].to_dict() | {"path": f"new{len(extra)}.jpg"} | labels, image)
+        )
+
+    at, image = row("train", 0)
+    plant(at, image, "two identities", "same pixels", pid=999)
+    at, image = row("train", 5)
+    plant(at, image, "train and test", "same pixels", split="gallery")
+    at, image = row("gallery", people[3])
+    plant(at, reencoded(image, 30), "two identities", "same picture", pid=999)
+    at, image = row("gallery", people[9])
+    plant(at, image[:, ::-1], "two identities", "mirrored", pid=999)
+    at, image = row("query", 2)
+    plant(at, reencoded(image, 60), "none", "same picture", split="gallery")
+    at, image = row("gallery", people[12])
+    darker = (image * 0.6).astype(np.uint8)
+    plant(at, darker, "two cameras", "same picture", camid=9)
+    at, image = row("query", 4)
+    plant(at, image, "query and gallery", "same pixels", split="gallery", camid=-1)
+    everything.loc[at, "camid"] = -1
+    at, image = row("gallery", int(np.flatnonzero(gallery["pid"] == -1)[0]))
+    plant(at, reencoded(image, 80), "none", "same picture", pid=5)
+    labels, images = zip(*extra, strict=True)
+    table = pd.concat([everything, pd.DataFrame(labels)], ignore_index=True)
+    found = suspects.duplicates([*pixels, np.stack(images)], table)
+    assert list(found.columns) == [*suspects.SUSPECT_COLUMNS, "harm"]
+    by_image = found.set_index("image")
+    assert {*by_image.index} == {*planted} and by_image.index.is_unique
+    for image, expected in planted.items():
+        assert tuple(by_image.loc[image, ["other", "harm", "kind"]]) == expected
+        assert by_image.loc[image, "path"] == table["path"][image]
+    assert (found["harm"].head(3) == "two identities").all() and found["harm"].iloc[-1] == "none"
+    evidence = by_image.loc[len(everything) + 1, "evidence"]
+    assert evidence == "same pixels (gallery and train), correlation 1.000"
+
+
+def test_copies_of_flat_pictures_and_of_several_sizes():
+    rng = np.random.default_rng(0)
+    black = np.zeros((3, 64, 32, 3), np.uint8)
+    small = rng.integers(0, 256, (2, 32, 16, 3), dtype=np.uint8)
+    grey = np.full((1, 64, 32, 3), 7, np.uint8)
+    large = np.stack([small[0].repeat(4, 0).repeat(4, 1)])
+    table = pd.DataFrame({"pid": np.arange(1, 8)})
+    found = suspects.duplicates([black, small, grey, large], table)
+    # flat pictures are copies only where the pixels are the same; of three, each goes with the first
+    assert sorted(zip(found["other"], found["image"], strict=True)) == [(0, 1), (0, 2), (3, 6)]
+    assert (found["harm"] == "two identities").all() and (found["camid"] == -1).all()
+    smooth = small.repeat(4, 1).repeat(4, 2)
+    symmetric = np.concatenate([smooth, smooth[:, :, ::-1]], axis=2)[:1]
+    symmetric = np.concatenate([symmetric, reencoded(symmetric[0], 95)[None]])
+    found = suspects.duplicates(symmetric, table.head(2))
+    assert found["kind"].tolist() == ["same picture"], "its own mirror image is one pair, not two"
+    assert len(suspects.duplicates(black[:1], table.head(1))) == 0
+    assert len(suspects.duplicates(black[:0], table.head(0))) == 0
+    with pytest.raises(ValueError, match="do not fit"):
+        suspects.duplicates(black, table)
+
+
+# --- wrong labels
+
+
+def good_embeddings(seed=0, people=40, cameras=3, images=3, noise=0.35, distractors=30):
+    """Identity centre, a shift of each camera and walk, and noise: what a good network makes."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        (p, c) for p in range(1, people + 1) for c in range(1, cameras + 1) for _ in range(images)
+    ]
+    rows += [(0, 1 + i % cameras) for i in range(distractors)]
+    table = pd.DataFrame(rows, columns=["pid", "camid"])
+    table["path"] = [f"{i}.jpg" for i in range(len(table))]
+    pids, camids = table["pid"].to_numpy(), table["camid"].to_numpy()
+    centres = rng.normal(size=(people + 1 + distractors, 16))
+    who = np.where(pids > 0, pids, people + 1 + np.arange(len(pids)) - people * cameras * images)
+    walks = 0.5 * rng.normal(size=(len(centres), cameras + 1, 16))
+    emb = centres[who] + noise * walks[who, camids] + noise * rng.normal(size=(len(pids), 16))
+    return emb, table
+
+
+def judged(found, planted):
+    """Precision and recall of rows named."""
+    named = {*found["image"]}
+    return len(named & planted) / max(len(named), 1), len(named & planted) / len(planted)
+
+
+def test_images_with_swapped_labels_are_found_and_nothing_else():
+    for seed in range(4):
+        emb, table = good_embeddings(seed)
+        assert len(suspects.label_errors(emb, table)) == 0
+        rng = np.random.default_rng(seed)
+        pids = table["pid"].to_numpy().copy()
+        rows = rng.permutation(np.flatnonzero(pids > 0))[:20]
+        true = pids.copy()
+        pids[rows] = pids[np.roll(rows, 1)]
+        rows = rows[pids[rows] != true[rows]]
+        found = suspects.label_errors(emb, table.assign(pid=pids))
+        assert judged(found, {*rows}) == (1, 1)
+        assert (found["kind"] == "wrong identity?").all() and found["score"].min() > 1.5
+        assert (found["suggested_pid"].to_numpy() == true[found["image"]]).all()
+        assert (pids[found["other"]] == found["suggested_pid"].to_numpy()).all()
+        assert found["score"].is_monotonic_decreasing
+        # a person of the data among the distractors
+        pids = true.copy()
+        rows = rng.permutation(np.flatnonzero(pids > 0))[:10]
+        pids[rows] = 0
+        found = suspects.label_errors(emb, table.assign(pid=pids))
+        precision, recall = judged(found, {*rows})
+        assert precision == 1 and recall >= 0.6  # a person far out may pass for a stranger
+        assert (found["kind"] == "no distractor?").all()
+        assert (found["suggested_pid"].to_numpy() == true[found["image"]]).all()
+
+
+def test_label_scores_are_those_of_a_slow_loop():
+    emb, table = good_embeddings(5, people=8, noise=1.5, distractors=5)
+    table.loc[[0, 20], "pid"] = -1
+    pids = table["pid"].to_numpy()
+    found = suspects.label_errors(emb, table, least=0.0, neighbours=len(table) - 3)
+    found = found[found["kind"] == "wrong identity?"].set_index("image")
+    assert {*found.index} == {*np.flatnonzero(pids > 0)}
+    for i in np.flatnonzero(pids > 0):
+        far = {
+            pid: sorted(
+                np.linalg.norm(emb[i] - emb[j]) for j in np.flatnonzero(pids == pid) if j != i
+            )
+            for pid in range(1, 9)
+        }
+        own = far.pop(pids[i])[1]
+        suggested = min(far, key=lambda pid: far[pid][1])
+        assert found.loc[i, "score"] == pytest.approx(own / far[suggested][1], rel=1e-9)
+        assert found.loc[i, "suggested_pid"] == suggested
+        assert np.linalg.norm(emb[i] - emb[found.loc[i, "other"]]) == far[suggested][0]
+
+
+def test_label_errors_of_little_data():
+    emb, table = good_embeddings(people=3)
+    for rows in (slice(0, 0), slice(0, 1), slice(0, 2), slice(0, 9)):  # one person alone at most
+        few, some = emb[rows], table.iloc[rows].reset_index(drop=True)
+        assert (
+            len(suspects.label_errors(few, some)) == len(suspects.identity_errors(few, some)) == 0
+        )
+    unlabelled = table.assign(pid=-1)
+    assert len(suspects.label_errors(emb, unlabelled)) == 0
+    assert len(suspects.identity_errors(emb, unlabelled)) == 0
+    # the only image of an identity has no other to be far from
+    alone = table.assign(pid=np.where(np.arange(len(table)) == 0, 77, table["pid"]))
+    assert 0 not in suspects.label_errors(emb, alone, least=0.0)["image"].to_numpy()
+    # copies at distance 0 of everything
+    same = suspects.label_errors(np.zeros_like(emb), table, least=1.0)
+    assert np.isfinite(same["score"]).all() and (same["score"] == 1).all()
+    for function in (suspects.label_errors, suspects.identity_errors):
+        with pytest.raises(ValueError, match="do not fit"):
+            function(emb[:-1], table)
+        with pytest.raises(ValueError, match="NaN"):
+            function(emb * np.nan, table)
+
+
+def test_split_and_merged_identities_and_whole_walks_are_found():
+    for seed in range(4):
+        emb, table = good_embeddings(seed)
+        assert len(suspects.identity_errors(emb, table)) == 0
+        pids = table["pid"].to_numpy()
+        rng = np.random.default_rng(seed)
+        # one identity in two pids, cut at random
+        rows = rng.permutation(np.flatnonzero(pids == 7))[:4]
+        split = np.where(np.isin(np.arange(len(pids)), rows), 99, pids)
+        found = suspects.identity_errors(emb, table.assign(pid=split))
+        assert found["kind"].tolist() == ["one person in two pids?"]
+        row = found.iloc[0]
+        assert (row["pid"], row["other_pid"], row["suggested_pid"]) == (99, 7, 7)
+        assert split[row["image"]] == 99 and split[row["other"]] == 7
+        # two identities under one pid
+        merged = np.where(pids == 11, 3, pids)
+        found = suspects.identity_errors(emb, table.assign(pid=merged), least_two=1.2)
+        assert found["kind"].tolist() == ["two people in one pid?"]
+        row = found.iloc[0]
+        assert row["pid"] == row["other_pid"] == 3
+        assert {pids[row["image"]], pids[row["other"]]} == {3, 11}
+        # a walk of one person past one camera under another's pid
+        camids = table["camid"].to_numpy()
+        walk = np.where((pids == 5) & (camids == 2), 20, pids)
+        found = suspects.identity_errors(emb, table.assign(pid=walk))
+        assert found["kind"].tolist() == ["two people in one pid?"]
+        row = found.iloc[0]
+        assert (row["pid"], row["suggested_pid"]) == (20, 5)
+        assert pids[row["image"]] == 5 and camids[row["image"]] == 2 and pids[row["other"]] == 20
+        assert "3 images (camera 2)" in row["evidence"] and "(cameras 1, 2, 3)" in row["evidence"]
+        blind = suspects.identity_errors(emb, table.assign(pid=walk).drop(columns="camid"))
+        assert "camera" not in blind["evidence"][0]
+
+
+def test_recall_of_planted():
+    emb, table = good_embeddings()
+    found = suspects.recall_of_planted(emb, table, planted=10, repeats=3)
+    assert found == {"planted": 30, "recall": 1.0, "right_pid": 1.0, "others": 0.0}
+    assert found == suspects.recall_of_planted(emb, table, planted=10, repeats=3)
+    noise = np.random.default_rng(0).normal(size=emb.shape)
+    assert suspects.recall_of_planted(noise, table, planted=10)["recall"] < 0.5
+    with pytest.raises(ValueError, match="cannot be planted"):
+        suspects.recall_of_planted(emb, table, planted=1000)
+    with pytest.raises(ValueError, match="of 1 people"):
+        suspects.recall_of_planted(emb[:9], table.head(9), planted=1)
+
+
+def test_nearest_images_far_from_the_origin():
+    emb = np.random.default_rng(0).normal(size=(50, 4)) + 1e6
+    near, far = suspects.nearest_images(emb, 5)
+    for i in range(50):
+        distance = np.linalg.norm(emb - emb[i], axis=1)
+        distance[i] = np.inf
+        assert near[i].tolist() == np.argsort(distance)[:5].tolist()
+        np.testing.assert_allclose(far[i], np.sort(distance)[:5], rtol=1e-6)
+    with pytest.raises(ValueError, match="no 50 other"):
+        suspects.nearest_images(emb, 50)
+
+
+# --- the linked map
+
+EVIL = '<img src=x onerror="document.title=1">&\'.jpg'
+BREAK = "</script><script>document.title='taken'</script>"
+
+
+def map_page(**options):
+    """Six images: two identities of two, a distractor, an unknown one; dots in two rows of three."""
+    points = np.array([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1.0]])
+    table = pd.DataFrame(
+        {
+            "path": [f"/far/{i}.jpg" for i in range(5)] + [f"/far/{EVIL}"],
+            **{
+                "pid": [4, 4, 9, 9, 0, -1],
+                "camid": [1, 2, 1, 2, 3, -1],
+                "split": [""] * 5 + [BREAK],
+            },
+        }
+    )
+    near = np.array([[1, 2], [0, 2], [3, 1], [2, 0], [5, 3], [4, 0]])
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 200, 100, 3), dtype=np.uint8)
+    given = {"points": points, "table": table, "pixels": pixels, "neighbours": near}
+    given |= {"distances": near / 3.0} | options
+    return linked_map(*given.values(), title="<b>Map</b>")
+
+
+def test_linked_map_holds_all_and_loads_nothing():
+    page = map_page()
+    assert (
+        "<b>Map" not in page
+        and page.count("</script>") == 2
+        and "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", page)
+    )
+    dots = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert [dot["text"] for dot in dots[3:]] == [
+        "identity 9, camera 2",
+        "distractor, camera 3",
+        f"unknown person, {BREAK}",
+    ]
+    assert dots[5]["file"] == EVIL and dots[0]["file"] == "0.jpg"
+    assert dots[0]["near"] == [1, 2] and dots[0]["far"] == [0.333, 0.667]
+    assert dots[0]["x"] < dots[2]["x"] and dots[0]["y"] > dots[3]["y"], "upwards, as in figures"
+    assert len(page) < 60_000, "photographs are thumbnails"
+    one = linked_map(
+        np.zeros((1, 2)), pd.DataFrame({"path": [""], "pid": [1], "camid": [1], "split": ["query"]}),
+        np.zeros((1, 8, 4, 3), np.uint8), np.zeros((1, 0), int), np.zeros((1, 0)),
+    )  # fmt: skip
+    assert "identity 1, camera 1, query" in one
+    for options, message in (
+        ({"points": np.zeros((5, 2))}, "as many photographs"),
+        ({"points": np.full((6, 2), np.nan)}, "finite"),
+        ({"distances": np.zeros((6, 1))}, "not \\(N, K\\)"),
+        ({"neighbours": np.full((6, 2), 6)}, "0 to 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            map_page(**options)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (browser and driver):
+        pytest.skip("no Chromium with its chromedriver here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.add_argument("--window-size=1100,900")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+def test_linked_map_in_a_browser(chromium, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    place = Path(tmp_path, "map.html")
+    place.write_text(map_page(), encoding="utf-8")
+    chromium.get(place.as_uri())
+    assert chromium.title == "<b>Map</b>", "a file's name must not run as a script"
+
+    def dot(i):
+        return chromium.find_element(By.CSS_SELECTOR, f'circle[data-row="{i}"]')
+
+    def side():
+        return chromium.find_element(By.ID, "side").text
+
+    def photo():
+        return chromium.find_element(By.CSS_SELECTOR, "#side figure img")
+
+    # the first dot is chosen from the start
+    assert dot(0).get_attribute("aria-pressed") == "true" and "identity 4, camera 1" in side()
+    assert photo().get_attribute("alt") == "Photograph: identity 4, camera 1"
+    assert chromium.execute_script("return arguments[0].naturalHeight", photo()) == 96
+    assert "1 of its 2 nearest are of the same identity" in side()
+    assert (
+        "✓ identity 4, camera 2, at 0.333" in side()
+        and "✗ identity 9, camera 1, at 0.667" in side()
+    )
+    assert {dot(i).get_attribute("class") for i in (3, 4, 5)} == {""}
+    assert (
+        dot(1).get_attribute("class") == "same near"
+        and dot(2).get_attribute("class") == "near other"
+    )
+    lines = chromium.find_elements(By.CSS_SELECTOR, "line")
+    assert [line.get_attribute("class") for line in lines] == ["same", "other"]
+    # a mouse over a dot shows it, a click keeps it
+    ActionChains(chromium).move_to_element(dot(4)).perform()
+    assert "distractor, camera 3" in side()
+    dot(5).click()
+    ActionChains(chromium).move_to_element(dot(1)).perform()
+    assert f"unknown person, {BREAK}" in side() and EVIL in side()
+    assert chromium.title == "<b>Map</b>"
+    assert "0 of its 2" in side(), "two unknown people are not one identity"
+    # a neighbour in the list leads to its dot
+    chromium.find_elements(By.CSS_SELECTOR, "#side button")[1].click()
+    assert "identity 4, camera 1" in side()
+    # the keyboard alone: Tab comes to the chosen dot, arrows go on from there
+    active = chromium.switch_to.active_element
+    assert active.get_attribute("data-row") == "0" and active.get_attribute("aria-label")
+    for key, expected in (
+        (Keys.ARROW_RIGHT, 1), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_UP, 5),
+        (Keys.ARROW_LEFT, 4), (Keys.ARROW_DOWN, 1), (Keys.END, 5), (Keys.HOME, 0),
+    ):  # fmt: skip
+        chromium.switch_to.active_element.send_keys(key)
+        assert chromium.switch_to.active_element.get_attribute("data-row") == str(expected)
+        assert dot(expected).get_attribute("tabindex") == "0"
+    reachable = chromium.find_elements(By.CSS_SELECTOR, 'circle[tabindex="0"]')
+    assert len(reachable) == 1, "one stop for Tab, not hundreds"
+    errors = [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not errors, errors
