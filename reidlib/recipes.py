@@ -1,5 +1,6 @@
 """The named training recipes: validated, immutable, each setting open to change by name."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -96,6 +97,11 @@ class Recipe(BaseModel):
     def variant(self) -> str:
         """The variant as its users know it: `batchhard_softplus`, `batchall`, …"""
         return self.loss.replace("_", "") + ("_softplus" if self.margin == "soft" else "")
+
+    @property
+    def collapsed_loss(self) -> float:
+        """The loss of a network that maps every image to one point: the margin, or ln 2 for soft."""
+        return math.log(2) if self.margin == "soft" else self.margin
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Return the rate of a step (from 0) of a run of so many: constant, then exponential.

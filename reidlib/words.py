@@ -1,6 +1,8 @@
-"""Words that several rooms say alike."""
+"""Words for people: long lists cut short, and sentences shown in a notebook."""
 
 from collections.abc import Iterable
+
+from reidlib.progress import in_notebook
 
 
 def some(items: Iterable, most: int = 5) -> str:
@@ -12,3 +14,19 @@ def some(items: Iterable, most: int = 5) -> str:
     items = [str(item) for item in items]
     more = len(items) - most
     return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def say(*paragraphs: str, bullets: bool = False) -> None:
+    """Show sentences as Markdown in a notebook, and print them elsewhere.
+
+    >>> say("The mAP is **61 %**.", "The top-1 is **79 %**.", bullets=True)
+    - The mAP is **61 %**.
+    - The top-1 is **79 %**.
+    """
+    text = "\n".join(f"- {p}" for p in paragraphs) if bullets else "\n\n".join(paragraphs)
+    if not in_notebook():
+        print(text)
+        return
+    from IPython.display import Markdown, display
+
+    display(Markdown(text))

@@ -68,7 +68,7 @@ def test_lint():
 
 # The floor, then the rooms, each with its files: a file imports only files that stand before it.
 ROOMS = {
-    "": ("paths", "words", "progress", "recipes", "runs"),
+    "": ("paths", "progress", "words", "recipes", "runs"),
     "data": ("synthetic", "files", "tables", "pixels", "check", "augment", "sampler"),
     "model": ("depthwise", "network", "weights", "device", "embed"),
     "evaluation": ("metrics", "retrieval", "intervals", "baselines", "rerank", "verify"),

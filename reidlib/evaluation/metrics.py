@@ -7,6 +7,9 @@ import numpy as np
 import pandas as pd
 
 TOPK = (1, 2, 5, 10)
+# The scores by their keys in metrics.json, and as tables for people head them.
+SCORES = {"mAP": "mAP", "mAP_market": "mAP (Market)"}
+SCORES |= {f"top{k}": f"top-{k}" for k in TOPK} | {"mINP": "mINP"}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
