@@ -156,10 +156,10 @@ def search(args) -> int:
     else:
         print(searching.search_csv(found), end="")
     if args.picture:
-        from reidlib.look import figures
+        from reidlib.look import figures, photographs
 
         shown = min(len(retrieval.query), 20)  # 20 lists make a picture of 47 inches
-        figure = figures.search_lists(found[found["query"] < shown])
+        figure = photographs.search_lists(found[found["query"] < shown])
         figures.save(figure, Path(args.picture).expanduser())
         say(f"Picture of {shown} of {len(retrieval.query):,} {lists}: {args.picture}")
     if args.html:

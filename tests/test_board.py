@@ -21,7 +21,7 @@ from reidlib import runs
 from reidlib.data.pixels import load_images
 from reidlib.data.tables import load
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import board, figures
+from reidlib.look import board, photographs
 from reidlib.model.embed import embed
 from reidlib.model.weights import load_model
 from reidlib.paths import ROOT
@@ -280,7 +280,7 @@ def test_the_same_queries_each_time_and_the_very_ranking(outputs, monkeypatch):
 
     def draw(rows, height):
         drawn.append(rows)
-        return figures.ranked_lists(rows, height)
+        return photographs.ranked_lists(rows, height)
 
     monkeypatch.setattr(board, "ranked_lists", draw)
     for name in (HARD, SOFT):

@@ -21,7 +21,7 @@ from PIL import Image
 
 from reidlib.evaluation.metrics import average_precision
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import browser, figures
+from reidlib.look import browser, figures, photographs
 from reidlib.look.browser import Browser, ranked_list_page
 from reidlib.paths import ROOT
 
@@ -562,7 +562,7 @@ def test_driving_the_page(opened, runs, chromium, tables):
         frame = item.find_element("css selector", ".photo").value_of_css_property(
             "border-top-color"
         )
-        mark = figures.STATUS.get(result.status, figures.EXCLUDED)
+        mark = photographs.STATUS.get(result.status, figures.EXCLUDED)
         assert frame.replace("rgba", "rgb").startswith(
             f"rgb({', '.join(str(int(mark.colour[i : i + 2], 16)) for i in (1, 3, 5))}"
         )

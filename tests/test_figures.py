@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import figures
+from reidlib.look import figures, photographs
 from reidlib.look.figures import EXCLUDED, PLAIN, QUERY, RIGHT, WRONG
 from reidlib.recipes import make_recipe
 
@@ -49,7 +49,7 @@ def texts(axes):
     return [t.get_text() for t in axes.texts if t.get_text()]
 
 
-def photographs(axes):
+def drawn_photos(axes):
     return [child for child in axes.get_children() if isinstance(child, AxesImage)]
 
 
@@ -83,19 +83,19 @@ def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
 
     shown = _Displayed()
     monkeypatch.setattr(IPython.display, "display", shown)
-    figures.show(figures.photo_grid(photos), 'A "grid" of <12> & more', photo=True)
+    figures.show(photographs.photo_grid(photos), 'A "grid" of <12> & more', photo=True)
     page = shown[0]["text/html"]
     assert 'alt="A &quot;grid&quot; of &lt;12&gt; &amp; more"' in page
     assert page.startswith('<img src="data:image/jpeg;base64,/9j/') and page.count("<") == 1
     assert '"grid"' in shown[0]["text/plain"]
-    figures.show(figures.photo_grid(photos), "PNG")
+    figures.show(photographs.photo_grid(photos), "PNG")
     assert "data:image/png;base64,iVBOR" in shown[1]["text/html"]
     with pytest.raises(ValueError, match="alt text"):
-        figures.show(figures.photo_grid(photos), " ")
+        figures.show(photographs.photo_grid(photos), " ")
 
 
 def test_photographs_are_small_as_jpeg_and_white_behind(photos):
-    figure = figures.photo_grid(photos)
+    figure = photographs.photo_grid(photos)
     jpeg, png = figures.encode(figure, photo=True), figures.encode(figure)
     assert len(jpeg) < 0.4 * len(png)
     with Image.open(io.BytesIO(jpeg)) as image:
@@ -107,15 +107,15 @@ def test_photographs_are_small_as_jpeg_and_white_behind(photos):
 
 def test_save_chooses_the_format_by_name(tmp_path, photos):
     for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG")):
-        figures.save(figures.photo_grid(photos[:1]), tmp_path / name)
+        figures.save(photographs.photo_grid(photos[:1]), tmp_path / name)
         with Image.open(tmp_path / name) as image:
             assert image.format == kind
 
 
 def test_runs_without_a_screen_and_without_pyplot():
     code = (
-        "import sys, numpy as np; from reidlib.look import figures; figures.use_style();"
-        "f = figures.photo_grid([np.zeros((8, 4, 3), np.uint8)]);"
+        "import sys, numpy as np; from reidlib.look import figures, photographs; figures.use_style();"
+        "f = photographs.photo_grid([np.zeros((8, 4, 3), np.uint8)]);"
         "print(len(figures.encode(f)), 'matplotlib.pyplot' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -127,11 +127,11 @@ def test_runs_without_a_screen_and_without_pyplot():
 
 def test_photo_grid_draws_each_photograph_once_in_reading_order(photos):
     marks = [RIGHT] * 3 + [WRONG] * 2 + [EXCLUDED] + [PLAIN] * 6
-    figure = figures.photo_grid(
+    figure = photographs.photo_grid(
         photos, [f"t{i}" for i in range(12)], columns=5, marks=marks, row_titles=["a", "b", "c"]
     )
     axes = figure.axes[0]
-    drawn = photographs(axes)
+    drawn = drawn_photos(axes)
     assert [np.array_equal(d.get_array(), p) for d, p in zip(drawn, photos, strict=True)] == [
         True
     ] * 12
@@ -147,8 +147,8 @@ def test_photo_grid_draws_each_photograph_once_in_reading_order(photos):
 
 
 def test_photographs_that_belong_together_stand_together(photos):
-    figure = figures.photo_grid(photos, columns=6, together=2)
-    ends = [photo.get_extent()[:2] for photo in photographs(figure.axes[0])]
+    figure = photographs.photo_grid(photos, columns=6, together=2)
+    ends = [photo.get_extent()[:2] for photo in drawn_photos(figure.axes[0])]
     gaps = [ends[i + 1][0] - ends[i][1] for i in range(5)]
     assert min(gaps[1], gaps[3]) > 2 * max(gaps[0], gaps[2], gaps[4])
     assert ends[5][1] < figure.get_figwidth() and ends[6:] == ends[:6]
@@ -156,7 +156,7 @@ def test_photographs_that_belong_together_stand_together(photos):
 
 def test_photographs_keep_their_proportions():
     wide, tall = np.zeros((50, 100, 3), np.uint8), np.zeros((100, 25, 3), np.uint8)
-    for photo in photographs(figures.photo_grid([wide, tall], height=1).axes[0]):
+    for photo in drawn_photos(photographs.photo_grid([wide, tall], height=1).axes[0]):
         x0, x1, y1, y0 = photo.get_extent()
         rows, columns = photo.get_array().shape[:2]
         assert (x1 - x0) / (y1 - y0) == pytest.approx(columns / rows)
@@ -166,21 +166,21 @@ def test_photographs_keep_their_proportions():
 @pytest.mark.parametrize("wrong", [{"titles": ["a"]}, {"marks": [RIGHT]}, {"row_titles": ["a"]}])
 def test_photo_grid_refuses_lists_that_do_not_fit(photos, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        figures.photo_grid(photos, **wrong)
+        photographs.photo_grid(photos, **wrong)
 
 
 def test_photo_grid_leaves_gaps(photos):
-    figure = figures.photo_grid([None, photos[0], photos[1]], ["a", "b", "c"], columns=2)
-    drawn = photographs(figure.axes[0])
+    figure = photographs.photo_grid([None, photos[0], photos[1]], ["a", "b", "c"], columns=2)
+    drawn = drawn_photos(figure.axes[0])
     assert len(drawn) == 2 and texts(figure.axes[0]) == ["b", "c"]
     assert drawn[0].get_extent()[0] > drawn[1].get_extent()[0]
     with pytest.raises(ValueError, match="no photographs"):
-        figures.photo_grid([None])
+        photographs.photo_grid([None])
 
 
 def test_no_photographs_is_an_error():
     with pytest.raises(ValueError, match="no photographs"):
-        figures.photo_grid([])
+        photographs.photo_grid([])
 
 
 @pytest.fixture
@@ -201,15 +201,15 @@ def row(tmp_path, photos):
             "status": statuses,
         }
     )
-    return figures.RankedRow("Query 3, camera 1", photos[0], results)
+    return photographs.RankedRow("Query 3, camera 1", photos[0], results)
 
 
 def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
-    figure = figures.ranked_lists([row, row])
+    figure = photographs.ranked_lists([row, row])
     axes = figure.axes[0]
     order = [QUERY, EXCLUDED, RIGHT, EXCLUDED, WRONG, WRONG]
     assert frames(axes) == 2 * [(m.colour.lower(), m.line) for m in order]
-    drawn = photographs(axes)
+    drawn = drawn_photos(axes)
     assert len(drawn) == 12
     # query, then the images in their order; of two excluded ones side by side the nearer
     for photo, wanted in zip(
@@ -226,7 +226,7 @@ def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
 
 
 def test_ranked_lists_state_the_ap_of_what_they_list(row):
-    shown = lambda results: texts(figures.ranked_lists([row._replace(results=results)]).axes[0])
+    shown = lambda results: texts(photographs.ranked_lists([row._replace(results=results)]).axes[0])
     assert "AP 100.00% of 1 match, ranks: 1" in shown(row.results)
     last = row.results.iloc[[1, 1]].assign(rank=pd.array([5, 1200], dtype="Int64"))
     words = shown(pd.concat([row.results, last], ignore_index=True))
@@ -248,17 +248,17 @@ def test_ranked_lists_state_no_ap_of_half_a_list(row):
     found = Retrieval([[0.0]], query, [[1.0], [2.0], [3.0], [4.0]], gallery)
     half = row._replace(results=found.ranked_list(0, topk=2))
     with pytest.raises(ValueError, match="show_missed=True"):
-        figures.ranked_lists([half])
+        photographs.ranked_lists([half])
     for whole in ({"topk": 2, "show_missed": True}, {"topk": None}):
         results = found.ranked_list(0, **whole)
-        words = texts(figures.ranked_lists([row._replace(results=results)]).axes[0])
+        words = texts(photographs.ranked_lists([row._replace(results=results)]).axes[0])
         assert any(word.startswith("AP 50.00% of 2 matches") for word in words)
 
 
 def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
     results = pd.concat([row.results.iloc[[2, 2, 2]], row.results.iloc[[4]]], ignore_index=True)
     results["camid"], results.loc[3, "rank"] = -1, 1
-    words = texts(figures.ranked_lists([row._replace(results=results)]).axes[0])
+    words = texts(photographs.ranked_lists([row._replace(results=results)]).axes[0])
     assert "–\njunk ×3" in words and "id 9\n1.00" in words
     assert not any("c-1" in word for word in words)
 
@@ -266,9 +266,9 @@ def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
 def test_a_long_ranked_list_is_broken_into_lines(row):
     results = row.results.iloc[[0, *[4] * 40]].reset_index(drop=True)
     results["rank"] = pd.array([None, *range(1, 41)], dtype="Int64")
-    figure = figures.ranked_lists([row._replace(results=results), row])
-    assert figure.get_figwidth() <= figures.WIDEST + 0.1 and inside(figure)
-    places = [i.get_extent() for i in photographs(figure.axes[0])[1:42]]  # without the query
+    figure = photographs.ranked_lists([row._replace(results=results), row])
+    assert figure.get_figwidth() <= photographs.WIDEST + 0.1 and inside(figure)
+    places = [i.get_extent() for i in drawn_photos(figure.axes[0])[1:42]]  # without the query
     tops = sorted({place[3] for place in places[1:]})
     assert len(tops) == 3 and max(place[2] for place in places) < figure.get_figheight()
     starts = [min(p[0] for p in places if p[2] == bottom) for bottom in {p[2] for p in places}]
@@ -287,7 +287,7 @@ def test_results_of_nobody_known_carry_their_file_names(row):
             results["path"][1], Path(results["path"][1]).with_name("$x_1$ " + 30 * "y" + ".png")
         )
     )
-    figure = figures.ranked_lists([row._replace(results=results)])
+    figure = photographs.ranked_lists([row._replace(results=results)])
     words = texts(figure.axes[0])
     assert "4.png\n1.00" in words and r"\$x_1\$ …yy.png" in [w.split("\n")[0] for w in words]
     assert inside(figure)
@@ -296,15 +296,15 @@ def test_results_of_nobody_known_carry_their_file_names(row):
 
 def test_ranked_lists_read_a_query_from_its_path(row):
     path = row.results.path[2]
-    figure = figures.ranked_lists([row._replace(query=path)])
-    first = photographs(figure.axes[0])[0].get_array()
+    figure = photographs.ranked_lists([row._replace(query=path)])
+    first = drawn_photos(figure.axes[0])[0].get_array()
     assert np.array_equal(first, np.asarray(Image.open(path)))
 
 
 def test_ranked_lists_refuse_emptiness(row):
     for rows in ([], [row._replace(results=row.results.iloc[:0])]):
         with pytest.raises(ValueError, match="nothing to draw"):
-            figures.ranked_lists(rows)
+            photographs.ranked_lists(rows)
 
 
 # --- curves
@@ -412,21 +412,21 @@ def test_the_legend_of_histograms_covers_nothing():
 def test_embedding_map_highlights_the_largest_identities(photos):
     pids = np.repeat([-1, 0, 5, 6, 7], [3, 3, 2, 1, 3])
     points = np.random.default_rng(0).normal(size=(12, 2))
-    figure = figures.embedding_map(points, pids, photos, title="here")
+    figure = photographs.embedding_map(points, pids, photos, title="here")
     legend, axes = figure.axes
     everything, *identities = axes.lines
     assert len(everything.get_xdata()) == 12
     assert texts(legend) == ["id 7", "id 5", "id 6"]
     assert [len(line.get_xdata()) for line in identities] == [3, 2, 1]
     assert len({(line.get_color(), line.get_marker()) for line in identities}) == 3
-    for photo, pid in zip(photographs(legend), (7, 5, 6), strict=True):
+    for photo, pid in zip(drawn_photos(legend), (7, 5, 6), strict=True):
         assert any(
             np.array_equal(photo.get_array(), photos[i]) for i in np.flatnonzero(pids == pid)
         )
-    assert len(figures.embedding_map(points, pids, highlight=[6]).axes[1].lines) == 2
+    assert len(photographs.embedding_map(points, pids, highlight=[6]).axes[1].lines) == 2
     for wrong in ({"points": points[:5]}, {"images": photos[:2]}, {"highlight": [99]}):
         with pytest.raises(ValueError):
-            figures.embedding_map(**({"points": points, "pids": pids} | wrong))
+            photographs.embedding_map(**({"points": points, "pids": pids} | wrong))
 
 
 def test_heat_map_writes_each_number_in_its_cell():

@@ -20,7 +20,7 @@ from reidlib.data.pixels import (
     load_training_images,
     read_image,
 )
-from reidlib.look.figures import _one_line, search_lists
+from reidlib.look.photographs import one_line, search_lists
 from reidlib.look.search import (
     domain_shift,
     picture_table,
@@ -302,7 +302,7 @@ def test_a_picture_of_the_lists(model, photos):
         assert sum(t == rank for t in texts) == 3, "ranked, neither right nor wrong"
     assert sum("query\nitself" in t for t in texts) == 3
     assert not any("AP" in t for t in texts)
-    assert _one_line("x" * 200).count("x") < 90 and len(_one_line("x" * 200)) <= 81
+    assert one_line("x" * 200).count("x") < 90 and len(one_line("x" * 200)) <= 81
 
 
 # --- is the model at home?
@@ -435,6 +435,7 @@ def test_what_is_wrong_is_said_in_a_line(run, photos, capsys, monkeypatch, optio
 def test_nothing_but_the_command_draws(run, photos, monkeypatch):
     """Without --picture and --html neither matplotlib nor widgets are needed."""
     monkeypatch.setitem(sys.modules, "reidlib.look.figures", None)
+    monkeypatch.setitem(sys.modules, "reidlib.look.photographs", None)
     monkeypatch.setitem(sys.modules, "reidlib.look.browser", None)
     line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
     assert main(line) == 0

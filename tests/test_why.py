@@ -16,7 +16,7 @@ from torch import nn
 from reidlib.data.pixels import read_image
 from reidlib.data.tables import load
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import figures, suspects, why
+from reidlib.look import photographs, suspects, why
 from reidlib.look.embedding_map import linked_map
 from reidlib.model.weights import build_model
 from reidlib.recipes import make_recipe
@@ -312,15 +312,15 @@ def test_activation_maps_are_those_of_the_deepest_layer_that_is_fine_enough(back
 def test_overlay():
     image = np.full((4, 4, 3), (90, 120, 150), np.uint8)  # grey 120
     values = np.array([[1.0, 0], [-1, 4]])
-    drawn = figures.overlay(image, values, most=1.0)
+    drawn = photographs.overlay(image, values, most=1.0)
     assert drawn.dtype == np.uint8 and drawn.shape == (4, 4, 3)
     orange, blue = (0.8 * np.array(c) + 0.2 * 120 for c in ((213, 94, 0), (0, 114, 178)))
     np.testing.assert_allclose(drawn[0, 0], orange, atol=1)
     np.testing.assert_allclose(drawn[3, 0], blue, atol=1)
     np.testing.assert_allclose(drawn[3, 3], orange, atol=1)  # more than most is drawn as most
-    assert (figures.overlay(image, np.zeros((2, 2)), 1.0) == 120).all()
+    assert (photographs.overlay(image, np.zeros((2, 2)), 1.0) == 120).all()
     with pytest.raises(ValueError, match="above zero"):
-        figures.overlay(image, values, most=0.0)
+        photographs.overlay(image, values, most=0.0)
 
 
 # --- copies of photographs

@@ -33,7 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 from reidlib import runs
 from reidlib.evaluation.metrics import Evaluation
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look.figures import RankedRow, encode, ranked_lists
+from reidlib.look.figures import encode
+from reidlib.look.photographs import RankedRow, ranked_lists
 from reidlib.recipes import Recipe
 
 PICTURES = "pictures"

@@ -35,7 +35,7 @@ from PIL import Image
 from reidlib.data.pixels import read_image
 from reidlib.evaluation.metrics import Evaluation, average_precision
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import figures
+from reidlib.look import figures, photographs
 from reidlib.progress import progress
 
 SCRIPT = Path(__file__).with_name("browser.js").read_text(encoding="utf-8")
@@ -517,9 +517,9 @@ def _picture(browser: Browser) -> str:
             title = f"{name}: {title}".replace("$", r"\$")  # else a formula, to matplotlib
         found = retrieval.ranked_list(row, topk=min(10, shown.topk), show_missed=True)
         if "path" in found and "path" in query:
-            rows.append(figures.RankedRow(title, query["path"], found))
+            rows.append(photographs.RankedRow(title, query["path"], found))
     try:
-        figure = figures.ranked_lists(rows)
+        figure = photographs.ranked_lists(rows)
     except ValueError as error:  # the files are elsewhere, or not named
         return f"<p>No picture of the ranked lists: {html.escape(_clean(str(error)))}</p>"
     data = base64.b64encode(figures.encode(figure, photo=True)).decode()
