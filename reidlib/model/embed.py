@@ -1,7 +1,7 @@
 """Images to embeddings: batches, flips, a colour-histogram baseline, and files on disk."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -128,10 +128,16 @@ def _five_crops(images: Tensor, size: tuple[int, int]) -> list[Tensor]:
     return [images[:, :, y : y + h, x : x + w] for y, x in places]
 
 
-def write_embeddings(path: str | Path, emb: np.ndarray | Tensor, table: pd.DataFrame) -> None:
+def write_embeddings(
+    path: str | Path,
+    emb: np.ndarray | Tensor,
+    table: pd.DataFrame,
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Write embeddings and what they belong to as HDF5, atomically.
 
-    Four datasets: `emb` (N, D) float32, `pid` and `camid` (N) int64, `path` (N) UTF-8 strings.
+    Four datasets: `emb` (N, D) float32, `pid` and `camid` (N) int64, `path` (N) UTF-8 strings. What
+    `about` says of them (weights, flips, precision) becomes attributes of the file.
     """
     emb = np.asarray(emb, dtype=np.float32)
     if len(emb) != len(table):
@@ -139,6 +145,7 @@ def write_embeddings(path: str | Path, emb: np.ndarray | Tensor, table: pd.DataF
 
     def write(temporary: Path) -> None:
         with h5py.File(temporary, "w") as file:
+            file.attrs.update(about or {})
             file["emb"] = emb
             file["pid"] = table["pid"].to_numpy(np.int64)
             file["camid"] = table["camid"].to_numpy(np.int64)
@@ -147,6 +154,15 @@ def write_embeddings(path: str | Path, emb: np.ndarray | Tensor, table: pd.DataF
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)
+
+
+def read_about(path: str | Path) -> dict[str, str]:
+    """Return what a file of embeddings says of itself: nothing, if it comes from elsewhere."""
+    try:
+        with h5py.File(path, "r") as file:
+            return dict(file.attrs)
+    except OSError:
+        return {}
 
 
 def read_embeddings(
