@@ -185,9 +185,44 @@ class Scored:
         scores = pd.DataFrame({name: found.scores for name, found in rows.items()}).T
         return 100 * scores[list(SCORES)].astype(float).rename(columns=SCORES)
 
+    def gain_in_words(self) -> str:
+        """Say what training added to the baselines."""
+        mAP = {name: found.scores["mAP"] for name, found in self.baselines.items()}
+        if not mAP:
+            return "No baselines were scored, so nothing says what training added."
+        said = f"Training brought the mAP to {self.scores['mAP']:.1%}"
+        said += f", from {mAP['untrained']:.1%}." if "untrained" in mAP else "."
+        said += f" Colour alone reaches {mAP['colour_histogram']:.1%}: it knows nothing of cut, pattern or "
+        said += "bag, and every camera sees colours in another light. "
+        if self.scores["mAP"] > max(mAP.values()):
+            return (
+                said + "What lies between the trained curve and the others, the network has learnt."
+            )
+        return (
+            said
+            + "**A baseline does as well as this network: it has learnt nothing that helps here.**"
+        )
+
     def __repr__(self) -> str:
         """The table, then the protocol."""
         return f"{self.table().round(2).to_string()}\n(per cent) {self.evaluation.protocol}"
+
+
+def hardest_camera(per_query: pd.DataFrame) -> str:
+    """Say from which camera queries are hardest, and from which easiest.
+
+    Args:
+        per_query: that of an `Evaluation`.
+    """
+    scored = per_query.dropna(subset=["AP"])
+    by_camera = scored.groupby("camid")["AP"].agg(["mean", "size"])
+    if len(by_camera) < 2:
+        return "One camera is known, or none, so cameras cannot be compared here."
+    low, high = by_camera["mean"].idxmin(), by_camera["mean"].idxmax()
+    ends = [
+        f"{by_camera['mean'][c]:.1%} mAP over {by_camera['size'][c]} queries" for c in (low, high)
+    ]
+    return f"Queries of camera {low} are hardest ({ends[0]}), those of camera {high} easiest ({ends[1]})."
 
 
 def score_run(
