@@ -301,6 +301,29 @@ def test_ranked_lists_read_a_query_from_its_path(row):
     assert np.array_equal(first, np.asarray(Image.open(path)))
 
 
+def test_examples_are_the_best_the_median_and_the_worst_queries(row):
+    paths = row.results["path"]
+    query = pd.DataFrame({"pid": range(1, 7), "camid": [1, 1, 1, 1, 1, 3], "path": paths})
+    gallery = pd.DataFrame({"pid": [1, 2, 3, 4, 5, 9], "camid": 2, "path": paths[::-1]})
+    # The match of query i, from 0, is at rank i + 1; of the last there is none.
+    distances = [[-1 if g < i else 0 if g == i else 1 for g in range(6)] for i in range(6)]
+    found = Retrieval.from_distances(distances, query, gallery)
+    examples = photographs.ranked_examples(found, lists=2, topk=3)
+    assert [one.title for one in examples] == [
+        *("best: identity 1, camera 1", "best: identity 2, camera 1"),
+        *("median: identity 4, camera 1", "median: identity 3, camera 1"),
+        *("worst: identity 5, camera 1", "worst: identity 4, camera 1"),
+    ]
+    assert [one.query for one in examples] == [paths[i] for i in (0, 1, 3, 2, 4, 3)]
+    assert [len(one.results) for one in examples] == [3, 3, 4, 3, 4, 4], "three, and what is missed"
+    assert photographs.ranked_lists(examples)
+    assert len(photographs.ranked_examples(found, lists=9)) == 15, "there are five to choose from"
+    bare = [table.drop(columns="camid") for table in (query, gallery)]
+    unknown = Retrieval.from_distances(distances, bare[0].assign(pid=0), bare[1])
+    assert photographs.ranked_row(unknown, 5).title == "somebody unknown"
+    assert photographs.ranked_row(found, 5, "lost").title == "lost: identity 6, camera 3"
+
+
 def test_ranked_lists_refuse_emptiness(row):
     for rows in ([], [row._replace(results=row.results.iloc[:0])]):
         with pytest.raises(ValueError, match="nothing to draw"):
@@ -389,6 +412,15 @@ def test_cmc_counts_first_matches_and_leaves_out_queries_without():
     assert list(line.get_ydata()) == [50, 50, 75, 75]
 
 
+def test_bars_of_each_camera_are_means_of_its_queries():
+    per_query = pd.DataFrame({"camid": [2, 1, 2, 3], "AP": [0.5, 0.2, 1.0, np.nan]})
+    axes = figures.camera_bars(per_query).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([20, 75])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+    axes = figures.camera_bars(per_query.assign(camid=-1)).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["unknown"]
+
+
 def test_distance_histograms_are_densities_and_name_their_overlap():
     figure = figures.distance_histograms([0, 1, 1, 2], np.repeat([0.0, 2.0, 3.0, 4.0], 100), bins=4)
     filled_a, line_a, _, line_b, both = figure.axes[0].patches
@@ -412,7 +444,7 @@ def test_the_legend_of_histograms_covers_nothing():
 def test_embedding_map_highlights_the_largest_identities(photos):
     pids = np.repeat([-1, 0, 5, 6, 7], [3, 3, 2, 1, 3])
     points = np.random.default_rng(0).normal(size=(12, 2))
-    figure = photographs.embedding_map(points, pids, photos, title="here")
+    figure = photographs.embedding_map(points, pids, photos)
     legend, axes = figure.axes
     everything, *identities = axes.lines
     assert len(everything.get_xdata()) == 12

@@ -1,7 +1,9 @@
-"""Every figure that two notebooks share: one style, right and wrong by colour and sign, alt text.
+"""Curves, bands, histograms and heat maps in one style, and how figures reach a notebook or a file.
 
-No figure here goes through pyplot, so none is left open behind and none shows up twice. A function
-returns a matplotlib `Figure`; `show(figure, alt)` puts it into the notebook, `save` into a file.
+The colours are told apart by the colour-blind too, and right and wrong also by their line and sign.
+A function returns a matplotlib `Figure`: `show(figure, alt)` puts it into the notebook, `save` into a
+file. None goes through pyplot, so none is left open behind, and none shows up twice. Figures made of
+photographs stand in `look.photographs`.
 
 >>> figure = curves({"a": ([1, 2], [3, 4])}, x_label="rank", y_label="share")
 >>> [line.get_label() for line in figure.axes[0].lines]
@@ -11,14 +13,14 @@ returns a matplotlib `Figure`; `show(figure, alt)` puts it into the notebook, `s
 import base64
 import html
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reidlib.recipes import Recipe
@@ -78,12 +80,26 @@ def encode(figure: Figure, photo: bool = False, density: float = 1.5) -> bytes:
     return buffer.getvalue()
 
 
+def img(figure: Figure, alt: str, photo: bool = False) -> str:
+    """Return a figure as an `<img>` with its data inside, JPEG (photo) or PNG."""
+    data = base64.b64encode(encode(figure, photo)).decode()
+    kind, width = "jpeg" if photo else "png", round(100 * figure.get_figwidth())
+    return (
+        f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" width="{width}" '
+        f'style="max-width: 100%; height: auto">'
+    )
+
+
 def show(figure: Figure, alt: str, photo: bool = False) -> None:
     """Show a figure in the notebook, with a text for those who cannot see it.
 
-    The picture goes into the notebook as an `<img>` with its data inside: JupyterLab shows alt text
-    only there, not on images of their own type. `photo` makes it a JPEG, some ten times smaller for
-    photographs; curves stay PNG.
+    It goes into the notebook as an `<img>`: JupyterLab shows alt text only there, not on images of
+    their own type. `photo` makes it a JPEG, some ten times smaller for photographs; curves stay PNG.
+
+    Args:
+        figure: what to show.
+        alt: one sentence on what it shows.
+        photo: whether it holds photographs.
 
     Raises:
         ValueError: no alt text.
@@ -92,12 +108,7 @@ def show(figure: Figure, alt: str, photo: bool = False) -> None:
 
     if not alt.strip():
         raise ValueError("A figure needs alt text: one sentence on what it shows.")
-    data = base64.b64encode(encode(figure, photo)).decode()
-    kind, width = "jpeg" if photo else "png", round(100 * figure.get_figwidth())
-    image = (
-        f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" width="{width}" '
-        f'style="max-width: 100%; height: auto">'
-    )
+    image = img(figure, alt, photo)
     display({"text/html": image, "text/plain": f"[Figure: {alt}]"}, raw=True)
 
 
@@ -109,7 +120,9 @@ def save(figure: Figure, path: str | Path) -> None:
 # --- curves
 
 
-def subplots(rows: int = 1, columns: int = 1, width: float = 9, height: float = 3):
+def subplots(
+    rows: int = 1, columns: int = 1, width: float = 9, height: float = 3
+) -> tuple[Figure, Any]:
     """Return a figure of that many inches and its axes, as pyplot's function of this name does."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns)
@@ -147,12 +160,25 @@ def cmc_curve(first_ranks: Mapping[str, Sequence[float]], up_to: int = 20) -> Fi
     k = np.arange(1, up_to + 1)
     series = {}
     for name, ranks in first_ranks.items():
-        ranks = np.asarray(ranks, dtype=float)
-        ranks = ranks[~np.isnan(ranks)]
+        ranks = pd.Series(ranks, dtype=float).dropna().to_numpy()
         series[name] = (k, 100 * (ranks[:, None] <= k).mean(axis=0))  # (Q, K) -> (K,)
     figure = curves(series, "rank k", "queries with a match by rank k, %")
     figure.axes[0].set(xlim=(0.5, up_to + 0.5), ylim=(0, 101))
     figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def camera_bars(per_query: pd.DataFrame) -> Figure:
+    """Draw the mAP of the queries of each camera; queries without a match have none.
+
+    Args:
+        per_query: an evaluation's, with `camid` and `AP`.
+    """
+    mean = 100 * per_query.dropna(subset="AP").groupby("camid")["AP"].mean()
+    figure, axes = subplots(width=6, height=2.8)
+    names = ["unknown" if camera < 0 else str(camera) for camera in mean.index]
+    axes.bar(names, mean, color=PALETTE[0])
+    axes.set(xlabel="camera of the query", ylabel="mAP, %", title="mAP by the query's camera")
     return figure
 
 
@@ -169,45 +195,36 @@ def training_curves(history: pd.DataFrame, recipe: Recipe | None = None) -> Figu
     """
     if len(history) == 0:
         raise ValueError("The history is empty: the run has not logged a step yet.")
-    figure, axes = subplots(2, 3, width=10, height=5.2)
-    step, few = history["step"], {"marker": "o", "ms": 3} if len(history) <= 30 else {}
+    figure, ((loss, active, distances), (norm, rate, last)) = subplots(2, 3, width=10, height=5.2)
     for panel, column, title in (
-        (axes[0, 0], "loss", "loss"),
-        (axes[0, 1], "active", "share of active triplets"),
-        (axes[1, 0], "norm", "embedding norm"),
-        (axes[1, 1], "lr", "learning rate"),
+        (loss, "loss", "loss"),
+        (active, "active", "share of active triplets"),
+        (norm, "norm", "embedding norm"),
+        (rate, "lr", "learning rate"),
     ):
-        panel.plot(step, history[column], color=PALETTE[0], ls="-", **few)
+        _column(panel, history, column)
         panel.set(title=title, ylim=(0, None))
-    axes[0, 1].set(ylim=(-0.03, 1.03))
+    active.set(ylim=(-0.03, 1.03))
     if history["lr"].max() > 5 * history["lr"].min():
-        axes[1, 1].set(ylim=(0.5 * history["lr"].min(), 2 * history["lr"].max()), yscale="log")
+        rate.set(ylim=(0.5 * history["lr"].min(), 2 * history["lr"].max()), yscale="log")
     if recipe is not None:
-        collapsed = math.log(2) if recipe.margin == "soft" else recipe.margin
         name = "ln 2" if recipe.margin == "soft" else f"margin {recipe.margin:g}"
         line = {"color": PALETTE[1], "ls": "--", "lw": 1.2}
-        axes[0, 0].axhline(collapsed, label=f"collapsed: {name}", **line)
-        axes[0, 0].legend()
-    for name, mark in (("positive", RIGHT), ("negative", WRONG)):
-        p5, p50, p95 = (history[f"{name}_p{p}"] for p in (5, 50, 95))
-        axes[0, 2].fill_between(step, p5, p95, color=mark.colour, alpha=0.18, lw=0)
-        axes[0, 2].plot(step, p50, color=mark.colour, ls=mark.line, label=f"{name}s", **few)
-    axes[0, 2].set(title="distances: median, 5–95 %", ylim=(0, None))
-    axes[0, 2].legend()
-    last = axes[1, 2]
-    if "held_out_mAP" in history and history["held_out_mAP"].notna().any():
-        scored = history.dropna(subset="held_out_mAP")
-        for i, key in enumerate(("mAP", "top1")):
-            style = {"color": PALETTE[i], "ls": LINES[i], "marker": MARKERS[i], "label": key}
-            last.plot(scored["step"], 100 * scored[f"held_out_{key}"], **style)
+        loss.axhline(recipe.collapsed_loss, label=f"collapsed: {name}", **line)
+        loss.legend()
+    _distances(distances, history)
+    distances.set(title="distances: median, 5–95 %", ylim=(0, None))
+    distances.legend()
+    if _has_held_out(history):
+        _held_out(last, history, ("mAP", "top1"))
         last.set(title="held-out identities, %", ylim=(0, 100))
         last.legend(loc="lower right")
     else:
-        last.plot(step, history["images_per_s"], color=PALETTE[0], ls="-", **few)
+        _column(last, history, "images_per_s")
         last.set(title="images per second", ylim=(0, None))
-    for panel in axes.flat:
+    for panel in figure.axes:
         panel.set_xlim(0, None)
-    for panel in axes[1]:
+    for panel in (norm, rate, last):
         panel.set_xlabel("step")
     return figure
 
@@ -225,22 +242,17 @@ def side_by_side(histories: Mapping[str, pd.DataFrame]) -> Figure:
     if not histories or any(len(history) == 0 for history in histories.values()):
         raise ValueError("There is nothing to draw: no history, or one without a step.")
     words = ["loss", "active share", "distances", "norm"]
-    if any("held_out_mAP" in history for history in histories.values()):
+    if any(map(_has_held_out, histories.values())):
         words.append("held-out mAP, %")
     figure = Figure(figsize=(1 + 2.1 * len(histories), 1.6 * len(words)), layout="constrained")
     axes = figure.subplots(len(words), len(histories), sharex="col", sharey="row", squeeze=False)
     for column, (name, history) in zip(axes.T, histories.items(), strict=True):
-        step = history["step"]
         column[0].set_title(name)
         for panel, key in ((column[0], "loss"), (column[1], "active"), (column[3], "norm")):
-            panel.plot(step, history[key], color=PALETTE[0], ls="-")
-        for key, mark in (("positive", RIGHT), ("negative", WRONG)):
-            p5, p50, p95 = (history[f"{key}_p{p}"] for p in (5, 50, 95))
-            column[2].fill_between(step, p5, p95, color=mark.colour, alpha=0.18, lw=0)
-            column[2].plot(step, p50, color=mark.colour, ls=mark.line, label=f"{key}s")
-        if "held_out_mAP" in history:
-            scored = history.dropna(subset="held_out_mAP")
-            column[4].plot(scored["step"], 100 * scored["held_out_mAP"], "o-", color=PALETTE[0])
+            _column(panel, history, key)
+        _distances(column[2], history)
+        if _has_held_out(history):
+            _held_out(column[4], history, ("mAP",))
         column[-1].set(xlabel="step", xlim=(0, None))
     for panel, label in zip(axes[:, 0], words, strict=True):
         panel.set(ylabel=label, ylim=(0, None))
@@ -248,27 +260,54 @@ def side_by_side(histories: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def intervals(panels: Mapping[str, pd.DataFrame], zero: bool = True) -> Figure:
-    """Draw values with their intervals, a panel for each table, a line for each of its rows.
+def _column(axes: Axes, history: pd.DataFrame, column: str) -> None:
+    """Draw one column of a history over its steps."""
+    axes.plot(history["step"], history[column], color=PALETTE[0], ls="-", **_dots(history))
+
+
+def _distances(axes: Axes, history: pd.DataFrame) -> None:
+    """Draw the medians of distances within and between identities, each in its band."""
+    for name, mark in (("positive", RIGHT), ("negative", WRONG)):
+        p5, p50, p95 = (history[f"{name}_p{p}"] for p in (5, 50, 95))
+        axes.fill_between(history["step"], p5, p95, color=mark.colour, alpha=0.18, lw=0)
+        style = {"color": mark.colour, "ls": mark.line, "label": f"{name}s"}
+        axes.plot(history["step"], p50, **style, **_dots(history))
+
+
+def _has_held_out(history: pd.DataFrame) -> bool:
+    return "held_out_mAP" in history and history["held_out_mAP"].notna().any()
+
+
+def _held_out(axes: Axes, history: pd.DataFrame, scores: Sequence[str]) -> None:
+    """Draw scores on held-out identities, per cent, at the steps that have them."""
+    scored = history.dropna(subset="held_out_mAP")
+    for i, key in enumerate(scores):
+        style = {"color": PALETTE[i], "ls": LINES[i], "marker": MARKERS[i], "label": key}
+        axes.plot(scored["step"], 100 * scored[f"held_out_{key}"], **style)
+
+
+def _dots(history: pd.DataFrame) -> dict:
+    """Return the style that marks each step of a short history."""
+    return {"marker": "o", "ms": 3} if len(history) <= 30 else {}
+
+
+def intervals(panels: Mapping[str, pd.DataFrame]) -> Figure:
+    """Draw differences with their intervals, a panel for each table, a line for each of its rows.
 
     Args:
         panels: by the words under the panel, tables with columns `value`, `low` and `high`, and all
-            with the same rows, which are drawn from the top.
-        zero: draw the line of no difference.
+            with the same rows, which are drawn from the top. A line stands at no difference.
     """
-    tables = list(panels.values())
-    rows = len(tables[0])
-    figure, axes = subplots(1, len(tables), width=9, height=0.35 * rows + 1)
-    for i, (axis, (words, table)) in enumerate(
-        zip(np.atleast_1d(axes), panels.items(), strict=True)
-    ):
-        place = np.arange(rows)[::-1]
+    names = next(iter(panels.values())).index
+    place = np.arange(len(names))[::-1]
+    figure, _ = subplots(1, len(panels), width=9, height=0.35 * len(names) + 1)
+    for i, (words, table) in enumerate(panels.items()):
+        panel = figure.axes[i]
         ends = [table["value"] - table["low"], table["high"] - table["value"]]
-        axis.errorbar(table["value"], place, xerr=ends, fmt="o", capsize=4, color=PALETTE[i % 7])
-        if zero:
-            axis.axvline(0, color="black", lw=1)
-        axis.set(xlabel=words, yticks=place, yticklabels=[] if i else table.index)
-        axis.margins(y=0.1)
+        panel.errorbar(table["value"], place, xerr=ends, fmt="o", capsize=4, color=PALETTE[i % 7])
+        panel.axvline(0, color="black", lw=1)
+        panel.set(xlabel=words, yticks=place, yticklabels=[] if i else names)
+        panel.margins(y=0.1)
     return figure
 
 
@@ -307,15 +346,16 @@ def heat_map(table: pd.DataFrame, title: str = "", form: str = "{:.0f}") -> Figu
     values = table.to_numpy(dtype=float)
     rows, columns = values.shape
     figure, axes = subplots(width=1.6 + 0.62 * columns, height=0.9 + 0.42 * rows)
-    axes.imshow(values, cmap="Blues", vmin=min(0, np.nanmin(values)), aspect="auto")
-    middle = (min(0, np.nanmin(values)) + np.nanmax(values)) / 2  # of the scale
+    least = min(0, np.nanmin(values))
+    axes.imshow(values, cmap="Blues", vmin=least, aspect="auto")
+    middle = (least + np.nanmax(values)) / 2  # of the scale
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             colour = "white" if value > middle else "black"
             text = {"ha": "center", "va": "center", "color": colour}
             axes.text(column, row, form.format(value), **text)
-    axes.set(xticks=range(columns), yticks=range(rows), title=title)
-    axes.set(xticklabels=table.columns, yticklabels=table.index)
-    axes.set(xlabel=table.columns.name, ylabel=table.index.name)
+    axes.set_xticks(range(columns), table.columns)
+    axes.set_yticks(range(rows), table.index)
+    axes.set(xlabel=table.columns.name, ylabel=table.index.name, title=title)
     axes.grid(False)
     return figure

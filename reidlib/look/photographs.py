@@ -10,10 +10,12 @@ and `figures.save`.
 ['✓ one', '✗ two']
 """
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,11 +28,11 @@ from PIL import Image
 
 from reidlib.data.pixels import read_image
 from reidlib.evaluation.metrics import average_precision
+from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look.figures import EXCLUDED, MARKERS, PALETTE, PLAIN, QUERY, RIGHT, WRONG, Mark
 
-# Of `Retrieval.ranked_lists`; all others: EXCLUDED.
-UNKNOWN = Mark("#444444", "", "-")
-STATUS = {"match": RIGHT, "wrong": WRONG, "unknown": UNKNOWN}
+# How the statuses of `Retrieval.ranked_lists` are drawn; all others are EXCLUDED.
+STATUS = {"match": RIGHT, "wrong": WRONG, "unknown": Mark("#444444", "", "-")}
 WIDEST = 16  # inches of a ranked list; across a page of paper, turned, its small print has 5 points
 
 
@@ -91,11 +93,8 @@ def photo_grid(
     shapes = [image.shape for image in images if image is not None]
     if not shapes:
         raise ValueError("There are no photographs to draw.")
-    for name, given, wanted in (
-        ("titles", titles, n),
-        ("marks", marks, n),
-        ("row_titles", row_titles, rows),
-    ):
+    lists = {"titles": (titles, n), "marks": (marks, n), "row_titles": (row_titles, rows)}
+    for name, (given, wanted) in lists.items():
         if given is not None and len(given) != wanted:
             raise ValueError(f"photo_grid needs {wanted} {name}, not {len(given)}.")
     marks = marks or [PLAIN] * n
@@ -114,24 +113,80 @@ def photo_grid(
         y = gap + row * (height + gap) + sum(heads[: row + 1])  # of the photograph itself
         if row_titles and column == 0:
             axes.text(0.08, y + height / 2, row_titles[row], va="center", size=9)
-        if image is None:
-            continue
-        colour = mark.colour if mark.sign else "black"
-        axes.text(x + width / 2, y - 0.04, lines[i], ha="center", size=7.5, color=colour)
-        _photo(axes, image, x, y, width, height, mark)
+        if image is not None:
+            colour = mark.colour if mark.sign else "black"
+            axes.text(x + width / 2, y - 0.04, lines[i], ha="center", size=7.5, color=colour)
+            _photo(axes, image, x, y, width, height, mark)
     return figure
+
+
+# --- ranked lists
 
 
 class RankedRow(NamedTuple):
     """One query and what the gallery answered, for `ranked_lists`."""
 
     title: str
-    """Over the row: who asks."""
+    """Over the row: who is searched for."""
     query: np.ndarray | str
     """The query image (H, W, 3) uint8, or its path."""
     results: pd.DataFrame
     """What `Retrieval.ranked_list` returned, with `path`; made with `show_missed=True`, for the AP
     that is written under the title is computed from it."""
+
+
+def ranked_row(
+    retrieval: Retrieval, query: int, before: str = "", topk: int = 10, show_excluded: bool = True
+) -> RankedRow:
+    """Return one query with its ranked list, its identity and camera in the title.
+
+    Args:
+        retrieval: with `path` in its tables.
+        query: row number in its query table.
+        before: words that stand in the title before a colon.
+        topk: ranked images in the list.
+        show_excluded: show what the protocol leaves out too.
+
+    Raises:
+        ValueError: no such query.
+    """
+    results = retrieval.ranked_list(query, topk=topk, show_missed=True, show_excluded=show_excluded)
+    who = retrieval.query.iloc[query]
+    title = f"{before}: " if before else ""
+    title += f"identity {who['pid']}" if who["pid"] > 0 else "somebody unknown"
+    title += f", camera {who['camid']}" if who.get("camid", -1) >= 0 else ""
+    return RankedRow(title, who["path"], results)
+
+
+def ranked_examples(retrieval: Retrieval, lists: int = 3, topk: int = 10) -> list[RankedRow]:
+    """Return the best, the median and the worst queries by AP, `lists` of each, for `ranked_lists`.
+
+    Queries without a match have no AP and are left out.
+
+    Raises:
+        ValueError: the retrieval cannot be scored.
+    """
+    by_ap = retrieval.evaluate().per_query.dropna(subset="AP").sort_values("AP", kind="stable")
+    queries = by_ap["query"].to_numpy()
+    middle = max(0, (len(queries) - lists) // 2)
+    groups = {
+        "best": queries[::-1][:lists],
+        "median": queries[middle:][:lists],
+        "worst": queries[:lists],
+    }
+    return [
+        ranked_row(retrieval, query, name, topk)
+        for name, group in groups.items()
+        for query in group
+    ]
+
+
+GAP, HEAD, FOOT = (
+    0.08,
+    0.48,
+    0.36,
+)  # inches: beside an image; a row's titles; what stands under images
+RANK = 0.2  # over the images of a line
 
 
 def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
@@ -143,33 +198,45 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     list's AP and the ranks of all matches, those beyond the list too. A list wider than `WIDEST` is
     broken into lines.
 
+    Args:
+        rows: the lists, as of `ranked_row`.
+        height: of an image, inches.
+
     Raises:
         ValueError: no rows, a list without results, or one made without `show_missed=True`.
     """
     if len(rows) == 0 or any(len(row.results) == 0 for row in rows):
         raise ValueError("There is nothing to draw: no rows, or a ranked list without results.")
-    full, small, gap, head, foot = height / 2 + 0.1, 0.62, 0.08, 0.68, 0.36
-    left = full + 4 * gap  # where results start
-    rank = 0.2  # height of what stands over those of a further line
-
-    def width(tile) -> float:
-        return (small if tile[0] else full) + gap
-
-    def in_lines(tiles) -> list[list]:
-        lines, x = [], WIDEST
-        for tile in tiles:
-            if x + width(tile) > WIDEST:
-                lines.append([])
-                x = left
-            lines[-1].append(tile)
-            x += width(tile)
-        return lines
-
-    laid_out = [in_lines(_tiles(row.results[~_missed(row.results)])) for row in rows]
-    widest = max(sum(map(width, line)) for lines in laid_out for line in lines)
-    bands = [head - rank + len(lines) * (rank + height + foot) for lines in laid_out]
+    query_width = height / 2 + 0.1
+    left = query_width + 4 * GAP  # where results start
+    laid_out = [_in_lines(_tiles(row.results, height), WIDEST - left) for row in rows]
+    widest = max(sum(t.width + GAP for t in line) for lines in laid_out for line in lines)
+    line_height = RANK + height + FOOT
+    bands = [HEAD + len(lines) * line_height for lines in laid_out]
     top = 0.3  # of the legend
-    figure, axes = _sheet(max(8.5, left + gap + widest), top + sum(bands))
+    figure, axes = _sheet(max(8.5, left + GAP + widest), top + sum(bands))
+    axes.text(GAP, 0.17, _legend(rows), size=8.5, va="center", color="#444444")
+    for row, lines, band in zip(rows, laid_out, bands, strict=True):
+        axes.text(GAP, top + 0.17, row.title, size=10, va="center", weight="bold")
+        axes.text(GAP, top + 0.36, _account(row.results), size=8.5, va="center")
+        y = top + HEAD + RANK
+        query = row.query if isinstance(row.query, np.ndarray) else read_image(row.query)
+        _photo(axes, query, GAP, y, query_width, height, QUERY)
+        axes.text(GAP + query_width / 2, y - 0.05, "query", size=8.5, ha="center")
+        bar = [left - 1.5 * GAP] * 2, [y, top + band - FOOT]
+        axes.plot(*bar, "-", color="#BBBBBB", lw=1)
+        for line in lines:
+            x = left
+            for tile in line:
+                tile.draw(axes, x, y + height)
+                x += tile.width + GAP
+            y += line_height
+        top += band
+    return figure
+
+
+def _legend(rows: Sequence[RankedRow]) -> str:
+    """Return what the marks of ranked lists mean, as far as they can occur."""
     words = [
         f"{RIGHT.sign} full frame: same person",
         f"{WRONG.sign} dashed frame: somebody else",
@@ -179,31 +246,7 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     if all((row.results["status"] == "unknown").any() for row in rows):  # nothing is judged
         nameless = all((row.results[["pid", "camid"]] < 0).all(axis=None) for row in rows)
         words = [words[2], "under each: its file, its distance" if nameless else words[3]]
-    axes.text(gap, 0.17, (5 * " ").join(words), size=8.5, va="center", color="#444444")
-    for row, lines, band in zip(rows, laid_out, bands, strict=True):
-        y = top + head
-        axes.text(gap, top + 0.17, row.title, size=10, va="center", weight="bold")
-        axes.text(gap, top + 0.36, _account(row.results), size=8.5, va="center")
-        query = row.query if isinstance(row.query, np.ndarray) else read_image(row.query)
-        _photo(axes, query, gap, y, full, height, QUERY)
-        axes.text(gap + full / 2, y - 0.05, "query", size=8.5, ha="center")
-        bar = [left - 1.5 * gap] * 2, [y, top + band - foot]
-        axes.plot(*bar, "-", color="#BBBBBB", lw=1)
-        for line in lines:
-            x = left
-            for tile in line:
-                excluded, path, mark, over, under = tile
-                w, h = (small, height * small / full) if excluded else (full, height)
-                _photo(axes, read_image(path), x, y + height - h, w, h, mark)
-                text = {"size": 7 if excluded else 8.5, "ha": "center", "color": mark.colour}
-                weight = "normal" if excluded else "bold"
-                over_y = y + height - h - 0.05
-                axes.text(x + w / 2, over_y, over, va="bottom", weight=weight, **text)
-                axes.text(x + w / 2, y + height + 0.04, under, va="top", **text | {"size": 7.5})
-                x += width(tile)
-            y += rank + height + foot
-        top += band
-    return figure
+    return (5 * " ").join(words)
 
 
 def _missed(results: pd.DataFrame) -> pd.Series:
@@ -238,43 +281,71 @@ def _account(results: pd.DataFrame, most: int = 8) -> str:
     return text
 
 
-def _tiles(results: pd.DataFrame) -> list[tuple[bool, str, Mark, str, str]]:
-    """Return what a ranked list shows: (excluded?, path, mark, text over it, text under it).
+class _Tile(NamedTuple):
+    """One image of a ranked list, with the words over and under it."""
 
-    A run of excluded images becomes one tile.
-    """
-    tiles, run = [], []
+    path: str
+    mark: Mark
+    over: str
+    under: str
+    width: float  # inches
+    height: float
 
-    def camera(result) -> str:
-        return f"c{result.camid} " if result.camid >= 0 else ""
+    def draw(self, axes: Axes, x: float, y: float) -> None:
+        """Draw it, with its lower left corner at a place."""
+        top, middle = y - self.height, x + self.width / 2
+        _photo(axes, read_image(self.path), x, top, self.width, self.height, self.mark)
+        size, weight = (7, "normal") if self.mark == EXCLUDED else (8.5, "bold")
+        text = {"ha": "center", "color": self.mark.colour}
+        axes.text(middle, top - 0.05, self.over, va="bottom", size=size, weight=weight, **text)
+        axes.text(middle, y + 0.04, self.under, va="top", size=7.5, **text)
 
-    def end_run() -> None:
-        if run:
-            reasons = pd.Series([r.status for r in run]).value_counts(sort=False)
-            lines = [
-                f"{reason.replace(' ', chr(10))}{f' ×{n}' if n > 1 else ''}"
-                for reason, n in reasons.items()
-            ]
-            over = "\n".join([EXCLUDED.sign, *lines])
-            tiles.append((True, run[0].path, EXCLUDED, over, camera(run[0])))
-            run.clear()
 
-    for result in results.itertuples():
-        if result.status not in STATUS:
-            run.append(result)
+def _tiles(results: pd.DataFrame, height: float) -> list[_Tile]:
+    """Return what a ranked list shows; a run of excluded images becomes one tile, a smaller one."""
+    width, small = height / 2 + 0.1, 0.62
+    tiles = []
+    shown = results[~_missed(results)].itertuples()
+    for excluded, run in itertools.groupby(shown, lambda result: result.status not in STATUS):
+        if not excluded:
+            tiles += [_Tile(r.path, *_words(r), width, height) for r in run]
             continue
-        end_run()
-        mark = STATUS[result.status]
-        who = f"id {result.pid}" if result.pid > 0 else ("" if result.pid else "distractor")
-        of = f"{camera(result)}{who}".strip()
-        if not of and result.status == "unknown":  # all that there is to know it by
-            of = one_line(Path(result.path).name, 13)
-        under = f"{of}\n{result.distance:#.3g}"
-        tiles.append(
-            (False, result.path, mark, f"{mark.sign} {result.rank}".strip(), under.strip())
-        )
-    end_run()
+        run = list(run)
+        over = [EXCLUDED.sign]
+        for reason, n in Counter(result.status for result in run).items():
+            over.append(reason.replace(" ", "\n") + (f" ×{n}" if n > 1 else ""))
+        words = "\n".join(over), _camera(run[0])
+        tiles.append(_Tile(run[0].path, EXCLUDED, *words, small, height * small / width))
     return tiles
+
+
+def _words(result: Any) -> tuple[Mark, str, str]:
+    """Return how a ranked image is marked, and what stands over and under it."""
+    mark = STATUS[result.status]
+    who = f"id {result.pid}" if result.pid > 0 else ("" if result.pid else "distractor")
+    of = f"{_camera(result)}{who}".strip()
+    if not of and result.status == "unknown":  # all that there is to know it by
+        of = one_line(Path(result.path).name, 13)
+    return mark, f"{mark.sign} {result.rank}".strip(), f"{of}\n{result.distance:#.3g}".strip()
+
+
+def _camera(result: Any) -> str:
+    return f"c{result.camid} " if result.camid >= 0 else ""
+
+
+def _in_lines(tiles: list[_Tile], room: float) -> list[list[_Tile]]:
+    """Break a ranked list into lines of up to so many inches."""
+    lines, used = [[]], 0.0
+    for tile in tiles:
+        if lines[-1] and used + tile.width + GAP > room:
+            lines.append([])
+            used = 0.0
+        lines[-1].append(tile)
+        used += tile.width + GAP
+    return lines
+
+
+# --- a map of embeddings
 
 
 def embedding_map(
@@ -282,7 +353,6 @@ def embedding_map(
     pids: Sequence[int],
     images: Sequence[np.ndarray] | None = None,
     highlight: Sequence[int] | None = None,
-    title: str = "",
 ) -> Figure:
     """Draw a map of embeddings: grey dots, and some identities by colour, marker and photograph.
 
@@ -291,7 +361,6 @@ def embedding_map(
         pids: (N,) identities.
         images: N arrays (H, W, 3) uint8, for one photograph an identity in the legend; or None.
         highlight: up to ten identities; by default the ten with most points (ties: smallest pid).
-        title: over the figure.
 
     Raises:
         ValueError: shapes that do not fit, more than ten identities, or one without a point.
@@ -305,7 +374,7 @@ def embedding_map(
     if len(highlight) > len(MARKERS) or not np.isin(highlight, pids).all():
         raise ValueError(f"highlight must be up to {len(MARKERS)} identities of the map.")
     figure, legend = _sheet(9.2, 6.6)
-    axes = figure.add_axes((0.02, 0.02, 0.78, 0.93))
+    axes = figure.add_axes((0.02, 0.02, 0.78, 0.96))
     axes.plot(*points.T, ls="", marker="o", color="#B8B8B8", ms=2.5, alpha=0.6)
     style = {"mec": "white", "mew": 0.5, "ms": 8, "ls": ""}
     for i, pid in enumerate(highlight):
@@ -318,12 +387,9 @@ def embedding_map(
             away = np.abs(points - np.median(points[pids == pid], axis=0)).sum(axis=1)
             nearest = np.where(pids == pid, away, np.inf).argmin()
             _photo(legend, images[nearest], x, y + 0.1, 0.6, 1)
-    axes.set(xticks=[], yticks=[], title=title)
+    axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("#CCCCCC")
     return figure
-
-
-# --- search
 
 
 def search_lists(found: pd.DataFrame) -> Figure:
@@ -355,7 +421,7 @@ def one_line(name: str, longest: int = 80) -> str:
     return name.replace("$", r"\$")
 
 
-# --- why
+# --- where a network looks
 
 
 def overlay(image: np.ndarray, values: np.ndarray, most: float) -> np.ndarray:
