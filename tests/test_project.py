@@ -71,7 +71,16 @@ ROOMS = {
     "": ("paths", "progress", "words", "recipes", "runs"),
     "data": ("synthetic", "files", "tables", "pixels", "check", "augment", "sampler"),
     "model": ("depthwise", "network", "weights", "device", "embed"),
-    "evaluation": ("metrics", "retrieval", "intervals", "baselines", "rerank", "verify", "scoring"),
+    "evaluation": (
+        "distances",
+        "metrics",
+        "retrieval",
+        "intervals",
+        "baselines",
+        "rerank",
+        "verify",
+        "scoring",
+    ),
     "look": (
         "figures",
         "photographs",

@@ -5,7 +5,7 @@ from. `difference` accounts for both; `holm` accounts for looking at many differ
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -139,6 +139,34 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
+def times_drawn(
+    groups: int | Sequence[int], repeats: int = 1000, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """Yield how often each group is drawn in each repeat of a bootstrap: (G,) whole numbers.
+
+    Args:
+        groups: how many there are, G, of which G are drawn with replacement; or the numbers of
+            several kinds, each drawn by itself: then G is their sum.
+        repeats: how many times to draw.
+        seed: of the draws.
+
+    >>> [int(times.sum()) for times in times_drawn(5, repeats=2)]
+    [5, 5]
+    """
+    rng = np.random.default_rng(seed)
+    kinds = [groups] if np.ndim(groups) == 0 else [n for n in groups if n]
+    for _ in range(repeats):
+        drawn = [np.bincount(rng.integers(n, size=n), minlength=n) for n in kinds]
+        yield np.concatenate(drawn)
+
+
+def percentiles(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """Return the two ends between which that share of the draws lies, (R, ...) to (2, ...)."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), not {level}")
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
 def confidence_interval(
     per_query: pd.DataFrame,
     *,
@@ -168,8 +196,8 @@ def confidence_interval(
     Raises:
         ValueError: fewer than two values to draw from, or ``versus`` has other queries.
     """
-    if repeats < 1 or not 0 < level < 1:
-        raise ValueError(f"repeats must be 1 or more and level in (0, 1): {repeats=}, {level=}")
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, not {repeats}")
     values = score_values(per_query, topk)
     if versus is not None:
         same = ["query", "pid", "matches"]
@@ -180,10 +208,7 @@ def confidence_interval(
     sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)
     if len(sizes) < 2:
         raise ValueError(f"a bootstrap needs two values of {by!r} with matches or more")
-    rng = np.random.default_rng(seed)
-    means = np.empty((repeats, sums.shape[1]))  # (R, S)
-    for mean in means:
-        times = np.bincount(rng.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
-        mean[:] = times @ sums / (times @ sizes)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    # (C,) @ (C, S) -> (S,), R times
+    means = [times @ sums / (times @ sizes) for times in times_drawn(len(sizes), repeats, seed)]
+    low, high = percentiles(np.array(means), level)
     return pd.DataFrame({"value": values.mean(), "low": low, "high": high})

@@ -28,6 +28,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from reidlib.evaluation.distances import as_embeddings, listed
 from reidlib.evaluation.metrics import TOPK, Evaluation, per_query_scores, score_values
 
 # What a ranked list says of an image; those after "unknown" are dropped from the ranking.
@@ -65,8 +66,8 @@ class Retrieval:
         exclude_same_camera: bool = True,
     ):
         self.query, self.gallery = query, gallery
-        self._asked = _side(query_emb, query, "query")
-        self._shown = _side(gallery_emb, gallery, "gallery")
+        self._asked = checked_side(query_emb, query, "query")
+        self._shown = checked_side(gallery_emb, gallery, "gallery")
         on_cuda = isinstance(gallery_emb, Tensor) and gallery_emb.is_cuda
         self._device = gallery_emb.device if on_cuda else None  # None: NumPy
         self._given: np.ndarray | None = None  # (Q, G) distances that came ready
@@ -103,7 +104,7 @@ class Retrieval:
             )
         broken = np.flatnonzero(~np.isfinite(distances).all(axis=1))
         if len(broken):
-            raise ValueError(f"distances hold NaN or infinity in {_listed(broken)}")
+            raise ValueError(f"distances hold NaN or infinity in {listed(broken)}")
         # Embeddings of one number, never looked at, for the checks of the tables.
         blank = [np.zeros((len(table), 1)) for table in (query, gallery)]
         made = cls(blank[0], query, blank[1], gallery, exclude_same_camera=exclude_same_camera)
@@ -160,7 +161,7 @@ class Retrieval:
         nobody = np.flatnonzero(self._asked.pids <= 0)
         if len(nobody):
             raise ValueError(
-                f"{_listed(nobody)} of the query table have a pid of 0 (distractor) or -1 (junk) "
+                f"{listed(nobody)} of the query table have a pid of 0 (distractor) or -1 (junk) "
                 "and ask for nobody: drop them, and number identities from 1"
             )
         if self._unlabelled:
@@ -584,7 +585,7 @@ class Retrieval:
                 f"Dropped for their query, being the query image itself (path): {itself:,}."
             )
         if len(without):
-            lines.append(f"Left out of all means, having no match: query {_listed(without)}.")
+            lines.append(f"Left out of all means, having no match: query {listed(without)}.")
         return " ".join(lines) + " Equal distances rank in gallery order."
 
     def _why_no_match(self, same_camera: int, itself: int) -> str:
@@ -617,6 +618,10 @@ def evaluate(
     """Rank the gallery for every query by Euclidean distance, and score the ranks.
 
     Short for `Retrieval` and its method `evaluate`, whose arguments and errors it has.
+
+    >>> query, gallery = pd.DataFrame({"pid": [1]}), pd.DataFrame({"pid": [2, 1]})
+    >>> evaluate([[0.0]], query, [[1.0], [2.0]], gallery).scores["mAP"]  # the match is at rank 2
+    0.5
     """
     retrieval = Retrieval(
         query_emb, query, gallery_emb, gallery, exclude_same_camera=exclude_same_camera
@@ -674,7 +679,7 @@ def distance_sample(
     return np.sqrt(np.concatenate(matches)), np.sqrt(np.concatenate(others))
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """Query or gallery, checked."""
 
     emb: np.ndarray  # (N, D) as given
@@ -797,7 +802,7 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _labels(side: _Side, name: str) -> pd.DataFrame:
+def _labels(side: Side, name: str) -> pd.DataFrame:
     """Row numbers under ``name``, path if known, pid and camid."""
     labels = {name: np.arange(len(side.pids)), "pid": side.pids, "camid": side.camids}
     table = pd.DataFrame(labels)
@@ -806,21 +811,22 @@ def _labels(side: _Side, name: str) -> pd.DataFrame:
     return table
 
 
-def _side(emb: Any, table: pd.DataFrame, name: str) -> _Side:
-    """Check the embeddings and the table of ``name``, query or gallery."""
-    if isinstance(emb, Tensor):  # NumPy knows no bfloat16
-        emb = emb.detach().cpu()
-        emb = emb.float() if emb.element_size() < 4 else emb
-    emb = np.asarray(emb)
-    if emb.ndim != 2 or emb.shape[1] == 0 or emb.dtype.kind not in "fiu":
-        raise ValueError(f"{name} embeddings must be (N, D) numbers, not {emb.shape} {emb.dtype}")
+def checked_side(emb: Any, table: pd.DataFrame, name: str) -> Side:
+    """Return embeddings and table of ``name``, "query" or "gallery", as arrays, checked.
+
+    Args:
+        emb: (N, D) numbers, tensor or array.
+        table: N rows, pids from -1 and, if known, camids and paths.
+
+    Raises:
+        ValueError: they do not fit each other, are empty, embeddings are not finite, pids or camids
+            no whole numbers, or cameras known of some images only (junk may lack one).
+    """
+    emb = as_embeddings(emb, name)
     if len(emb) != len(table):
         raise ValueError(f"{len(emb)} {name} embeddings beside a {name} table of {len(table)} rows")
     if len(emb) == 0:
         raise ValueError(f"the {name} is empty: there is nothing to evaluate")
-    broken = np.flatnonzero(~np.isfinite(emb).all(axis=1))
-    if len(broken):
-        raise ValueError(f"{name} embeddings hold NaN or infinity in {_listed(broken)}")
     pids, camids = _whole(table, "pid", name), np.full(len(table), -1)
     if (pids < -1).any():
         raise ValueError(f"the {name} table has pids below -1, first {pids[pids < -1][0]}")
@@ -835,7 +841,7 @@ def _side(emb: Any, table: pd.DataFrame, name: str) -> _Side:
             "(camid below 0): give all cameras, or -1 in every row"
         )
     paths = table["path"].to_numpy(dtype=object) if "path" in table else None
-    return _Side(emb, pids, camids, paths)
+    return Side(emb, pids, camids, paths)
 
 
 def _whole(table: pd.DataFrame, column: str, name: str) -> np.ndarray:
@@ -846,9 +852,3 @@ def _whole(table: pd.DataFrame, column: str, name: str) -> np.ndarray:
     if values.dtype.kind not in "iu":
         raise ValueError(f"{column} of the {name} table must be whole numbers, not {values.dtype}")
     return values.astype(np.int64)
-
-
-def _listed(rows: np.ndarray) -> str:
-    """For messages: how many rows, and the first few of them."""
-    first = ", ".join(str(row) for row in rows[:5])
-    return f"{len(rows):,} row{'s'[: len(rows) > 1]} ({first}{', ...'[: 5 * (len(rows) > 5)]})"

@@ -1,0 +1,158 @@
+"""Euclidean distances between embeddings, in float64, where equal images have equal distances.
+
+A matrix product is quick, but it rounds an image by its place in a block, and copies of one image
+would not tie. So order is decided by `squared`, summed pair by pair; `blocks` is a product with a
+bound on its rounding, which says what few pairs have to be summed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def as_embeddings(emb: Any, name: str) -> np.ndarray:
+    """Return the embeddings of one side as floats, (N, D), checked.
+
+    Args:
+        emb: tensor or array. Floats keep their type, but for those that NumPy does not know
+            (bfloat16).
+        name: of the side, for messages: "query" or "gallery".
+
+    Raises:
+        ValueError: not (N, D) numbers, NaN or infinity, or too large for a sum of squares.
+
+    >>> as_embeddings([[3, 4]], "query")
+    array([[3., 4.]])
+    """
+    if isinstance(emb, torch.Tensor):
+        emb = emb.detach().cpu()
+        emb = emb.float() if emb.element_size() < 4 else emb
+    emb = np.asarray(emb)
+    if emb.ndim != 2 or emb.shape[1] == 0 or emb.dtype.kind not in "fiu":
+        raise ValueError(f"{name} embeddings must be (N, D) numbers, not {emb.shape} {emb.dtype}")
+    emb = emb if emb.dtype.kind == "f" else emb.astype(np.float64)
+    # The ends alone: a mask of all numbers would be large. NaN is neither below nor above.
+    if emb.size and not (emb.max() < 1e150 and emb.min() > -1e150):
+        broken = np.flatnonzero(~np.isfinite(emb).all(axis=1))
+        if len(broken):
+            raise ValueError(f"{name} embeddings hold NaN or infinity in {listed(broken)}")
+        raise ValueError(
+            f"{name} embeddings are so large that their squared distances overflow float64"
+        )
+    return emb
+
+
+def listed(rows: np.ndarray) -> str:
+    """For messages: how many rows, and the first few of them.
+
+    >>> listed(np.array([3, 8]))
+    '2 rows (3, 8)'
+    """
+    first = ", ".join(str(row) for row in rows[:5])
+    return f"{len(rows):,} row{'s'[: len(rows) > 1]} ({first}{', ...'[: 5 * (len(rows) > 5)]})"
+
+
+def squared(
+    a: np.ndarray, rows: np.ndarray | int, b: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Return the squared distances of pairs of rows, (n,): the measure that decides order.
+
+    A pair's value does not depend on its neighbours: each step rounds by itself, unlike in a BLAS,
+    whose edge blocks round differently.
+
+    Args:
+        a, b: (M, D) and (N, D) floats.
+        rows, columns: (n,) rows of ``a`` and of ``b``; one row of ``a`` stands for all.
+
+    >>> squared(np.eye(2), 0, np.eye(2), np.array([0, 1]))
+    array([0., 2.])
+    """
+    out = np.empty(len(columns))
+    step = max(1, 2**16 // a.shape[1])  # 512 kB at a time, at home in the cache
+    for start in range(0, len(columns), step):
+        part = slice(start, start + step)
+        # (n', D)
+        difference = b[columns[part]].astype(np.float64)
+        difference -= a[rows if np.ndim(rows) == 0 else rows[part]]
+        # (n', D) -> (n',)
+        out[part] = np.square(difference, out=difference).sum(axis=1)
+    return out
+
+
+def blocks(
+    a: np.ndarray, b: np.ndarray, block_bytes: int = 32 * 2**20
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield squared distances of (M, D) to (N, D) by a matrix product, some rows at a time.
+
+    Args:
+        a, b: floats, N from 1.
+        block_bytes: bytes of distances held at one time (at least one row's).
+
+    Yields:
+        The first row's number; squared distances (B, N), right but for rounding (even below 0); and
+        ``slack`` (B,), a bound on twice that rounding: pairs of a row that are farther apart than
+        that are in the right order. The array is written over by the next block.
+    """
+    # The product loses its digits far from the origin, so both are centred first.
+    centre = b.mean(axis=0, dtype=np.float64)
+    a, b = a - centre, b - centre
+    # (M, D) -> (M,), (N, D) -> (N,)
+    a_norms, b_norms = (np.einsum("nd,nd->n", x, x) for x in (a, b))
+    # Higham, Accuracy and Stability, section 3.1: whatever the order in which a BLAS adds up.
+    reach = np.sqrt(a_norms) + np.sqrt(b_norms.max())
+    slack = 4 * (a.shape[1] + 8) * np.finfo(np.float64).eps * reach**2
+    # |a|^2 - 2 a.b + |b|^2 as one matrix product, of (M, D + 2) and (N, D + 2).
+    a = np.column_stack([-2 * a, a_norms, np.ones(len(a))])
+    b = np.column_stack([b, np.ones(len(b)), b_norms])
+    step = max(1, block_bytes // (8 * len(b)))
+    block = np.empty((min(step, len(a)), len(b)))
+    for start in range(0, len(a), step):
+        part = a[start : start + step]
+        # (B, D + 2) @ (D + 2, N) -> (B, N)
+        near = np.matmul(part, b.T, out=block[: len(part)])
+        yield start, near, slack[start : start + step]
+
+
+def nearest(
+    a: np.ndarray, b: np.ndarray, k: int, block_bytes: int = 32 * 2**20
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k nearest rows of ``b`` for each row of ``a``, and their squared distances.
+
+    Exactly those that a stable argsort of directly summed distances gives: equal distances stand in
+    the order of ``b``. Many equal rows are right, but slower.
+
+    Args:
+        a, b: (M, D) and (N, D) floats.
+        k: how many, at most N.
+        block_bytes: bytes of distances held at one time.
+
+    Returns:
+        Rows of ``b`` and squared distances, both (M, k), nearest first.
+
+    >>> rows, apart = nearest(np.zeros((1, 1)), np.array([[3.0], [-1.0], [1.0]]), k=2)
+    >>> rows.tolist(), apart.tolist()
+    ([[1, 2]], [[1.0, 1.0]])
+    """
+    rows, apart = np.empty((len(a), k), np.int64), np.empty((len(a), k))
+    for start, near, slack in blocks(a, b, block_bytes):
+        part = slice(start, start + len(near))
+        rows[part], apart[part] = nearest_of_block(a, b, k, start, near, slack)
+    return rows, apart
+
+
+def nearest_of_block(
+    a: np.ndarray, b: np.ndarray, k: int, start: int, near: np.ndarray, slack: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest` for one block of `blocks`: rows and squared distances, both (B, k)."""
+    # Many times as fast as NumPy's partition of rows.
+    kth = torch.from_numpy(near).topk(k, dim=1, largest=False).values.amax(dim=1).numpy()
+    # All that rounding could put among the k, at least k a row; sorted by row and column.
+    row, column = np.divmod(np.flatnonzero(near <= (kth + slack)[:, None]), near.shape[1])
+    exact = squared(a, start + row, b, column)
+    order = np.lexsort((exact, row))  # stable, and columns ascend
+    first = np.searchsorted(row, np.arange(len(near)))
+    # (B,) and (k,) -> (B, k)
+    chosen = order[first[:, None] + np.arange(k)]
+    return column[chosen], exact[chosen]
