@@ -11,16 +11,16 @@ NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate 05_c
 # cores, and no slower where none does.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo example gallery bench recompute test setup lab tensorboard notebooks lint format clean
+.PHONY: help demo example gallery bench recompute test quick setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: setup     ## train and evaluate on the embedded data; scores and a ranked-list picture
+demo: setup     ## train and evaluate on the built-in data; scores and a ranked-list picture
 	$(PY) -m reidlib run 03_train 04_evaluate -p recipe demo -p tag demo -p resume restart
 	@$(PY) -m reidlib scores --baselines synthetic_batchhard_softplus_demo
 
-example: setup  ## the committed run on the embedded data again, on one thread
+example: setup  ## the committed run on the built-in data again, on one thread
 	OMP_NUM_THREADS=1 $(PY) -m reidlib train --recipe demo --tag example --resume restart
 	OMP_NUM_THREADS=1 $(PY) -m reidlib release synthetic_batchhard_softplus_example
 
@@ -43,6 +43,9 @@ $(VENV)/peers/.ready: benchmarks/peers.txt $(READY)
 
 test: setup     ## the whole test suite
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+quick: setup    ## lint, unit tests, doctests and one kill-and-resume, in a minute: no kernel, no browser
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 setup: $(READY) ## the environment alone, in .venv
 
@@ -73,5 +76,5 @@ format: setup   ## ruff's formatter, and notebooks stripped of their outputs
 	$(PY) -m ruff format .
 	$(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb
 
-clean:          ## remove the environment, caches and the embedded data; runs stay
+clean:          ## remove the environment, caches and the built-in data; runs stay
 	rm -rf $(VENV) data/synthetic data/.cache .pytest_cache .ruff_cache *.egg-info
