@@ -1,6 +1,8 @@
 """Every test works on data and runs of its own, never on the user's."""
 
 import os
+import shutil
+import time
 
 import pytest
 
@@ -32,3 +34,51 @@ def places(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("REID_DATA", str(data_root))
     monkeypatch.setenv("REID_CACHE", str(data_root / ".cache"))
     monkeypatch.setenv("REID_OUTPUTS", str(tmp_path / "outputs"))
+
+
+# --- a real browser
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """Chromium, driven: one for all tests of a process. Tests skip where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser, service = (
+        next(filter(None, map(shutil.which, names)), None),
+        shutil.which("chromedriver"),
+    )
+    if not (browser and service):
+        pytest.skip("no Chromium with its chromedriver on this machine: no browser is driven")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    arguments = ["headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"]
+    arguments += ["window-size=1300,1000", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]
+    for argument in arguments:
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options, webdriver.ChromeService(service))
+    yield opened
+    opened.quit()
+
+
+@pytest.fixture
+def chromium(driver):
+    """Chromium with an empty page and an empty console."""
+    driver.get("about:blank")
+    complaints(driver)
+    return driver
+
+
+def complaints(driver):
+    """What has been written to JavaScript's console since it was asked last."""
+    return [entry["message"] for entry in driver.get_log("browser")]
+
+
+def until(found, seconds=30):
+    """Wait until something is true, and return it."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value

@@ -1,0 +1,303 @@
+// A query with its list in each run, and the table of what is ticked. A part of browser.js.
+
+// --- one query and its lists
+
+function makeAnswer(app) {
+  const { about, page, two } = app;
+  const node = make(page ? "main" : "section", { className: "answer", "aria-label": "ranked lists" });
+  const back = make("button", { type: "button", className: "back" }, "← query before");
+  const camera = options(make("select", { name: "result-camera" }), cameras(about.cameras.gallery));
+  const excluded = make("input", { type: "checkbox", name: "excluded", checked: true });
+  const query = make("div", { className: "asked" });
+  const lists = make("div", { className: two ? "lists two" : "lists" });
+  const before = []; // keys of the queries that were in view
+
+  async function go(key, { keep = true, focus = false } = {}) {
+    if (keep && app.key && app.key !== key) before.push(app.key);
+    app.key = key;
+    node.setAttribute("aria-busy", "true");
+    app.picker.markCurrent();
+    let records;
+    try {
+      records = await app.source.lists(key);
+    } catch (error) {
+      if (app.key !== key) return;
+      node.removeAttribute("aria-busy");
+      query.replaceChildren(make("p", { role: "alert" }, `Python could not answer: ${error.message}`));
+      lists.replaceChildren();
+      return;
+    }
+    if (app.key !== key) return; // another query was chosen meanwhile
+    node.removeAttribute("aria-busy");
+    app.shown = { key, records };
+    draw();
+    if (page) history.replaceState(null, "", `#${key}`);
+    if (focus) query.querySelector("h2,h3,h4,h5")?.focus();
+  }
+
+  function goBack() {
+    if (before.length) go(before.pop(), { keep: false, focus: true });
+  }
+
+  function draw() {
+    query.replaceChildren(...drawQuery(app));
+    back.disabled = before.length === 0;
+    lists.replaceChildren(...app.shown.records.map((_, r) => drawList(app, r)));
+    app.selection.tell();
+  }
+
+  back.addEventListener("click", goBack);
+  camera.addEventListener("change", () => {
+    app.camera = camera.value;
+    draw();
+  });
+  excluded.addEventListener("change", () => {
+    app.excluded = excluded.checked;
+    draw();
+  });
+  const check = make("label", { className: "check" }, excluded, "excluded images, in their place");
+  const filters = [labelled("camera of the results", camera), check];
+  node.append(make("div", { className: "controls" }, back, ...filters, app.selection.node), query, lists);
+  return { node, lists, go, goBack, draw };
+}
+
+const resultsOf = (record) =>
+  (record?.rows ?? []).map((row, i) => {
+    return { row, rank: record.ranks[i], distance: record.distances[i], code: record.status[i] };
+  });
+const matchRanks = (record) =>
+  new Map(resultsOf(record).flatMap(({ row, rank, code }) => (code === "m" ? [[row, rank]] : [])));
+
+// The query in view: its photograph, who it is, and, of two runs, what changed. Also says it aloud.
+function drawQuery(app) {
+  const { key, records } = app.shown;
+  const [name, pid, camid] = app.image(key);
+  const unnamed = pid < 0 && camid < 0 && name; // else nothing is known but the file
+  const title = `Query: ${unnamed ? last(name) : joined(who(pid), where(camid))}`;
+  const facts = [name || `row ${rowOf(key)} of the ${sideOf(key)} table`];
+  if (sideOf(key) === "gallery") facts.push("a gallery image, asked as a query");
+  if (app.two && records[0]?.ap != null && records[1]?.ap != null) facts.push(changes(app));
+  const texts = records.map((record, r) => {
+    const text = statement(app, record, app.runs[r].name);
+    return app.two ? `${app.runs[r].name}: ${text}` : text;
+  });
+  app.said.textContent = `${title}. ${texts.join(" ")}`;
+  const lines = facts.map((fact, i) => make("p", { className: i ? "" : "file" }, fact));
+  return [
+    app.photo(key, `query, ${joined(who(pid), where(camid))}`),
+    make("div", {}, app.heading(1, { tabIndex: -1 }, title), ...lines),
+  ];
+}
+
+function changes({ shown, runs }) {
+  const [first, second] = shown.records;
+  const there = matchRanks(second);
+  const moves = [...matchRanks(first)].map(([row, rank]) => rank - there.get(row));
+  return (
+    `AP ${percent(first.ap)} in ${runs[0].name}, ${percent(second.ap)} in ${runs[1].name}: ` +
+    `${points(second.ap - first.ap)} points. Of ${count(moves.length, "match", "matches")}, ` +
+    `${moves.filter((m) => m > 0).length} moved up, ${moves.filter((m) => m < 0).length} down.`
+  );
+}
+
+function statement({ topk }, record, name) {
+  if (record === null) {
+    return `${name || "This run"} knows the distances of its own queries only: this image cannot ask here.`;
+  }
+  const ranks = [...matchRanks(record).values()];
+  if (record.status.includes("u")) {
+    return "Nothing is right or wrong here, for it is not known who is asked for.";
+  }
+  if (ranks.length === 0) return "No match: the gallery holds no other image of this person that counts.";
+  const first = ranks.filter((rank) => rank <= topk).length;
+  return (
+    `AP ${percent(record.ap, 2)} (Market's definition: ${percent(record.ap_market, 2)}). ` +
+    `${count(ranks.length, "match", "matches")}, first at rank ${Math.min(...ranks).toLocaleString("en")}` +
+    (ranks.length > 1 ? `, last at rank ${Math.max(...ranks).toLocaleString("en")}` : "") +
+    `; ${first} of them among the first ${topk}.`
+  );
+}
+
+// The list of one run, of the query in view.
+function drawList(app, r) {
+  const { two, topk } = app;
+  const { name } = app.runs[r];
+  const record = app.shown.records[r];
+  const box = make("section", { className: "run", "aria-label": `list of ${name || "this run"}` });
+  if (two) box.append(app.heading(2, {}, name));
+  box.append(make("p", { className: "statement" }, statement(app, record, name)));
+  if (record === null) return box;
+  const all = resultsOf(record);
+  const near = all.filter((result) => result.rank <= topk);
+  const missed = all.filter((result) => result.rank > topk);
+  const there = matchRanks(two ? app.shown.records[1 - r] : null); // of the matches in the other run
+  const notes = filterNotes(app, all, near);
+  if (notes.length) box.append(make("p", { className: "note" }, notes.join(" ")));
+  const section = (results, label) => {
+    const list = make("ol", { className: "results", "aria-label": label });
+    const shown = results.filter((result) => fits(app, result));
+    list.append(...shown.map((result, i) => drawResult(app, r, result, there.get(result.row), i === 0)));
+    roving(list, () => [...list.querySelectorAll("button")]);
+    return list;
+  };
+  box.append(section(near, `the first ${topk}, nearest first`));
+  if (missed.length) {
+    const places = missed.map((result) => result.rank.toLocaleString("en"));
+    box.append(
+      app.heading(two ? 3 : 2, {}, `Missed: ${count(missed.length, "match", "matches")} beyond rank ${topk}`),
+      make("p", { className: "note" }, `at rank ${places.join(", ")}`),
+      section(missed, "missed matches"),
+    );
+  }
+  return box;
+}
+
+function fits(app, result) {
+  const camid = app.source.image(`g${result.row}`)[2];
+  return (!app.camera || String(camid) === app.camera) && (app.excluded || result.rank > 0);
+}
+
+function filterNotes(app, all, near) {
+  const notes = [];
+  const dropped = all.filter((result) => result.rank === 0).length;
+  if (dropped && !app.excluded) {
+    notes.push(`Hidden: ${count(dropped, "image")} that the protocol leaves out.`);
+  }
+  if (app.camera) {
+    const fitting = near.filter((result) => fits(app, result)).length;
+    notes.push(
+      `Only ${where(Number(app.camera))} is shown: ${fitting} of ${near.length}. ` +
+        "Ranks and AP are those of the whole list.",
+    );
+  }
+  return notes;
+}
+
+function drawResult(app, r, result, there, first) {
+  const { kind, sign, word, status } = STATUS[result.code];
+  const [name, pid, camid] = app.source.image(`g${result.row}`);
+  const rank = result.rank ? `rank ${result.rank}` : "not ranked";
+  const move = moveOf(app, r, result, there);
+  const place = pid < 0 && camid < 0 && name ? last(name) : where(camid);
+  const alt = joined(rank, word, pid >= 0 ? who(pid) : "", place, move.said);
+  const tick = app.selection.tickOf(r, result, joined(rank, word));
+  const button = resultButton(app, result, alt);
+  // The tick of a result is the tab stop after its photograph.
+  for (const node of [button, tick]) node.tabIndex = first ? 0 : -1;
+  button.addEventListener("focus", () => {
+    for (const other of button.closest("ol").querySelectorAll("input")) other.tabIndex = other === tick ? 0 : -1;
+  });
+  const said = word ? make("span", { className: "word" }, ` ${word}`) : "";
+  const item = make(
+    "li",
+    { className: kind },
+    button,
+    make("span", { className: "rank" }, `${sign} ${result.rank || ""}`.trim(), said),
+    move.shown ? make("span", { className: "moved", "aria-hidden": "true" }, move.shown) : "",
+    make("span", {}, joined(shortCamera(camid), short(pid))),
+    make("span", {}, `distance ${result.distance.toPrecision(4)}`), // all the digits that are there
+    make("span", { className: "file", title: name }, name || `row ${result.row}`),
+    make("label", { className: "tick" }, tick, "select"),
+  );
+  Object.assign(item.dataset, { rank: result.rank, status, row: result.row });
+  return item;
+}
+
+// Where a match stands in the other run, for the eye and in words; from the first run to the second.
+function moveOf({ runs }, r, result, there) {
+  if (there === undefined || result.code !== "m") return { shown: "", said: "" };
+  const other = `rank ${there} in ${runs[1 - r].name}`;
+  const up = r ? there - result.rank : result.rank - there;
+  if (up === 0) return { shown: "= same rank", said: `same ${other}` };
+  const [sign, word] = up > 0 ? ["▲", "up"] : ["▼", "down"];
+  const side = r ? "from" : "to";
+  const places = count(Math.abs(up), "place");
+  return {
+    shown: `${sign} ${Math.abs(up)}, ${side} ${there}`,
+    said: `moved ${word} ${places}, ${side} ${other}`,
+  };
+}
+
+// The photograph of a result, which makes it the query.
+function resultButton(app, result, alt) {
+  const key = `g${result.row}`;
+  const can = app.source.has(key);
+  const title = can ? "make this image the query" : "there is no list of its own here";
+  const properties = { type: "button", className: "photo", title, "aria-disabled": can ? null : "true" };
+  const button = make("button", properties, app.photo(key, alt));
+  button.addEventListener("click", () => {
+    if (can) app.answer.go(key, { focus: true });
+    else app.said.textContent = "There is no list of this image here.";
+  });
+  return button;
+}
+
+// --- what is taken away
+
+function makeSelection(app) {
+  const ticked = new Map(); // "run key row" -> row of the table to take away
+  const selected = make("span", { className: "selected", "aria-live": "polite" });
+  const save = make("button", { type: "button" });
+  const clear = make("button", { type: "button" }, "clear");
+
+  function tell() {
+    const n = ticked.size;
+    selected.textContent = n ? `${count(n, "result")} selected` : "nothing selected";
+    save.textContent = n ? "save the selection as CSV" : "save this list as CSV";
+    clear.disabled = n === 0;
+    const rows = [...ticked.keys()].map((id) => id.split(" "));
+    app.change({
+      ticked: rows.map(([r, key, row]) => [Number(r), key, Number(row)]),
+      view: { key: app.shown.key, camera: app.camera, excluded: app.excluded },
+    });
+  }
+
+  function tickOf(r, result, words) {
+    const id = `${r} ${app.shown.key} ${result.row}`;
+    const named = { name: `tick ${id}`, "aria-label": `select ${words}` };
+    const tick = make("input", { type: "checkbox", checked: ticked.has(id), ...named });
+    tick.addEventListener("change", () => {
+      if (tick.checked) ticked.set(id, tableRow(app, r, result));
+      else ticked.delete(id);
+      tell();
+    });
+    return tick;
+  }
+
+  save.addEventListener("click", () => {
+    const rows = ticked.size ? [...ticked.values()] : rowsInView(app);
+    const href = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv" }));
+    make("a", { href, download: "selection.csv" }).click();
+    setTimeout(() => URL.revokeObjectURL(href), 1000);
+  });
+  clear.addEventListener("click", () => {
+    ticked.clear();
+    app.answer.draw();
+  });
+  return { node: make("div", { className: "selection" }, selected, save, clear), tell, tickOf };
+}
+
+// The lists in view, as they are filtered.
+function rowsInView(app) {
+  return app.shown.records.flatMap((record, r) =>
+    resultsOf(record)
+      .filter((result) => fits(app, result))
+      .map((result) => tableRow(app, r, result)),
+  );
+}
+
+function tableRow(app, r, result) {
+  const { key } = app.shown;
+  const [path, pid, camid] = app.source.image(`g${result.row}`);
+  return {
+    run: app.runs[r].name,
+    asked: sideOf(key),
+    query: rowOf(key),
+    query_path: app.image(key)[0],
+    rank: result.rank || null,
+    gallery: result.row,
+    ...{ path, pid, camid },
+    distance: result.distance,
+    status: STATUS[result.code].status,
+  };
+}

@@ -1,0 +1,139 @@
+// The picker: which query? Orders, search, and a strip of photographs. A part of browser.js.
+
+function makePicker(app) {
+  const { about, queries } = app;
+  const sort = options(make("select", { name: "order" }), orders(app));
+  const search = make("input", { type: "search", name: "search", autocomplete: "off" });
+  const camera = options(make("select", { name: "query-camera" }), cameras(about.cameras.query));
+  const found = make("p", { className: "note" });
+  const strip = make("ol", { className: "strip", "aria-label": "queries, in the chosen order" });
+  const buttons = () => [...strip.querySelectorAll("button")];
+  let order = []; // places in the table of queries
+  let seed = 0;
+
+  function pick() {
+    order = sorted(app, matching(app, search.value, camera.value), sort.value, seed);
+    // A menu cuts long names off, and with them the direction.
+    const direction = app.two && app.scored ? `${sort.selectedOptions[0].textContent}: ` : "";
+    found.textContent = howMany(app, order.length, direction);
+    strip.replaceChildren();
+    strip.scrollTop = strip.scrollLeft = 0;
+    more();
+  }
+
+  function more() {
+    const from = strip.children.length;
+    for (const i of order.slice(from, from + PAGE)) {
+      const button = queryButton(app, i);
+      button.tabIndex = strip.children.length ? -1 : 0;
+      strip.append(make("li", {}, button));
+    }
+    markCurrent();
+  }
+
+  function markCurrent() {
+    for (const button of buttons()) {
+      if (button.dataset.key === app.key) button.setAttribute("aria-current", "true");
+      else button.removeAttribute("aria-current");
+    }
+  }
+
+  roving(strip, buttons, more);
+  strip.addEventListener("scroll", () => {
+    const below = strip.scrollHeight - strip.scrollTop - strip.clientHeight;
+    const beside = strip.scrollWidth - strip.scrollLeft - strip.clientWidth;
+    if (below + beside < 400 && strip.children.length < order.length) more();
+  });
+  sort.addEventListener("change", () => {
+    if (sort.value === "random") seed += 1;
+    pick();
+  });
+  search.addEventListener("input", pick);
+  camera.addEventListener("change", pick);
+  const controls = [
+    labelled("order", sort),
+    labelled("identity, or part of the file name", search),
+    labelled("camera of the query", camera),
+  ];
+  const node = make("nav", { className: "picker", "aria-label": "queries" }, ...controls, found, strip);
+  const first = () => (order.length ? `q${queries.row[order[0]]}` : null);
+  return { node, search, pick, markCurrent, first };
+}
+
+function orders({ runs, two, scored }) {
+  const pairs = [];
+  runs.forEach((run, r) => {
+    if (!scored) return;
+    const ap = two ? `AP of ${run.name}` : "AP";
+    pairs.push([`worst${r}`, `${ap}, worst first`], [`best${r}`, `${ap}, best first`]);
+  });
+  if (two && scored) {
+    const change = `AP from ${runs[0].name} to ${runs[1].name}`;
+    pairs.push(["gain", `largest gain of ${change}`], ["loss", `largest loss of ${change}`]);
+  }
+  return [...pairs, ["random", "random order"], ["table", "order of the query table"]];
+}
+
+// Places of the queries that fit what was typed and the chosen camera.
+function matching({ queries }, typed, camera) {
+  const text = typed.trim().toLowerCase();
+  const person = /^\d+$/.test(text) && queries.pid.includes(Number(text)) ? Number(text) : null;
+  return [...queries.row.keys()].filter((i) => {
+    if (camera && String(queries.camid[i]) !== camera) return false;
+    // A number is an identity, where there is such a one; all else is part of a file name.
+    return person === null ? queries.name[i].toLowerCase().includes(text) : queries.pid[i] === person;
+  });
+}
+
+function sorted({ queries }, places, by, seed) {
+  if (by === "random") return shuffled(places, seed);
+  if (by === "table") return places;
+  const kind = by.replace(/\d/, "");
+  const value = (i) => {
+    const ap = queries.ap.map((run) => run[i]);
+    if (kind === "gain" || kind === "loss") {
+      if (ap[0] === null || ap[1] === null) return null;
+      return kind === "gain" ? ap[0] - ap[1] : ap[1] - ap[0];
+    }
+    const own = ap[Number(by.slice(-1))];
+    return own === null ? null : kind === "worst" ? own : -own;
+  };
+  const values = new Map(places.map((i) => [i, value(i)]));
+  // Queries without a match have no AP: they stand last in both directions.
+  return places.sort((a, b) => {
+    const [x, y] = [values.get(a), values.get(b)];
+    if (x === null || y === null) return (x === null) - (y === null) || a - b;
+    return x - y || a - b;
+  });
+}
+
+function howMany({ about, queries }, n, direction) {
+  const inFile = queries.row.length;
+  const [all, some] = [about.total.toLocaleString("en"), inFile < about.total];
+  if (n === 0) {
+    const missing = some ? ` Or it is not in this file, which has ${inFile.toLocaleString("en")} of ${all}.` : "";
+    return "No query fits. Clear the search, or choose another camera." + missing;
+  }
+  const of = count(inFile, "query", "queries");
+  return `${direction}${n.toLocaleString("en")} of ${of}${some ? ` in this file; the test has ${all}` : ""}`;
+}
+
+function queryButton(app, i) {
+  const { queries, two, scored } = app;
+  const key = `q${queries.row[i]}`;
+  const ap = queries.ap.map((run) => run[i]);
+  const name = last(queries.name[i]); // of somebody unknown, all that there is
+  const lines = [joined(short(queries.pid[i]) || name || who(queries.pid[i]), shortCamera(queries.camid[i]))];
+  if (scored && two && ap[0] !== null && ap[1] !== null) {
+    lines.push(`${percent(ap[0])} → ${percent(ap[1])}`, `${points(ap[1] - ap[0])} points`);
+  } else if (scored) lines.push(ap[0] === null ? "no match" : `AP ${percent(ap[0])}`);
+  const button = make(
+    "button",
+    { type: "button", title: queries.name[i] },
+    app.photo(key, `query, ${joined(who(queries.pid[i]), where(queries.camid[i]))}`),
+    make("span", { className: "words" }, ...lines.flatMap((line, n) => (n ? [make("br"), line] : [line]))),
+  );
+  button.dataset.key = key;
+  button.addEventListener("click", () => app.answer.go(key));
+  return button;
+}

@@ -1,0 +1,56 @@
+"""What the HTML pages are filled with: data that cannot become markup, and small photographs."""
+
+import base64
+import io
+import json
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def fill(template: str, **parts: str) -> str:
+    """Return a page with its `[[name]]` filled in, in one pass: what is filled in is not looked at.
+
+    >>> fill("<p>[[a]] and [[b]]", a="[[b]]", b="2")
+    '<p>[[b]] and 2'
+    """
+    return re.sub(r"\[\[(\w+)\]\]", lambda found: parts[found[1]], template)
+
+
+def script_json(data: Any) -> str:
+    """Return JSON that may stand inside `<script>`: nothing in it can end the element or open another.
+
+    >>> script_json(["</script>", 1])
+    '["\\\\u003c/script\\\\u003e",1]'
+    """
+    # ASCII: line separators are escaped already
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def encodable(text: str) -> str:
+    """Return text that can be encoded: file names may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def thumbnail(image: np.ndarray, height: int, quality: int) -> str:
+    """Return a photograph as WebP in base64.
+
+    WebP has no tables in its header, so a small picture is some 600 bytes, of which a JPEG would
+    spend as many again on its header alone.
+
+    Args:
+        image: (H, W, 3) uint8.
+        height: how many pixels high it may be, and twice as wide.
+        quality: of the WebP, to 100.
+    """
+    photo = Image.fromarray(np.ascontiguousarray(image))
+    scale = min(height / photo.height, 2 * height / photo.width)
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in photo.size]
+        photo = photo.resize(size, Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    photo.save(file, "webp", quality=quality, method=4)
+    return base64.b64encode(file.getvalue()).decode()
