@@ -1,25 +1,25 @@
 """What TensorBoard shows: read from its files, from its own server, and in a real browser."""
 
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-import time
+import urllib.error
 import urllib.parse
 import urllib.request
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from conftest import until
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from reidlib import runs
 from reidlib.data.pixels import load_images
 from reidlib.data.tables import load
+from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import board, photographs
 from reidlib.model.embed import embed
@@ -42,18 +42,17 @@ def fit(tag="", resume="auto", **changes):
 
 
 def evaluate(folder, name="test", flip=False):
-    """What 04_evaluate does with a run; returns its retrieval, evaluation and count of points."""
+    """What 04_evaluate does with a run; returns its retrieval and evaluation."""
     model, data = load_model(folder), load("synthetic")
-    tables, pixels, emb = [], [], []
+    sides = []
     for table in (data.query, data.gallery):
         images, table = load_images(table, model.recipe, show_progress=False)
-        tables, pixels = [*tables, table], [*pixels, images]
         options = {"flip": flip, "precision": "float32", "show_progress": False}
-        emb.append(embed(model, images, model.recipe, **options))
-    retrieval = Retrieval(emb[0], tables[0], emb[1], tables[1])
+        sides += [embed(model, images, model.recipe, **options), table]
+    retrieval = Retrieval(*sides)
     evaluation = retrieval.evaluate()
-    points = board.write_evaluation(folder, retrieval, evaluation, emb, pixels, name)
-    return retrieval, evaluation, points
+    board.write_evaluation(folder, retrieval, evaluation, name)
+    return retrieval, evaluation
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +156,7 @@ def crash(tag, step, monkeypatch, **changes):
         fit(tag, **changes)
 
 
-def test_a_resumed_run_has_every_step_once(monkeypatch, tensorboard):
+def test_a_resumed_run_has_every_step_once(monkeypatch, growing):
     often = {"evaluate_every": 2}
     crash("resumed", 7, monkeypatch, **often)  # the checkpoint is from step 4
     crash("resumed", 7, monkeypatch, **often)  # and again, in step 11 after the one of step 8
@@ -168,17 +167,17 @@ def test_a_resumed_run_has_every_step_once(monkeypatch, tensorboard):
     assert {tag: kept[tag] for tag in expected} == expected
     lists = {"ranked_lists/held_out": [2, 4, 6, 8, 10, 12]}
     assert steps_by_tag(folder / board.PICTURES) == lists
-    server = tensorboard(folder.parent)
+    server, run = growing(folder)
     for tag, steps in expected.items():
-        assert server.steps("scalars/scalars", folder.name, tag) == steps
-    shown = server.steps("images/images", f"{folder.name}/pictures", "ranked_lists/held_out")
-    assert shown == [2, 4, 6, 8, 10, 12]
+        until(lambda tag=tag, steps=steps: server.steps("scalars/scalars", run, tag) == steps)
+    shown = ("images/images", f"{run}/pictures", "ranked_lists/held_out")
+    until(lambda: server.steps(*shown) == [2, 4, 6, 8, 10, 12])
     # Before any evaluation there is one row, begun three times, with what is known.
-    (row,) = server.sessions()
-    assert row["name"] == folder.name and row["hparams"]["margin"] == "soft"
-    last = server.scalars(folder.name, "held_out/mAP")[-1][1]
-    assert server.metrics(folder.name)["held_out/mAP"] == pytest.approx(last)
-    assert "test/mAP" not in server.metrics(folder.name)
+    (row,) = server.rows(run)
+    assert row["hparams"]["margin"] == "soft"
+    last = server.scalars(run, "held_out/mAP")[-1][1]
+    assert server.metrics(run)["held_out/mAP"] == pytest.approx(last)
+    assert "test/mAP" not in server.metrics(run)
 
 
 def test_a_run_trained_anew_shows_nothing_of_the_old_one(monkeypatch):
@@ -189,7 +188,6 @@ def test_a_run_trained_anew_shows_nothing_of_the_old_one(monkeypatch):
     fit("again", resume="restart", steps=4)
     now = {*event_files(folder), *event_files(folder / board.PICTURES)}
     assert len(now) == 2 and not now & old
-    assert [*(folder / board.PICTURES).glob("*.pbtxt")] == []
     assert steps_by_tag(folder)["loss"] == [1, 2, 3, 4]
     # Killed before its first checkpoint: begun again, with files of its own alone.
     crash("killed", 3, monkeypatch, steps=4)
@@ -197,26 +195,25 @@ def test_a_run_trained_anew_shows_nothing_of_the_old_one(monkeypatch):
     assert len(event_files(folder)) == 1 and steps_by_tag(folder)["loss"] == [1, 2, 3, 4]
 
 
-def test_an_evaluation_replaces_the_one_before(outputs, tmp_path, tensorboard):
-    folder = tmp_path / "copy" / SOFT
-    shutil.copytree(outputs[0] / SOFT, folder)
-    server = tensorboard(folder.parent)  # while it runs
-    first = server.scalars(SOFT, "test/mAP")
+def test_an_evaluation_replaces_the_one_before(outputs, growing, tmp_path):
+    server, run = growing(shutil.copytree(outputs[0] / SOFT, tmp_path / "copy"))
+    folder = server.logdir / run
+    first = until(lambda: server.scalars(run, "test/mAP"))
     assert first == [[12, pytest.approx(outputs[1][SOFT][1].scores["mAP"])]]
-    _, again, _ = evaluate(folder, flip=True)
+    _, again = evaluate(folder, flip=True)
     assert first[0][1] != pytest.approx(again.scores["mAP"])
     evaluate(folder, name="test_other data.set")  # of another data set: beside the first
-    for place in (folder, folder / board.PICTURES):
-        suffixes = [path.suffix for path in event_files(place)]
+    for pictures in (folder, folder / board.PICTURES):
+        suffixes = [path.suffix for path in event_files(pictures)]
         assert suffixes[1:] == [".test", ".test_other_data_set"]
     kept = steps_by_tag(folder)
-    for key in ("mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"):
+    for key in SCORES:
         assert kept[f"test/{key}"] == kept[f"test_other_data_set/{key}"] == [12]
     assert "test/queries" not in kept
     expected = [[12, pytest.approx(again.scores["mAP"])]]
-    until(lambda: server.scalars(SOFT, "test/mAP") == expected, 60)
-    assert len(server.sessions()) == 1
-    assert server.metrics(SOFT)["test/mAP"] == pytest.approx(again.scores["mAP"])
+    until(lambda: server.scalars(run, "test/mAP") == expected, 60)
+    assert len(server.rows(run)) == 1
+    assert server.metrics(run)["test/mAP"] == pytest.approx(again.scores["mAP"])
 
 
 # --- settings
@@ -241,7 +238,7 @@ def test_settings_as_columns():
 
 
 def test_one_row_a_run_with_its_settings_and_scores(outputs, tensorboard):
-    server = tensorboard(outputs[0])
+    server = tensorboard
     assert {*server.get("/data/runs")} == {HARD, SOFT, f"{HARD}/pictures", f"{SOFT}/pictures"}
     columns = server.hparams("experiment", {"includeMetrics": True})
     shown = [c["name"] for c in columns["hparamInfos"]]
@@ -249,7 +246,9 @@ def test_one_row_a_run_with_its_settings_and_scores(outputs, tensorboard):
     types = {c["name"]: c["type"] for c in columns["hparamInfos"]}
     assert types["margin"] == "DATA_TYPE_STRING" and types["lr"] == "DATA_TYPE_FLOAT64"
     assert types["flip"] == "DATA_TYPE_BOOL"
-    assert [m["name"]["tag"] for m in columns["metricInfos"]] == [*board.SCORES]
+    tags = [m["name"]["tag"] for m in columns["metricInfos"]]
+    assert tags == [*board.SCORE_TAGS] and {f"test/{key}" for key in SCORES} < {*tags}
+    assert tags[:5] == ["test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss"]
     rows = server.sessions()
     assert {row["name"]: row["hparams"]["margin"] for row in rows} == {HARD: "0.2", SOFT: "soft"}
     for row in rows:
@@ -261,15 +260,16 @@ def test_one_row_a_run_with_its_settings_and_scores(outputs, tensorboard):
         assert metrics["held_out/mAP"] == pytest.approx(held_out["held_out_mAP"])
 
 
-def test_a_run_from_before_gets_its_row_with_its_evaluation(outputs, tmp_path, tensorboard):
-    folder = tmp_path / "outputs" / HARD
-    folder.mkdir(parents=True)
+def test_a_run_from_before_gets_its_row_with_its_evaluation(outputs, growing, tmp_path):
+    folder = tmp_path / "before"
+    folder.mkdir()
     for name in ("config.json", "manifest.json", "weights.safetensors"):
         shutil.copy(outputs[0] / HARD / name, folder)
-    _, evaluation, _ = evaluate(folder)
-    server = tensorboard(folder.parent)
-    assert [row["hparams"]["margin"] for row in server.sessions()] == ["0.2"]
-    assert server.metrics(HARD)["test/top1"] == pytest.approx(evaluation.scores["top1"])
+    _, evaluation = evaluate(folder)
+    server, run = growing(folder)
+    until(lambda: "test/top1" in server.metrics(run))
+    assert [row["hparams"]["margin"] for row in server.rows(run)] == ["0.2"]
+    assert server.metrics(run)["test/top1"] == pytest.approx(evaluation.scores["top1"])
 
 
 # --- ranked lists
@@ -284,7 +284,7 @@ def test_the_same_queries_each_time_and_the_very_ranking(outputs, monkeypatch):
 
     monkeypatch.setattr(board, "ranked_lists", draw)
     for name in (HARD, SOFT):
-        retrieval, evaluation, _ = outputs[1][name]
+        retrieval, evaluation = outputs[1][name]
         image = board.ranked_lists_image(retrieval, evaluation)
         assert image[:3] == b"\xff\xd8\xff"
         board.ranked_lists_image(retrieval, evaluation, seed=1)
@@ -324,110 +324,14 @@ def test_images_that_moved_away_do_not_end_a_training(monkeypatch, capsys):
     assert "Step 4: no ranked lists for TensorBoard. cannot read" in capsys.readouterr().err
 
 
-# --- the map
-
-
-def test_a_sample_has_whole_people_and_distractors():
-    random = np.random.default_rng(3)
-    pids = np.concatenate([random.integers(1, 60, 900), [0] * 300, [-1] * 200, [99] * 50])
-    splits = np.where(random.random(len(pids)) < 0.15, "query", "gallery")
-    splits[(pids <= 0) | (pids == 99)] = "gallery"
-    order = random.permutation(len(pids))
-    pids, splits = pids[order], splits[order]
-    rows = board.sample(pids, splits, 400)
-    assert len({*rows}) == len(rows) <= 400 and list(rows) == sorted(rows)
-    assert len(rows) > 370, "as many as fit"
-    assert (pids[rows] == 0).sum() == 400 * 300 // 1250
-    assert -1 not in pids[rows] and 99 not in pids[rows], "no junk; nobody whom no query asks for"
-    for person in {*pids[rows]} - {0}:
-        assert {*np.flatnonzero(pids == person)} <= {*rows}
-    assert np.array_equal(rows, board.sample(pids, splits, 400))
-    assert not np.array_equal(rows, board.sample(pids, splits, 400, seed=1))
-    everyone = board.sample(pids, splits, 5000)
-    assert np.array_equal(everyone, np.flatnonzero(pids != -1))
-    # One person with more images than may be shown: the first of them.
-    assert list(board.sample(np.array([7] * 9), np.array(["query"] + 8 * ["gallery"]), 4)) == [
-        *range(4)
-    ]
-
-
-def test_the_files_of_the_map(tmp_path):
-    random = np.random.default_rng(0)
-    sizes = [(40, 20), (20, 40), (64, 64), (300, 10), (16, 8), (8, 16), (32, 16)]
-    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    names = ["a.jpg", "tab\tin.jpg", "line\nand\r.jpg", "\u2028.jpg", 'q"uote.jpg', "\udcff.jpg"]
-    table = pd.DataFrame({"path": [f"/where/ever/{n}" for n in [*names, "人.jpg"]]})
-    table = table.assign(pid=[1, 1, -1, 2, 2, 0, 0], camid=3, split="gallery")
-    table = table.assign(label=["ann", "ann", "", "bob", "bob", "", ""])
-    emb = random.normal(size=(7, 5))
-    assert board.write_projector(tmp_path, emb, table, images, tile=32) == 6
-    kept = [0, 1, 3, 4, 5, 6]  # without junk
-    lines = (tmp_path / "metadata.tsv").read_text(encoding="utf-8").split("\n")
-    assert lines[0] == "name\tpid\tcamid\tsplit\tlabel" and lines[-1] == "" and len(lines) == 8
-    assert [line.split("\t")[0] for line in lines[1:7]] == [
-        *("a.jpg", "tab in.jpg", " .jpg", 'q"uote.jpg', "?.jpg", "人.jpg")
-    ]
-    assert lines[2].split("\t")[1:] == ["1", "3", "gallery", "ann"]
-    assert "where" not in "".join(lines)
-    np.testing.assert_allclose(np.loadtxt(tmp_path / "tensors.tsv"), emb[kept], rtol=1e-5)
-    sprite = np.asarray(Image.open(tmp_path / "sprite.png"))
-    assert sprite.shape == (96, 96, 4)  # three by three for six
-    for place, row in enumerate(kept):
-        tile = sprite[32 * (place // 3) :, 32 * (place % 3) :][:32, :32]
-        height, width = sizes[row]
-        h, w = (32, max(1, round(32 * width / height)))
-        if width > height:
-            h, w = round(32 * height / width), 32
-        top, left = (32 - h) // 2, (32 - w) // 2
-        expected = Image.fromarray(images[row]).resize((w, h), Image.Resampling.BILINEAR)
-        inside = tile[top : top + h, left : left + w]
-        assert np.array_equal(inside[..., :3], np.asarray(expected)), row
-        assert (inside[..., 3] == 255).all() and (tile[..., 3] > 0).sum() == h * w
-    assert (sprite[64:][..., 3] == 0).all(), "the third row is empty"
-    with pytest.raises(ValueError, match=r"3 .* up to 8192: take fewer, or smaller"):
-        board.write_projector(tmp_path, emb[:3], table[3:6], images[3:6], tile=5000)
-
-
-def test_the_map_as_tensorboard_serves_it(outputs, tensorboard):
-    server = tensorboard(outputs[0])
-    retrieval, _, points = outputs[1][HARD]
-    kept = (retrieval.gallery["pid"] != -1).sum()
-    assert points == len(retrieval.query) + kept, "few enough to show all but junk"
-    until(lambda: len(server.get("/data/plugin/projector/runs")) == 2)
-    assert {*server.get("/data/plugin/projector/runs")} == {f"{HARD}/pictures", f"{SOFT}/pictures"}
-    run = f"run={HARD}/pictures&name=test"
-    (config,) = server.get(f"/data/plugin/projector/info?{run}")["embeddings"]
-    assert config["tensorShape"] == [points, 8]
-    metadata = server.bytes(f"/data/plugin/projector/metadata?{run}").decode()
-    shown = pd.read_csv(io.StringIO(metadata), sep="\t")
-    assert [*shown] == ["name", "pid", "camid", "split"] and len(shown) == points
-    assert shown["split"].value_counts()["query"] == len(retrieval.query)
-    tensor = np.frombuffer(server.bytes(f"/data/plugin/projector/tensor?{run}"), np.float32)
-    # A distance in the map is the distance in the ranking.
-    first, other = tensor.reshape(points, 8)[[0, len(retrieval.query)]]
-    row = np.flatnonzero(retrieval.gallery["pid"] != -1)[0]
-    expected = retrieval.distances(0, [row])[0]
-    assert np.linalg.norm(first - other) == pytest.approx(expected, rel=1e-3)
-    sprite = server.bytes(f"/data/plugin/projector/sprite_image?{run}")
-    assert sprite == (outputs[0] / HARD / board.PICTURES / "sprite.png").read_bytes()
-
-
 # --- TensorBoard itself
-
-
-def until(found, seconds=30):
-    """Wait until something is true, and return it."""
-    end = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-    return value
 
 
 class Server:
     """TensorBoard as its users start it, asked as its page asks."""
 
     def __init__(self, logdir):
+        self.logdir = logdir
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
         command += ["--port", "0", "--reload_interval", "1"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -437,8 +341,6 @@ class Server:
                 break
         else:
             raise AssertionError("TensorBoard did not start")
-        until(lambda: self.get("/data/runs"), 60)
-        until(lambda: self.sessions(), 60)
 
     def get(self, path, content=None):
         data = None if content is None else json.dumps(content).encode()
@@ -448,13 +350,12 @@ class Server:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
-    def bytes(self, path):
-        with urllib.request.urlopen(self.address + path, timeout=30) as answer:
-            return answer.read()
-
     def series(self, plugin, run, tag):
         query = urllib.parse.urlencode({"run": run, "tag": tag, "sample": 0})
-        return self.get(f"/data/plugin/{plugin}?{query}")
+        try:
+            return self.get(f"/data/plugin/{plugin}?{query}")
+        except urllib.error.HTTPError:  # not read yet
+            return []
 
     def steps(self, plugin, run, tag):
         return [e["step"] if isinstance(e, dict) else e[1] for e in self.series(plugin, run, tag)]
@@ -468,45 +369,54 @@ class Server:
     def sessions(self):
         statuses = [f"STATUS_{s}" for s in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
         columns = [{"hparam": name} for name in ("margin", "steps", "flip")]
-        columns += [{"metric": {"tag": tag}} for tag in board.SCORES]
+        columns += [{"metric": {"tag": tag}} for tag in board.SCORE_TAGS]
         asked = {"allowedStatuses": statuses, "colParams": columns, "startIndex": 0}
         found = self.hparams("session_groups", asked | {"sliceSize": 100, "aggregationType": 1})
         return found.get("sessionGroups", [])
 
+    def rows(self, run):
+        return [row for row in self.sessions() if row["name"] == run]
+
     def metrics(self, run):
-        (row,) = [row for row in self.sessions() if row["name"] == run]
+        (row,) = self.rows(run)
         return {metric["name"]["tag"]: metric["value"] for metric in row["metricValues"]}
 
+    def stop(self):
+        self.process.terminate()
+        self.process.communicate(timeout=30)
 
-@pytest.fixture
-def tensorboard():
-    """Start TensorBoard on a folder; all are ended with the test."""
-    servers = []
 
-    def start(logdir):
-        servers.append(Server(logdir))
-        return servers[-1]
+@pytest.fixture(scope="module")
+def tensorboard(outputs):
+    """TensorBoard on the two runs, for tests that only read."""
+    server = Server(outputs[0])
+    until(lambda: len(server.get("/data/runs")) == 4 and len(server.sessions()) == 2, 60)
+    yield server
+    server.stop()
 
-    yield start
-    for server in servers:
-        server.process.terminate()
-        server.process.communicate(timeout=30)
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+    """Move a run, at once, under the eyes of a TensorBoard that runs; gives it and the run's name."""
+    server = Server(tmp_path_factory.mktemp("growing"))
+
+    def show(folder):
+        folder.rename(server.logdir / folder.name)
+        until(lambda: server.rows(folder.name), 60)
+        return server, folder.name
+
+    yield show
+    server.stop()
 
 
 # --- in a real browser
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-CHROMEDRIVER = shutil.which("chromedriver")
-
 
 # Texts and pictures of a page with shadow roots and a frame in it, where selectors do not reach.
 SEEN = """
 const texts = [], pictures = [];
 (function walk(node) {
   if (node.nodeType === 3 && node.parentElement?.offsetParent) texts.push(node.textContent.trim());
-  if (node.tagName === "IMG" && node.naturalWidth) figures.push(node.naturalWidth);
+  if (node.tagName === "IMG" && node.naturalWidth) pictures.push(node.naturalWidth);
   if (node.tagName === "IFRAME" && node.contentDocument) walk(node.contentDocument.body);
   if (node.shadowRoot) walk(node.shadowRoot);
   for (const child of node.childNodes ?? []) walk(child);
@@ -515,51 +425,22 @@ return [texts.filter(text => text), pictures];
 """
 
 
-@pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER),
-    reason="no Chromium with its chromedriver on this machine: the browser is not driven",
-)
-def test_seen_in_a_browser(outputs, tensorboard, tmp_path):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    arguments = ["headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1500,1200"]
-    # The projector draws by WebGL, here without a graphics card.
-    arguments += ["use-angle=swiftshader", "enable-unsafe-swiftshader"]
-    for argument in [*arguments, f"user-data-dir={tmp_path / 'chromium'}"]:
-        options.add_argument(f"--{argument}")
-    server = tensorboard(outputs[0])
-    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-
+def test_seen_in_a_browser(outputs, tensorboard, chromium):
     def seen(tab, *wanted, pictures=0):
         """Open a tab and wait for texts, whole ones, and for so many pictures."""
-        driver.get("about:blank")
-        driver.get(f"{server.address}/#{tab}")
+        chromium.get("about:blank")
+        chromium.get(f"{tensorboard.address}/#{tab}")
 
         def there():
-            texts, shown = driver.execute_script(SEEN)
+            texts, shown = chromium.execute_script(SEEN)
             return {*wanted} <= {*texts} and len(shown) >= pictures and texts
 
         return until(there, 60)
 
-    try:
-        until(lambda: server.get("/data/plugins_listing")["projector"]["enabled"])
-        texts = seen("hparams", "Trial ID", "margin", "test/mAP", HARD, SOFT, "0.2", "soft")
-        for name in (HARD, SOFT):
-            score = outputs[1][name][1].scores["mAP"]
-            assert f"{score:.5g}"[:5] in " ".join(texts)
-        seen("scalars", "loss", "held_out", "test", HARD, SOFT)
-        seen("histograms", "distance/positive", "distance/negative", "loss_per_anchor", SOFT)
-        seen("images", "ranked_lists/held_out", "ranked_lists/test", f"{SOFT}/pictures", pictures=4)
-        seen("projector", "2 runs found", "Points:", str(outputs[1][SOFT][2]), "Dimension:", "8")
-
-        def colours():  # of the map: points without thumbnails are all of one
-            picture = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
-            middle = np.asarray(picture)[200:900, 400:1100].reshape(-1, 3)
-            return len(np.unique(middle, axis=0))
-
-        until(lambda: colours() > 5000, 60)
-    finally:
-        driver.quit()
+    texts = seen("hparams", "Trial ID", "margin", "test/mAP", HARD, SOFT, "0.2", "soft")
+    for name in (HARD, SOFT):
+        score = outputs[1][name][1].scores["mAP"]
+        assert f"{score:.5g}"[:5] in " ".join(texts)
+    seen("scalars", "loss", "held_out", "test", HARD, SOFT)
+    seen("histograms", "distance/positive", "distance/negative", "loss_per_anchor", SOFT)
+    seen("images", "ranked_lists/held_out", "ranked_lists/test", f"{SOFT}/pictures", pictures=4)

@@ -1,40 +1,37 @@
-"""What TensorBoard shows of a run: its event files, settings with scores, and pictures.
+"""What TensorBoard shows of a run: curves, settings with scores, and ranked lists.
 
 Numbers go into the run's own folder, and `tensorboard --logdir outputs` shows them under the run's
 name. Pictures of people go into the folder `pictures/` in it, shown as `<run>/pictures`: event files
-of numbers are given away with a run's weights (see `release`), and data sets such as Market-1501 may
-not be. So nothing in a run's own event files may ever hold a picture.
+of numbers are given away with a run's weights (see `workbook.release`), and the people of data sets
+such as Market-1501 may not be. So a run's own event files must never hold a picture.
 
     events.out.tfevents.*                scalars, histograms and settings of the training
     events.out.tfevents.*.test           scores of the last evaluation, which it replaces
     pictures/events.out.tfevents.*       ranked lists of held-out queries over time
     pictures/events.out.tfevents.*.test  ranked lists of the last evaluation
-    pictures/projector_config.pbtxt      the map of its embeddings, with …tensors.tsv,
-                                         …metadata.tsv and …sprite.png beside it
+
+A training holds a `Board`; `write_evaluation` adds an evaluation to the folder of a run.
 """
 
 import io
-import json
-import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from torch.utils.tensorboard import SummaryWriter
 
 from reidlib import runs
-from reidlib.evaluation.metrics import Evaluation
+from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look.figures import encode
-from reidlib.look.photographs import RankedRow, ranked_lists
+from reidlib.look.photographs import ranked_lists, ranked_row
 from reidlib.recipes import Recipe
 
 PICTURES = "pictures"
@@ -42,12 +39,10 @@ PICTURES = "pictures"
 # Columns of the HParams tab. It shows the first five of each kind until more are ticked, and sorts
 # settings by "differs", then by name: so it is told that the settings of a comparison differ.
 COMPARED = ("loss", "margin", "mean", "lr", "seed")
-SCORES = (
-    *("test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss"),
-    *("test/mAP_market", "test/top5", "test/top10", "test/mINP"),
-)
+FIRST = ("test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss")
+SCORE_TAGS = (*FIRST, *(f"test/{key}" for key in SCORES if f"test/{key}" not in FIRST))
 # What a run does beside its computation, or what another column says better.
-_NO_COLUMN = {
+NO_COLUMN = {
     *("unreadable", "hold_out", "height", "width", "epochs"),
     *("log_every", "checkpoint_every", "evaluate_every"),
 }
@@ -100,39 +95,26 @@ def erase(folder: Path) -> None:
 
 
 def write_evaluation(
-    folder: Path,
-    retrieval: Retrieval,
-    evaluation: Evaluation,
-    emb: tuple[np.ndarray, np.ndarray],
-    pixels: tuple[np.ndarray, np.ndarray],
-    name: str = "test",
-) -> int:
-    """Show an evaluation of a trained run: settings with scores, ranked lists, map of embeddings.
+    folder: Path, retrieval: Retrieval, evaluation: Evaluation, name: str = "test"
+) -> None:
+    """Show an evaluation of a trained run: its scores beside its settings, and ranked lists.
 
-    It replaces what an earlier evaluation of this name has written, all but the map, which is that
-    of the last evaluation. A running TensorBoard reads the map when it starts.
+    It replaces what an earlier evaluation of this name has written.
 
     Args:
         folder: of the run.
         retrieval: with `path` in its tables.
         evaluation: its scores.
-        emb: embeddings of queries, (Q, D), and of the gallery, (G, D).
-        pixels: of queries, (Q, H, W, 3) uint8, and of the gallery, (G, H, W, 3), of any size.
         name: under which scores and lists stand; the HParams tab has columns for "test".
 
-    Returns:
-        how many images the map has.
+    Raises:
+        ValueError: an image cannot be read.
     """
     write_scores(folder, evaluation.scores, name)
-    name = re.sub(r"\W", "_", name)  # part of file names and tags
+    name = _file_name(name)
+    step = runs.read_json(folder / "manifest.json")["step"]
     with _afresh(folder / PICTURES, name) as writer:
-        step = runs.read_json(folder / "manifest.json")["step"]
         _add_ranked_lists(writer, name, retrieval, evaluation, step)
-    sides = zip(("query", "gallery"), (retrieval.query, retrieval.gallery), strict=True)
-    table = pd.concat([t.assign(split=split) for split, t in sides], ignore_index=True)
-    return write_projector(
-        folder / PICTURES, np.concatenate(emb), table, [*pixels[0], *pixels[1]], name=name
-    )
 
 
 def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") -> None:
@@ -143,7 +125,7 @@ def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") 
         scores: fractions, as in `metrics.json`; numbers of queries are left out.
         name: under which they stand, as in `write_evaluation`.
     """
-    name = re.sub(r"\W", "_", name)
+    name = _file_name(name)
     manifest = runs.read_json(folder / "manifest.json")
     with _afresh(folder, name) as writer:
         # Again, for runs trained before there were any.
@@ -151,6 +133,11 @@ def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") 
         for key, score in scores.items():
             if not key.startswith("queries"):
                 writer.add_scalar(f"{name}/{key}", score, manifest["step"])
+
+
+def _file_name(name: str) -> str:
+    """Return a name as it may be part of file names and tags."""
+    return re.sub(r"\W", "_", name)
 
 
 @contextmanager
@@ -175,7 +162,7 @@ def hyperparameters(recipe: Recipe, steps: int) -> dict[str, str | float | bool]
     >>> [chosen[key] for key in ("margin", "size", "weights", "steps")]
     ['0.2', '256×128', 'r50.pth', 100]
     """
-    hidden = _NO_COLUMN if recipe.loss == "batch_all" else _NO_COLUMN | {"mean"}
+    hidden = NO_COLUMN if recipe.loss == "batch_all" else NO_COLUMN | {"mean"}
     return recipe.model_dump(exclude=hidden) | {
         "dataset": Path(recipe.dataset).name,
         "weights": Path(recipe.weights).name,
@@ -188,14 +175,11 @@ def hyperparameters(recipe: Recipe, steps: int) -> dict[str, str | float | bool]
 def add_hyperparameters(writer: SummaryWriter, recipe: Recipe, steps: int) -> None:
     """Write a run's row of the HParams tab into its own event file, so that it has the run's name.
 
-    `SummaryWriter.add_hparams` makes a run of its own for it, named by the time.
+    `SummaryWriter.add_hparams` writes a file of its own for it, wants the scores along with the
+    settings, turns yes and no into numbers, and cannot say which columns come first.
     """
-    session = SessionStartInfo()  # without a name of its own TensorBoard gives it the run's
-    for name, value in hyperparameters(recipe, steps).items():
-        kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
-        setattr(session.hparams[name], kind, value)
+    chosen = hyperparameters(recipe, steps)
     # TensorBoard takes the columns from one run, any of them: so every run writes all of them.
-    sample = hyperparameters(recipe, steps) | {"mean": recipe.mean}
     kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
     columns = api_pb2.Experiment(
         hparam_infos=[
@@ -204,17 +188,17 @@ def add_hyperparameters(writer: SummaryWriter, recipe: Recipe, steps: int) -> No
                 type=kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64),
                 differs=name in COMPARED,
             )
-            for name, value in sample.items()
+            for name, value in (chosen | {"mean": recipe.mean}).items()
         ],
-        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in SCORES],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in SCORE_TAGS],
     )
-    for tag, content in (
-        (metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=columns)),
-        (metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=session)),
-    ):
-        about = metadata.create_summary_metadata(content)
-        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
-        writer.file_writer.add_summary(Summary(value=[value]))
+    about = metadata.create_summary_metadata(HParamsPluginData(experiment=columns))
+    columns = Summary.Value(
+        tag=metadata.EXPERIMENT_TAG, metadata=about, tensor=metadata.NULL_TENSOR
+    )
+    writer.file_writer.add_summary(Summary(value=[columns]))
+    # Without a name of its own TensorBoard gives the row the run's.
+    writer.file_writer.add_summary(hparams_pb(chosen, trial_id=""))
 
 
 # --- ranked lists
@@ -232,14 +216,9 @@ def ranked_lists_image(
     """
     known = evaluation.per_query.dropna(subset="AP").drop_duplicates("pid")
     known = known.sample(min(queries, len(known)), random_state=seed)
+    # Without the excluded ones every list is as wide as at other steps, and can be compared.
     rows = [
-        RankedRow(
-            f"identity {one.pid}" + (f", camera {one.camid}" if one.camid >= 0 else ""),
-            retrieval.query["path"].iloc[one.query],
-            # Without the excluded ones every list is as wide as at other steps, and can be compared.
-            retrieval.ranked_list(one.query, topk=topk, show_missed=True, show_excluded=False),
-        )
-        for one in known.itertuples()
+        ranked_row(retrieval, query, topk=topk, show_excluded=False) for query in known["query"]
     ]
     return encode(ranked_lists(rows, height=1.2), photo=True, density=1)
 
@@ -253,119 +232,3 @@ def _add_ranked_lists(
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=image)
     value = Summary.Value(tag=f"ranked_lists/{name}", image=image)
     writer.file_writer.add_summary(Summary(value=[value]), step)
-
-
-# --- the map of embeddings
-
-
-def write_projector(
-    folder: Path,
-    emb: np.ndarray,
-    table: pd.DataFrame,
-    images: Sequence[np.ndarray],
-    *,
-    name: str = "test",
-    most: int = 1500,
-    tile: int = 64,
-    seed: int = 0,
-) -> int:
-    """Write embeddings, metadata and thumbnails for the Projector tab; needs event files beside it.
-
-    `SummaryWriter.add_embedding` cannot write thumbnails that are taller than wide, nor see through
-    the sides of narrow ones.
-
-    Args:
-        folder: whose event files TensorBoard shows as a run.
-        emb: (N, D) floats.
-        table: N rows: `path`, `pid`, `camid`, `split`, and `label` if there is one.
-        images: N arrays (H, W, 3) uint8, of any sizes.
-        name: of the map.
-        most: points at most; `sample` draws them.
-        tile: side of a thumbnail, pixels.
-        seed: of the sample.
-
-    Returns:
-        how many points there are.
-
-    Raises:
-        ValueError: the sprite would be larger than TensorBoard draws, 8192 pixels a side.
-    """
-    rows = sample(table["pid"].to_numpy(), table["split"].to_numpy(), most, seed)
-    # TensorBoard finds a thumbnail's place right only where there are as many columns as rows.
-    side = math.ceil(math.sqrt(len(rows)))
-    if side * tile > 8192:
-        raise ValueError(
-            f"{len(rows)} thumbnails of {tile} pixels make a picture of {side * tile} pixels a "
-            "side, and TensorBoard draws up to 8192: take fewer, or smaller ones."
-        )
-    # The ground is transparent, and TensorBoard leaves it out: people do not hide their neighbours.
-    sprite = Image.new("RGBA", (side * tile, side * tile), (0, 0, 0, 0))
-    for place, row in enumerate(rows):
-        height, width = images[row].shape[:2]
-        scale = tile / max(height, width)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        thumbnail = Image.fromarray(images[row]).resize(size, Image.Resampling.BILINEAR)
-        left, top = (tile * (place % side), tile * (place // side))
-        sprite.paste(thumbnail, (left + (tile - size[0]) // 2, top + (tile - size[1]) // 2))
-    shown = table.iloc[rows]
-    # The first column that is no number is what TensorBoard labels points with.
-    columns = {"name": [Path(path).name for path in shown["path"]]}
-    columns |= {key: shown[key] for key in ("pid", "camid", "split", "label") if key in shown}
-    lines = ["\t".join(columns), *map(_cells, zip(*columns.values(), strict=True))]
-    tensors = io.StringIO()
-    np.savetxt(tensors, emb[rows], fmt="%.6g", delimiter="\t")
-    folder.mkdir(parents=True, exist_ok=True)
-    sprite.save(folder / "sprite.png")
-    runs.write_text(folder / "metadata.tsv", "\n".join(lines) + "\n")
-    runs.write_text(folder / "tensors.tsv", tensors.getvalue())
-    config = f"""embeddings {{
-  tensor_name: {json.dumps(name)}
-  tensor_path: "tensors.tsv"
-  metadata_path: "metadata.tsv"
-  sprite {{
-    image_path: "sprite.png"
-    single_image_dim: [{tile}, {tile}]
-  }}
-}}
-"""
-    runs.write_text(folder / "projector_config.pbtxt", config)
-    return len(rows)
-
-
-def _cells(values: Sequence) -> str:
-    """Return one line of metadata: file names may hold tabs, line breaks, and what is no UTF-8.
-
-    >>> _cells(("a\\tb\\n.jpg", 3))
-    'a b .jpg\\t3'
-    """
-    words = (str(value).encode("utf-8", "replace").decode() for value in values)
-    return "\t".join(re.sub(r"\s", " ", word) for word in words)
-
-
-def sample(pids: np.ndarray, splits: np.ndarray, most: int, seed: int = 0) -> np.ndarray:
-    """Return up to `most` rows: people of whom there is a query, whole, and distractors.
-
-    People are drawn until no more fit, each with all their images, so that every query keeps all its
-    matches; distractors (pid 0) keep the share that they have of all images. Junk is left out.
-
-    Args:
-        pids: (N,) identities.
-        splits: (N,) "query" or "gallery".
-        most: how many rows.
-        seed: of the draw.
-
-    Returns:
-        (n,) row numbers, ascending. Where even one person has more than `most` images: the first
-        of one.
-    """
-    kept = np.flatnonzero(pids != -1)
-    if len(kept) <= most:
-        return kept
-    random = np.random.default_rng(seed)
-    strangers = np.flatnonzero(pids == 0)
-    strangers = random.choice(strangers, most * len(strangers) // len(kept), replace=False)
-    people = random.permutation(np.unique(pids[(splits == "query") & (pids > 0)]))
-    sizes = np.array([(pids == person).sum() for person in people])
-    fit = np.cumsum(sizes) <= most - len(strangers)
-    chosen = np.flatnonzero(np.isin(pids, people[fit] if fit[0] else people[:1]))
-    return np.sort(np.concatenate([chosen[: most - len(strangers)], strangers]))
