@@ -204,7 +204,9 @@ class Browser(anywidget.AnyWidget):
 def _picture(shown: Lists, title: str) -> str:
     """Return the query that the browser starts with, its list in each run, as an `<img>`."""
     rows = []
-    if all("path" in table for table in shown.tables.values()):
+    if all(
+        table["path"].astype(bool).all() for table in shown.tables.values()
+    ):  # else files are not named
         for name, retrieval in shown.runs.items():
             before = photographs.one_line(name) if len(shown.runs) > 1 else ""
             topk = min(10, shown.topk)

@@ -31,12 +31,13 @@ def linked_map(
     the next dot in that direction; Home and End, first and last). Then its photograph, identity
     and camera are shown, with its nearest neighbours by distance between embeddings: on the map, with
     lines to them, and as a list to go on from. Same identity: ✓, full line, blue; another one: ✗,
-    dashed, orange. All images of the chosen identity are larger dots.
+    dashed, orange. All images of the chosen identity are larger dots. A search finds identities and
+    file names, and dots can be coloured by camera and by split.
 
     Args:
         points: (N, 2), t-SNE's or PCA's.
-        table: N rows: ``path``, ``pid``, ``camid``; ``split``, if there, is shown.
-        pixels: (N, H, W, 3) uint8; kept in the page as JPEG thumbnails.
+        table: N rows: `path`, `pid`, `camid`; `split`, if there, is shown.
+        pixels: (N, H, W, 3) uint8; kept in the page as thumbnails.
         neighbours: (N, K) row numbers, nearest first. With t-SNE, dots that lie side by side need not
             be neighbours: that is what these are for.
         distances: (N, K), to them.
@@ -69,8 +70,7 @@ def linked_map(
         {
             "x": round(20 + 960 * float(x), 1),
             "y": round(20 + 660 * float(1 - y), 1),  # upwards, as figures have it
-            "pid": int(pid),
-            "text": _name(int(pid), int(camid), str(split)),
+            **_labels(int(pid), int(camid), str(split)),
             "file": str(path).replace("\\", "/").rsplit("/", 1)[-1],
             "photo": "data:image/webp;base64," + thumbnail(image, height, 80),
             "near": [int(row) for row in near],
@@ -85,8 +85,9 @@ def linked_map(
     return fill(PAGE, title=html.escape(title), data=script_json(dots))
 
 
-def _name(pid: int, camid: int, split: str) -> str:
+def _labels(pid: int, camid: int, split: str) -> dict[str, int | str]:
+    """Return what the page says of an image: who it shows, seen by which camera, of which split."""
     who = f"identity {pid}" if pid > 0 else "distractor" if pid == 0 else "unknown person"
-    return ", ".join(
-        [who, *([f"camera {camid}"] if camid >= 0 else []), *([split] if split else [])]
-    )
+    camera = f"camera {camid}" if camid >= 0 else ""
+    text = ", ".join(filter(None, [who, camera, split]))
+    return {"pid": pid, "camera": camera, "split": split, "text": text}

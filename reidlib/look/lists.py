@@ -15,24 +15,13 @@ import pandas as pd
 
 from reidlib.data.pixels import read_image
 from reidlib.evaluation.metrics import average_precision
-from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import figures
+from reidlib.evaluation.retrieval import STATUSES, Retrieval
+from reidlib.look.figures import EXCLUDED, RIGHT, WRONG
 from reidlib.look.pages import encodable, thumbnail
 from reidlib.progress import progress
 
-CODES = {
-    "match": "m",
-    "wrong": "w",
-    "unknown": "u",
-    "same camera": "c",
-    "junk": "j",
-    "query itself": "i",
-}
-COLOURS = {
-    "right": figures.RIGHT.colour,
-    "wrong": figures.WRONG.colour,
-    "excluded": figures.EXCLUDED.colour,
-}
+CODES = dict(zip(STATUSES, "mwucji", strict=True))
+COLOURS = {"right": RIGHT.colour, "wrong": WRONG.colour, "excluded": EXCLUDED.colour}
 
 
 class Key(NamedTuple):
@@ -56,7 +45,8 @@ class Lists:
         runs: the retrievals by name.
         evaluations: by name, of those that can be scored; `reasons` says why others cannot.
         follows: by name, can gallery images be its queries?
-        tables: the query table and the gallery table, under "q" and "g".
+        tables: the query table and the gallery table, under "q" and "g", with `camid` -1 and `path` ""
+            where they have none.
 
     Raises:
         ValueError: no run or more than two, two runs that differ in their queries, gallery or
@@ -92,7 +82,7 @@ class Lists:
                 self.follows[name] = retrieval.ask([0]) is not None
             except ValueError:  # it was made from distances
                 self.follows[name] = False
-        self.tables = {"q": first.query, "g": first.gallery}
+        self.tables = {"q": _complete(first.query), "g": _complete(first.gallery)}
         self._names = {side: _names(table) for side, table in self.tables.items()}
 
     # --- queries
@@ -183,7 +173,7 @@ class Lists:
                 "row": rows.tolist(),
                 "name": [self._names["q"][row] for row in rows],
                 "pid": query["pid"].tolist(),
-                "camid": _camids(query).tolist(),
+                "camid": query["camid"].tolist(),
                 "ap": aps,
             },
         }
@@ -220,7 +210,7 @@ class Lists:
         table.insert(0, "run", run)
         table.insert(1, "asked", "query" if key.side == "q" else "gallery")
         table.insert(2, "query", key.row)
-        table.insert(3, "query_path", query["path"].iloc[key.row] if "path" in query else "")
+        table.insert(3, "query_path", query["path"].iloc[key.row])
         return table
 
     def _ranked(self, run: str, side: str, rows: Sequence[int]) -> pd.DataFrame:
@@ -245,7 +235,7 @@ class Lists:
     def images(self, rows: np.ndarray) -> dict[str, list]:
         """Return file name, identity and camera of gallery rows, by key."""
         gallery = self.tables["g"].iloc[rows]
-        columns = zip(rows, gallery["pid"].tolist(), _camids(gallery).tolist(), strict=True)
+        columns = zip(rows, gallery["pid"].tolist(), gallery["camid"].tolist(), strict=True)
         return {str(Key("g", row)): [self._names["g"][row], *labels] for row, *labels in columns}
 
     def thumbnails(
@@ -256,9 +246,10 @@ class Lists:
         `heights` has, by key, how many pixels high a photograph may be, see `pages.thumbnail`.
         """
 
+        paths = {side: table["path"].tolist() for side, table in self.tables.items()}
+
         def one(key: Key) -> tuple[str, str]:
-            table = self.tables[key.side]
-            path = table["path"].iloc[key.row] if "path" in table else ""
+            path = paths[key.side][key.row]
             if not path:
                 return "", "the table does not name its files."
             try:
@@ -293,16 +284,15 @@ def _difference(first: Retrieval, other: Retrieval) -> str:
         a, b = getattr(first, side), getattr(other, side)
         if len(a) != len(b):
             return f"{len(a):,} and {len(b):,} {side} images"
-        columns = [(c, a[c], b[c]) for c in ("pid", "camid") if c in a and c in b]
+        columns = [(c, a[c].tolist(), b[c].tolist()) for c in ("pid", "camid") if c in a and c in b]
         if "path" in a and "path" in b:
-            columns.append(("file name", pd.Series(_names(a)), pd.Series(_names(b))))
+            columns.append(("file name", _names(a), _names(b)))
         for column, x, y in columns:
-            rows = np.flatnonzero(x.to_numpy() != y.to_numpy())
-            if len(rows):
-                one, two = x.iloc[rows[0]], y.iloc[rows[0]]
+            rows = [row for row in range(len(a)) if x[row] != y[row]]
+            if rows:
                 return (
-                    f"{column} of row {rows[0]} of the {side} table is {one} in the first and {two} in "
-                    f"the second ({len(rows):,} rows differ)"
+                    f"{column} of row {rows[0]} of the {side} table is {x[rows[0]]} in the first and "
+                    f"{y[rows[0]]} in the second ({len(rows):,} rows differ)"
                 )
     if first.exclude_same_camera != other.exclude_same_camera:
         return "one leaves out results of the query's own camera, the other does not"
@@ -333,9 +323,15 @@ def _record(rows: np.ndarray, ranks: np.ndarray, distances: np.ndarray, codes: n
     }
 
 
+def _complete(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table that has a camera and a path, known or not."""
+    blank = {"camid": -1, "path": ""}
+    return table.assign(**{name: blank[name] for name in blank if name not in table})
+
+
 def _names(table: pd.DataFrame) -> list[str]:
     """Return file names, without the folders that all of a table share; "" where they are unknown."""
-    if "path" not in table or not table["path"].astype(bool).all():
+    if not table["path"].astype(bool).all():
         return [""] * len(table)
     paths = [str(path).replace(os.sep, "/") for path in table["path"]]
     shared = os.path.commonprefix([path[: path.rfind("/") + 1] for path in paths])
@@ -343,12 +339,8 @@ def _names(table: pd.DataFrame) -> list[str]:
     return [encodable(path[start:]) for path in paths]
 
 
-def _camids(table: pd.DataFrame) -> pd.Series:
-    return table["camid"] if "camid" in table else pd.Series(-1, index=table.index)
-
-
 def _cameras(table: pd.DataFrame) -> list[int]:
-    return sorted(set(_camids(table).tolist()) - {-1})
+    return sorted({*table["camid"].tolist()} - {-1})
 
 
 def _rounded(values: np.ndarray, digits: int = 4) -> np.ndarray:
