@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """A data folder with a small embedded data set, drawn once."""
+    """A data folder with a small built-in data set, drawn once."""
     from reidlib.data.synthetic import draw_dataset
 
     root = tmp_path_factory.mktemp("data")

@@ -169,24 +169,16 @@ def ranked_examples(retrieval: Retrieval, lists: int = 3, topk: int = 10) -> lis
     by_ap = retrieval.evaluate().per_query.dropna(subset="AP").sort_values("AP", kind="stable")
     queries = by_ap["query"].to_numpy()
     middle = max(0, (len(queries) - lists) // 2)
-    groups = {
-        "best": queries[::-1][:lists],
-        "median": queries[middle:][:lists],
-        "worst": queries[:lists],
-    }
+    groups = {"best": queries[::-1], "median": queries[middle:], "worst": queries}
     return [
         ranked_row(retrieval, query, name, topk)
         for name, group in groups.items()
-        for query in group
+        for query in group[:lists]
     ]
 
 
-GAP, HEAD, FOOT = (
-    0.08,
-    0.48,
-    0.36,
-)  # inches: beside an image; a row's titles; what stands under images
-RANK = 0.2  # over the images of a line
+# Inches: between images; titles of a row; what stands over and under the images of a line.
+GAP, HEAD, RANK, FOOT = 0.08, 0.48, 0.2, 0.36
 
 
 def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
