@@ -758,27 +758,15 @@ def lab(tmp_path, tables):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {
-        f"JUPYTER_{kind}_DIR": str(tmp_path / f".{kind}") for kind in ("CONFIG", "DATA", "RUNTIME")
-    }
-    arguments = [
-        *(
-            "--no-browser",
-            "--allow-root",
-            f"--ServerApp.port={port}",
-            "--IdentityProvider.token=secret",
-        ),
-        *(f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"),
-        *("--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
-    ]
+    own = {f"JUPYTER_{k}_DIR": str(tmp_path / f".{k}") for k in ("CONFIG", "DATA", "RUNTIME")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.port={port}", f"--ServerApp.root_dir={tmp_path}"]
+    command += ["--IdentityProvider.token=secret", "--LabApp.expose_app_in_browser=True"]
+    command += ["--LabApp.news_url="]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    env = os.environ | own | {"PYTHONPATH": str(ROOT)}
     with (tmp_path / "lab.log").open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *arguments],
-            cwd=tmp_path,
-            env=os.environ | own | {"PYTHONPATH": str(ROOT)},
-            stdout=log,
-            stderr=log,
-        )
+        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
         yield f"http://127.0.0.1:{port}/lab/tree/small.ipynb?token=secret&reset"
         server.terminate()
         server.wait(20)
