@@ -39,6 +39,13 @@ def places(data_root, tmp_path, monkeypatch):
 # --- a real browser
 
 
+def pytest_collection_modifyitems(items):
+    """Whatever needs a browser is slow: `make quick` leaves it out."""
+    for item in items:
+        if "driver" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory):
     """Chromium, driven: one for all tests of a process. Tests skip where there is none."""

@@ -29,6 +29,8 @@ from reidlib.recipes import make_recipe
 from reidlib.training import loop
 from reidlib.workbook import release
 
+pytestmark = pytest.mark.slow  # nearly all need the two trained runs, and most a server
+
 SMALL = {"hidden": 16, "dim": 8, "height": 32, "width": 16, "p": 4, "k": 2, "steps": 12}
 SMALL |= {"precision": "float32", "hold_out": 5, "log_every": 1, "checkpoint_every": 4}
 SMALL |= {"evaluate_every": 4, "backbone": "mobilenet_v3_small"}
