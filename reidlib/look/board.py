@@ -16,7 +16,7 @@ A training holds a `Board`; `write_evaluation` adds an evaluation to the folder 
 import io
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,40 +104,22 @@ def write_evaluation(
     Args:
         folder: of the run.
         retrieval: with `path` in its tables.
-        evaluation: its scores.
+        evaluation: its scores, without the numbers of queries.
         name: under which scores and lists stand; the HParams tab has columns for "test".
 
     Raises:
         ValueError: an image cannot be read.
     """
-    write_scores(folder, evaluation.scores, name)
-    name = _file_name(name)
-    step = runs.read_json(folder / "manifest.json")["step"]
-    with _afresh(folder / PICTURES, name) as writer:
-        _add_ranked_lists(writer, name, retrieval, evaluation, step)
-
-
-def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") -> None:
-    """Show the scores of an evaluation, and the run's settings beside them in the HParams tab.
-
-    Args:
-        folder: of the run. Its event files of the same name are replaced.
-        scores: fractions, as in `metrics.json`; numbers of queries are left out.
-        name: under which they stand, as in `write_evaluation`.
-    """
-    name = _file_name(name)
+    name = re.sub(r"\W", "_", name)  # part of file names and tags
     manifest = runs.read_json(folder / "manifest.json")
     with _afresh(folder, name) as writer:
         # Again, for runs trained before there were any.
         add_hyperparameters(writer, runs.read_recipe(folder), manifest["steps"])
-        for key, score in scores.items():
+        for key, score in evaluation.scores.items():
             if not key.startswith("queries"):
                 writer.add_scalar(f"{name}/{key}", score, manifest["step"])
-
-
-def _file_name(name: str) -> str:
-    """Return a name as it may be part of file names and tags."""
-    return re.sub(r"\W", "_", name)
+    with _afresh(folder / PICTURES, name) as writer:
+        _add_ranked_lists(writer, name, retrieval, evaluation, manifest["step"])
 
 
 @contextmanager
