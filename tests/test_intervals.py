@@ -5,7 +5,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from reidlib.evaluation.intervals import Spread, confidence_interval, difference, holm, seed_spread
+from reidlib.evaluation.intervals import (
+    Spread,
+    confidence_interval,
+    difference,
+    holm,
+    seed_spread,
+    times_drawn,
+)
+from reidlib.evaluation.metrics import SCORES
 
 
 def per_query(ap, pids, first_rank=None):
@@ -44,6 +52,65 @@ def world(rng, rows=2, seeds=3, people=40, each=3, seed_sd=0.02, effect=0.0):
             for _ in range(seeds)
         ]
     return made
+
+
+def people(queries=60, seed=1):
+    """A table of random scores, a query without match among it."""
+    rng = np.random.default_rng(seed)
+    ap = np.append(rng.random(queries - 1), np.nan)
+    rank = np.append(rng.integers(1, 14, queries - 1), np.nan)
+    return per_query(ap, rng.integers(1, 30, queries), rank)
+
+
+def test_confidence_interval():
+    table = people()
+    interval = confidence_interval(table, repeats=500)
+    assert list(interval.index) == list(SCORES)
+    with_match = table.dropna()
+    assert interval["value"]["mAP"] == pytest.approx(with_match["AP"].mean())
+    assert interval["value"]["top5"] == pytest.approx((with_match["first_rank"] <= 5).mean())
+    assert (interval["low"] < interval["value"]).all()
+    assert (interval["value"] < interval["high"]).all()
+    # Of a mean of n values: 1.96 standard errors on either side.
+    half = (interval["high"] - interval["low"])["mAP"] / 2
+    assert half == pytest.approx(1.96 * with_match["AP"].std() / np.sqrt(59), rel=0.15)
+    pd.testing.assert_frame_equal(confidence_interval(table, repeats=500), interval)
+    narrow = confidence_interval(table, repeats=500, level=0.5)
+    assert (narrow["high"] - narrow["low"] < interval["high"] - interval["low"]).all()
+
+
+def test_confidence_interval_draws_persons():
+    # Two persons, one always found and one never: half of all draws hold one of them alone.
+    pids, rank = [1] * 30 + [2] * 10, [1] * 30 + [3] * 10
+    table = per_query(1 / np.array(rank), pids, rank)
+    by_pid = confidence_interval(table, by="pid").loc["top1"]
+    assert by_pid.tolist() == [0.75, 0, 1]
+    by_query = confidence_interval(table).loc["top1"]
+    assert 0.5 < by_query["low"] < by_query["high"] < 0.95
+
+
+def test_paired_difference():
+    a = people()
+    b = a.assign(AP=a["AP"] - 0.01)  # every query a little worse: certain, though small
+    gap = confidence_interval(a, versus=b)
+    assert gap.loc["mAP"].to_numpy() == pytest.approx([0.01] * 3)
+    assert (gap.loc["top1"] == 0).all()
+    with pytest.raises(ValueError, match="same queries"):
+        confidence_interval(a, versus=b.iloc[:-1])
+    with pytest.raises(ValueError, match="two values"):
+        confidence_interval(a.iloc[:1])
+    with pytest.raises(ValueError, match="level"):
+        confidence_interval(a, level=95)
+    with pytest.raises(ValueError, match="repeats"):
+        confidence_interval(a, repeats=0)
+
+
+def test_draws_are_those_of_released_intervals():
+    rng = np.random.default_rng(5)
+    for times in times_drawn(40, repeats=20, seed=5):
+        np.testing.assert_array_equal(times, np.bincount(rng.integers(40, size=40), minlength=40))
+    for times in times_drawn((3, 0, 5), repeats=20):  # two kinds, each drawn by itself
+        assert times[:3].sum() == 3 and times[3:].sum() == 5
 
 
 def test_difference_equals_the_formula_written_as_a_loop():

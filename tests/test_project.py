@@ -74,6 +74,7 @@ ROOMS = {
     "evaluation": (
         "distances",
         "metrics",
+        "ranks",
         "retrieval",
         "intervals",
         "baselines",

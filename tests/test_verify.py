@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from reidlib.evaluation.retrieval import ranked_list
+from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.verify import (
     at_threshold,
     auc,
@@ -111,7 +111,7 @@ def test_pairs_are_what_the_ranked_lists_rank():
     pairs = pair_distances(*args)
     both = {"match": pairs.genuine, "wrong": pairs.impostor}
     for i in range(len(args[1])):
-        ranked = ranked_list(i, *args, topk=None, show_excluded=False)
+        ranked = Retrieval(*args).ranked_list(i, topk=None, show_excluded=False)
         for status, group in both.items():
             mine = group[group["query"] == i].sort_values("gallery")
             theirs = ranked[ranked["status"] == status].sort_values("gallery")

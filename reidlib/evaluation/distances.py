@@ -1,11 +1,11 @@
 """Euclidean distances between embeddings, in float64, where equal images have equal distances.
 
 A matrix product is quick, but it rounds an image by its place in a block, and copies of one image
-would not tie. So order is decided by `squared`, summed pair by pair; `blocks` is a product with a
-bound on its rounding, which says what few pairs have to be summed.
+would not tie. So order is decided by `squared`, summed pair by pair; `product_with` has a bound on
+its rounding, which says what few pairs have to be summed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def as_embeddings(emb: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} embeddings must be (N, D) numbers, not {emb.shape} {emb.dtype}")
     emb = emb if emb.dtype.kind == "f" else emb.astype(np.float64)
     # The ends alone: a mask of all numbers would be large. NaN is neither below nor above.
-    if emb.size and not (emb.max() < 1e150 and emb.min() > -1e150):
+    if emb.size and not (float(emb.max()) < 1e150 and float(emb.min()) > -1e150):
         broken = np.flatnonzero(~np.isfinite(emb).all(axis=1))
         if len(broken):
             raise ValueError(f"{name} embeddings hold NaN or infinity in {listed(broken)}")
@@ -81,38 +81,70 @@ def squared(
     return out
 
 
+def product_with(
+    b: np.ndarray, dtype: type = np.float64
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Return a function of (B, D) to squared distances (B, N) to these (N, D), by a matrix product.
+
+    With the distances, right but for rounding (even below 0), it returns ``slack`` (B,), a bound on
+    twice that rounding: pairs of a row that are farther apart than that are in the right order. It
+    is infinite where ``dtype`` cannot hold the numbers.
+
+    Args:
+        b: floats, N from 1.
+        dtype: of the product, float32 or float64.
+    """
+    # The product loses its digits far from the origin, so both sides are centred first.
+    centre = b.mean(axis=0, dtype=np.float64)
+    unit, tiny = float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny)
+    most = float(np.finfo(dtype).max) / 4
+
+    def centred(emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Subtracted in float64, and rounded once, into `out`. (N, D) -> (N, D), (N,)
+        out = np.subtract(emb, centre, out=np.empty(emb.shape, dtype), casting="same_kind")
+        return out, np.einsum("nd,nd->n", out, out, dtype=np.float64)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        b, b_norms = centred(b)
+    dim, farthest = b.shape[1], np.sqrt(b_norms.max())
+
+    def product(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            a, a_norms = centred(a)
+            reach = np.sqrt(a_norms) + farthest  # (B,)
+            # Higham, Accuracy and Stability, section 3.1, whatever the order in which a BLAS adds
+            # up: dim / 2 for the product, as 2 |a| |b| is at most reach^2 / 2; less than 8 for
+            # coordinates, norms and their sum; in float64 dim for the norms, and less than 32 for
+            # the direct sum. Below `tiny` a processor may take numbers for 0.
+            bound = ((dim / 2 + 8) * unit + (dim + 32) * 2.0**-53) * reach**2
+            slack = 2 * bound + 8 * dim * tiny * (1 + reach)
+            slack[~(reach**2 < most)] = np.inf
+            a *= -2
+            # (B, D) @ (D, N) -> (B, N): |b|^2 - 2 a.b + |a|^2
+            near = a @ b.T
+            near += b_norms.astype(dtype)
+            near += a_norms.astype(dtype)[:, None]
+        return near, slack
+
+    return product
+
+
 def blocks(
     a: np.ndarray, b: np.ndarray, block_bytes: int = 32 * 2**20
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield squared distances of (M, D) to (N, D) by a matrix product, some rows at a time.
+    """Yield squared distances of (M, D) to (N, D) as `product_with` makes them, some rows at a time.
 
     Args:
         a, b: floats, N from 1.
         block_bytes: bytes of distances held at one time (at least one row's).
 
     Yields:
-        The first row's number; squared distances (B, N), right but for rounding (even below 0); and
-        ``slack`` (B,), a bound on twice that rounding: pairs of a row that are farther apart than
-        that are in the right order. The array is written over by the next block.
+        The first row's number, squared distances (B, N) and slack (B,).
     """
-    # The product loses its digits far from the origin, so both are centred first.
-    centre = b.mean(axis=0, dtype=np.float64)
-    a, b = a - centre, b - centre
-    # (M, D) -> (M,), (N, D) -> (N,)
-    a_norms, b_norms = (np.einsum("nd,nd->n", x, x) for x in (a, b))
-    # Higham, Accuracy and Stability, section 3.1: whatever the order in which a BLAS adds up.
-    reach = np.sqrt(a_norms) + np.sqrt(b_norms.max())
-    slack = 4 * (a.shape[1] + 8) * np.finfo(np.float64).eps * reach**2
-    # |a|^2 - 2 a.b + |b|^2 as one matrix product, of (M, D + 2) and (N, D + 2).
-    a = np.column_stack([-2 * a, a_norms, np.ones(len(a))])
-    b = np.column_stack([b, np.ones(len(b)), b_norms])
+    product = product_with(b)
     step = max(1, block_bytes // (8 * len(b)))
-    block = np.empty((min(step, len(a)), len(b)))
     for start in range(0, len(a), step):
-        part = a[start : start + step]
-        # (B, D + 2) @ (D + 2, N) -> (B, N)
-        near = np.matmul(part, b.T, out=block[: len(part)])
-        yield start, near, slack[start : start + step]
+        yield start, *product(a[start : start + step])
 
 
 def nearest(
