@@ -21,7 +21,7 @@ def as_embeddings(emb: Any, name: str) -> np.ndarray:
         name: of the side, for messages: "query" or "gallery".
 
     Raises:
-        ValueError: not (N, D) numbers, NaN or infinity, or too large for a sum of squares.
+        ValueError: not (N, D) numbers, none at all, NaN or infinity, or too large for a sum of squares.
 
     >>> as_embeddings([[3, 4]], "query")
     array([[3., 4.]])
@@ -32,9 +32,11 @@ def as_embeddings(emb: Any, name: str) -> np.ndarray:
     emb = np.asarray(emb)
     if emb.ndim != 2 or emb.shape[1] == 0 or emb.dtype.kind not in "fiu":
         raise ValueError(f"{name} embeddings must be (N, D) numbers, not {emb.shape} {emb.dtype}")
+    if len(emb) == 0:
+        raise ValueError(f"the {name} is empty: there is nothing to evaluate")
     emb = emb if emb.dtype.kind == "f" else emb.astype(np.float64)
     # The ends alone: a mask of all numbers would be large. NaN is neither below nor above.
-    if emb.size and not (float(emb.max()) < 1e150 and float(emb.min()) > -1e150):
+    if not (float(emb.max()) < 1e150 and float(emb.min()) > -1e150):
         broken = np.flatnonzero(~np.isfinite(emb).all(axis=1))
         if len(broken):
             raise ValueError(f"{name} embeddings hold NaN or infinity in {listed(broken)}")
@@ -42,6 +44,16 @@ def as_embeddings(emb: Any, name: str) -> np.ndarray:
             f"{name} embeddings are so large that their squared distances overflow float64"
         )
     return emb
+
+
+def check_same_network(query_emb: np.ndarray, gallery_emb: np.ndarray) -> None:
+    """Raise a ValueError if the two sides have not as many dimensions."""
+    dims = query_emb.shape[1], gallery_emb.shape[1]
+    if dims[0] != dims[1]:
+        raise ValueError(
+            f"query embeddings have {dims[0]} dimensions, gallery embeddings {dims[1]}: they must "
+            "come from the same network"
+        )
 
 
 def listed(rows: np.ndarray) -> str:

@@ -8,17 +8,24 @@ or it takes part in every neighbourhood.
 Embeddings are (N, D) NumPy arrays or tensors.
 """
 
-from collections.abc import Iterator
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.sparse import csr_array
+
+from reidlib.evaluation.distances import (
+    as_embeddings,
+    blocks,
+    check_same_network,
+    nearest,
+    nearest_of_block,
+    squared,
+)
 
 
 def normalise(emb: Any) -> np.ndarray:
-    """Return the embeddings at unit length, float64: (N, D). A row of zeros stays as it is.
+    """Return the embeddings, (N, D), at unit length, float64. A row of zeros stays as it is.
 
     Then ‖a − b‖² = 2 − 2 cos(a, b): ranking by Euclidean distance is ranking by cosine.
 
@@ -26,7 +33,7 @@ def normalise(emb: Any) -> np.ndarray:
     array([[0.6, 0.8],
            [0. , 0. ]])
     """
-    emb = _array(emb)
+    emb = as_embeddings(emb, "these").astype(np.float64)
     length = np.linalg.norm(emb, axis=1, keepdims=True)
     return emb / np.where(length > 0, length, 1)
 
@@ -37,7 +44,6 @@ def query_expansion(
     n: int = 5,
     alpha: float = 3.0,
     *,
-    both: bool = False,
     block_bytes: int = 64 * 2**20,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replace each query by the weighted mean of itself and its n nearest gallery images.
@@ -52,8 +58,6 @@ def query_expansion(
         gallery_emb: (G, D), without junk.
         n: how many neighbours; all of them where the gallery has fewer.
         alpha: how fast the weight falls with the cosine.
-        both: expand gallery images too, each by its n nearest others ("database-side
-            augmentation"; with G > 1). That changes the gallery for every query.
         block_bytes: bytes of distances held at one time.
 
     Returns:
@@ -71,26 +75,10 @@ def query_expansion(
     query, gallery = (normalise(emb) for emb in _checked(query_emb, gallery_emb))
     if not isinstance(n, Integral) or n < 1 or not alpha >= 0:
         raise ValueError(f"n must be a whole number from 1 and alpha 0 or more: {n=}, {alpha=}")
-
-    def expanded(emb: np.ndarray, others: bool) -> np.ndarray:
-        """Of (M, D); ``others``: they are the gallery, and none is a neighbour of itself."""
-        out = np.empty_like(emb)
-        k = min(n + others, len(gallery))
-        for start, near, slack in _blocks(emb, gallery, block_bytes):
-            # (B, k) gallery rows and squared distances
-            rows, squared = _nearest(emb, gallery, start, near, slack, k)
-            weight = np.maximum(1 - squared / 2, 0) ** alpha
-            own = np.arange(start, start + len(near))[:, None]
-            if others:  # where it is not among them, all k equal it, and their number is no matter
-                weight[rows == own] = 0
-            # (B, D) + (B, k) over k of (B, k, D)
-            out[start : start + len(near)] = emb[own[:, 0]] + np.einsum(
-                "bk,bkd->bd", weight, gallery[rows]
-            )
-        return normalise(out)
-
-    new_query = expanded(query, others=False)
-    return new_query, expanded(gallery, others=True) if both and len(gallery) > 1 else gallery
+    rows, apart = nearest(query, gallery, min(n, len(gallery)), block_bytes)  # (Q, n)
+    weights = _neighbours(rows, len(gallery), np.maximum(1 - apart / 2, 0) ** alpha)
+    # (Q, G) @ (G, D) -> (Q, D)
+    return normalise(query + weights @ gallery), gallery
 
 
 def k_reciprocal(
@@ -150,24 +138,24 @@ def k_reciprocal(
     total = len(emb)
     k = min(max(k1 + 1, k2), total)
 
-    nearest = np.empty((total, k), np.int32)
+    near_rows = np.empty((total, k), np.int32)
     furthest = np.empty(total)
     result = np.empty((queries, len(gallery)), np.float32)
-    for start, near, slack in _blocks(emb, emb, block_bytes):
+    for start, near, slack in blocks(emb, emb, block_bytes):
         rows = np.arange(start, start + len(near))
-        nearest[rows] = _nearest(emb, emb, start, near, slack, k)[0]
-        furthest[rows] = _squared(emb, rows, emb, near.argmax(axis=1))
+        near_rows[rows] = nearest_of_block(emb, emb, k, start, near, slack)[0]
+        furthest[rows] = squared(emb, rows, emb, near.argmax(axis=1))
         asking = rows[rows < queries]
         result[asking] = near[: len(asking), queries:]  # (B', N) -> (B', G)
     furthest[furthest == 0] = 1  # all images are equal
 
-    i, j = _expanded_reciprocal(nearest, k1)
-    weight = np.exp(-_squared(emb, i, emb, j) / furthest[i])
+    i, j = expanded_reciprocal(near_rows, k1)
+    weight = np.exp(-squared(emb, i, emb, j) / furthest[i])
     weight /= np.bincount(i, weight, minlength=total)[i]
     v = csr_array((weight, (i, j)), shape=(total, total))
     if k2 > 1:
-        few = nearest[:, :k2]
-        v = _neighbours(few).astype(np.float64) @ v / few.shape[1]
+        few = near_rows[:, :k2]
+        v = _neighbours(few, total).astype(np.float64) @ v / few.shape[1]
 
     # (G, N) -> (N, G): the inverted index. Row j: who in the gallery has j among its neighbours.
     having = v[queries:].T.tocsr()
@@ -181,105 +169,28 @@ def k_reciprocal(
     return result
 
 
-def _array(emb: Any) -> np.ndarray:
-    """Float64, also of a tensor (NumPy knows no bfloat16)."""
-    emb = emb.detach().cpu().double() if isinstance(emb, torch.Tensor) else emb
-    return np.asarray(emb, dtype=np.float64)
-
-
-def _checked(query_emb: Any, gallery_emb: Any) -> list[np.ndarray]:
-    """Both as (N, D) float64, or a ValueError."""
-    sides = [_array(emb) for emb in (query_emb, gallery_emb)]
-    for name, emb in zip(("query", "gallery"), sides, strict=True):
-        if emb.ndim != 2 or 0 in emb.shape:
-            raise ValueError(f"{name} embeddings must be (N, D) with N and D from 1: {emb.shape}")
-        if not (np.abs(emb) < 1e150).all():
-            raise ValueError(
-                f"{name} embeddings hold NaN, infinity, or numbers of which the squares overflow"
-            )
-    if sides[0].shape[1] != sides[1].shape[1]:
-        raise ValueError(
-            f"query embeddings have {sides[0].shape[1]} dimensions, gallery embeddings "
-            f"{sides[1].shape[1]}: they must come from the same network"
-        )
+def _checked(query_emb: Any, gallery_emb: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides as arrays of floats that fit each other, or a ValueError."""
+    sides = as_embeddings(query_emb, "query"), as_embeddings(gallery_emb, "gallery")
+    check_same_network(*sides)
     return sides
 
 
-def _blocks(
-    emb: np.ndarray, others: np.ndarray, block_bytes: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Squared distances of (M, D) to (N, D), some rows at a time.
+def _neighbours(rows: np.ndarray, total: int, weights: np.ndarray | None = None) -> csr_array:
+    """(M, k) rows of neighbours to a sparse (M, total) of weights, or of ones."""
+    weights = np.ones(rows.size, np.int32) if weights is None else weights.ravel()
+    ends = np.arange(0, rows.size + 1, rows.shape[1])
+    return csr_array((weights, rows.ravel(), ends), shape=(len(rows), total))
 
-    Yields the first row's number, squared distances (B, N) right but for rounding (even below 0), and
-    a bound on twice that rounding (B,). The array is written over by the next block.
+
+def expanded_reciprocal(rows: np.ndarray, k1: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs (i, j) with j in R*(i) of `k_reciprocal`, sorted: two arrays.
+
+    ``rows`` (N, k) are the nearest of each image, itself among them.
     """
-    # The matrix product loses its digits far from the origin, so both are centred first.
-    centre = others.mean(axis=0)
-    emb, others = emb - centre, others - centre
-    norms, other_norms = (np.einsum("nd,nd->n", x, x) for x in (emb, others))
-    # Higham, Accuracy and Stability, section 3.1: whatever the order in which a BLAS adds up.
-    reach = np.sqrt(norms) + np.sqrt(other_norms.max())
-    slack = 4 * (emb.shape[1] + 8) * np.finfo(np.float64).eps * reach**2
-    # |a|^2 - 2 a.b + |b|^2 as one matrix product: (M, D + 2) and (N, D + 2).
-    emb = np.column_stack([-2 * emb, norms, np.ones(len(emb))])
-    others = np.column_stack([others, np.ones(len(others)), other_norms])
-    step = max(1, block_bytes // (8 * len(others)))
-    block = np.empty((min(step, len(emb)), len(others)))
-    for start in range(0, len(emb), step):
-        part = slice(start, start + step)
-        # (B, D + 2) @ (D + 2, N) -> (B, N)
-        near = np.matmul(emb[part], others.T, out=block[: len(emb[part])])
-        yield start, near, slack[part]
-
-
-def _nearest(
-    emb: np.ndarray,
-    others: np.ndarray,
-    start: int,
-    near: np.ndarray,
-    slack: np.ndarray,
-    k: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of each row of a block: their rows and squared distances, both (B, k).
-
-    As a stable argsort of directly summed distances has them. All images that rounding could put
-    among the k are measured directly, however many they are.
-    """
-    kth = torch.from_numpy(near).topk(k, dim=1, largest=False).values.amax(dim=1).numpy()
-    close = np.flatnonzero(near <= (kth + slack)[:, None])  # at least k a row; sorted
-    row, other = np.divmod(close, near.shape[1])
-    squared = _squared(emb, start + row, others, other)
-    order = np.lexsort((squared, row))  # stable, and `other` ascends
-    first = np.searchsorted(row, np.arange(len(near)))
-    chosen = order[first[:, None] + np.arange(k)]  # (B, k)
-    return other[chosen], squared[chosen]
-
-
-def _squared(emb: np.ndarray, rows: np.ndarray, others: np.ndarray, columns: np.ndarray):
-    """Squared distances of pairs, summed directly: (len(rows),). The measure that decides order."""
-    squared = np.empty(len(rows))
-    step = max(1, 2**18 // emb.shape[1])  # 2 MB at a time, at home in the cache
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        difference = emb[rows[part]] - others[columns[part]]  # (n, D)
-        squared[part] = np.square(difference, out=difference).sum(axis=1)
-    return squared
-
-
-def _neighbours(nearest: np.ndarray) -> csr_array:
-    """(N, k) rows of neighbours to the sparse (N, N) of ones."""
-    total, k = nearest.shape
-    ones = np.ones(nearest.size, np.int32)
-    return csr_array(
-        (ones, nearest.ravel(), np.arange(0, nearest.size + 1, k)), shape=(total, total)
-    )
-
-
-def _expanded_reciprocal(nearest: np.ndarray, k1: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs (i, j) with j in R*(i), sorted: two arrays."""
 
     def reciprocal(k: int) -> csr_array:
-        forward = _neighbours(nearest[:, : k + 1])
+        forward = _neighbours(rows[:, : k + 1], len(rows))
         return forward.multiply(forward.T).tocsr()
 
     full, half = reciprocal(k1), reciprocal(round(k1 / 2))

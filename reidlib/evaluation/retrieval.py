@@ -20,7 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from reidlib.evaluation.distances import as_embeddings, listed, product_with, squared
+from reidlib.evaluation.distances import (
+    as_embeddings,
+    check_same_network,
+    listed,
+    product_with,
+    squared,
+)
 from reidlib.evaluation.metrics import TOPK, Evaluation, per_query_scores, score_values
 from reidlib.evaluation.ranks import match_ranks
 
@@ -60,12 +66,7 @@ class Retrieval:
         self.query, self.gallery = query, gallery
         self.query_side = checked_side(query_emb, query, "query")
         self.gallery_side = checked_side(gallery_emb, gallery, "gallery")
-        dims = self.query_side.emb.shape[1], self.gallery_side.emb.shape[1]
-        if dims[0] != dims[1]:
-            raise ValueError(
-                f"query embeddings have {dims[0]} dimensions, gallery embeddings {dims[1]}: they "
-                "must come from the same network"
-            )
+        check_same_network(self.query_side.emb, self.gallery_side.emb)
         self.exclude_same_camera = exclude_same_camera
         known = [(side.camids != -1).any() for side in (self.query_side, self.gallery_side)]
         self._by_camera = exclude_same_camera and all(known)  # drop matches of the query's camera?
@@ -477,8 +478,6 @@ def checked_side(emb: Any, table: pd.DataFrame, name: str) -> Side:
     emb = as_embeddings(emb, name)
     if len(emb) != len(table):
         raise ValueError(f"{len(emb)} {name} embeddings beside a {name} table of {len(table)} rows")
-    if len(emb) == 0:
-        raise ValueError(f"the {name} is empty: there is nothing to evaluate")
     pids, camids = _whole(table, "pid", name), np.full(len(table), -1)
     if (pids < -1).any():
         raise ValueError(f"the {name} table has pids below -1, first {pids[pids < -1][0]}")
