@@ -402,6 +402,13 @@ def test_bars_of_each_camera_are_means_of_its_queries():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["unknown"]
 
 
+def test_the_hardest_camera_in_words():
+    per_query = pd.DataFrame({"camid": [1, 1, 2, 3], "AP": [0.2, 0.4, 0.9, np.nan]})
+    said = figures.hardest_camera(per_query)
+    assert "camera 1 are hardest (30.0% mAP over 2 queries), those of camera 2 easiest" in said
+    assert "cannot be compared" in figures.hardest_camera(per_query[:2])
+
+
 def test_distance_histograms_are_densities_and_name_their_overlap():
     figure = figures.distance_histograms([0, 1, 1, 2], np.repeat([0.0, 2.0, 3.0, 4.0], 100), bins=4)
     filled_a, line_a, _, line_b, both = figure.axes[0].patches

@@ -17,14 +17,14 @@ import torch
 from reidlib import runs
 from reidlib.data.pixels import load_images
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
-from reidlib.evaluation.baselines import colour_histogram
+from reidlib.evaluation.baselines import score_baselines
 from reidlib.evaluation.intervals import confidence_interval
 from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.device import pick_device
 from reidlib.model.embed import embed, read_about, read_embeddings, write_embeddings
 from reidlib.model.network import EmbeddingNet
-from reidlib.model.weights import build_model, load_model
+from reidlib.model.weights import load_model
 from reidlib.recipes import Recipe
 
 SIDES = ("query", "gallery")
@@ -185,44 +185,9 @@ class Scored:
         scores = pd.DataFrame({name: found.scores for name, found in rows.items()}).T
         return 100 * scores[list(SCORES)].astype(float).rename(columns=SCORES)
 
-    def gain_in_words(self) -> str:
-        """Say what training added to the baselines."""
-        mAP = {name: found.scores["mAP"] for name, found in self.baselines.items()}
-        if not mAP:
-            return "No baselines were scored, so nothing says what training added."
-        said = f"Training brought the mAP to {self.scores['mAP']:.1%}"
-        said += f", from {mAP['untrained']:.1%}." if "untrained" in mAP else "."
-        said += f" Colour alone reaches {mAP['colour_histogram']:.1%}: it knows nothing of cut, pattern or "
-        said += "bag, and every camera sees colours in another light. "
-        if self.scores["mAP"] > max(mAP.values()):
-            return (
-                said + "What lies between the trained curve and the others, the network has learnt."
-            )
-        return (
-            said
-            + "**A baseline does as well as this network: it has learnt nothing that helps here.**"
-        )
-
     def __repr__(self) -> str:
         """The table, then the protocol."""
         return f"{self.table().round(2).to_string()}\n(per cent) {self.evaluation.protocol}"
-
-
-def hardest_camera(per_query: pd.DataFrame) -> str:
-    """Say from which camera queries are hardest, and from which easiest.
-
-    Args:
-        per_query: that of an `Evaluation`.
-    """
-    scored = per_query.dropna(subset=["AP"])
-    by_camera = scored.groupby("camid")["AP"].agg(["mean", "size"])
-    if len(by_camera) < 2:
-        return "One camera is known, or none, so cameras cannot be compared here."
-    low, high = by_camera["mean"].idxmin(), by_camera["mean"].idxmax()
-    ends = [
-        f"{by_camera['mean'][c]:.1%} mAP over {by_camera['size'][c]} queries" for c in (low, high)
-    ]
-    return f"Queries of camera {low} are hardest ({ends[0]}), those of camera {high} easiest ({ends[1]})."
 
 
 def score_run(
@@ -264,33 +229,16 @@ def score_run(
     query_emb, gallery_emb = run.embeddings(**options)
     retrieval = Retrieval(query_emb, run.query, gallery_emb, run.gallery)
     evaluation = retrieval.evaluate()
-    compared, notes = _baselines(run, options) if baselines else ({}, ())
+    compared, notes = score_baselines(run, **options) if baselines else ({}, [])
     flipped = run.retrieval(flip=True, **options).evaluate() if flip else None
     intervals = confidence_interval(evaluation.per_query, seed=seed)
-    scored = Scored(run, retrieval, evaluation, intervals, compared, flipped, notes)
+    scored = Scored(run, retrieval, evaluation, intervals, compared, flipped, tuple(notes))
     with runs.lock(run.folder):
         for side, emb in (("query", query_emb), ("gallery", gallery_emb)):
             file = run.folder / f"embeddings_{side}.h5"
             write_embeddings(file, emb, getattr(run, side), run.about(precision))
         _write(scored, precision)
     return scored
-
-
-def _baselines(run: OpenRun, options: dict) -> tuple[dict[str, Evaluation], tuple[str, ...]]:
-    """Score what the run is compared with, and say what could not be."""
-    found, notes = {}, []
-    pixels = (run.query_pixels, run.gallery_pixels)
-    try:
-        untrained = build_model(run.recipe).to(run.device)
-    except (FileNotFoundError, RuntimeError) as error:
-        # A released run, whose starting weights are not here.
-        notes.append(f"The untrained network is left out. {error}")
-    else:
-        sides = [embed(untrained, p, run.recipe, **options) for p in pixels]
-        found["untrained"] = Retrieval(sides[0], run.query, sides[1], run.gallery).evaluate()
-    sides = [colour_histogram(p) for p in pixels]
-    found["colour_histogram"] = Retrieval(sides[0], run.query, sides[1], run.gallery).evaluate()
-    return found, tuple(notes)
 
 
 def _write(scored: Scored, precision: str) -> None:

@@ -182,6 +182,18 @@ def camera_bars(per_query: pd.DataFrame) -> Figure:
     return figure
 
 
+def hardest_camera(per_query: pd.DataFrame) -> str:
+    """Say from which camera queries are hardest, and from which easiest: what `camera_bars` shows."""
+    by_camera = per_query.dropna(subset="AP").groupby("camid")["AP"].agg(["mean", "size"])
+    if len(by_camera) < 2:
+        return "One camera is known, or none, so cameras cannot be compared here."
+    low, high = by_camera["mean"].idxmin(), by_camera["mean"].idxmax()
+    ends = [
+        f"{by_camera['mean'][c]:.1%} mAP over {by_camera['size'][c]} queries" for c in (low, high)
+    ]
+    return f"Queries of camera {low} are hardest ({ends[0]}), those of camera {high} easiest ({ends[1]})."
+
+
 def training_curves(history: pd.DataFrame, recipe: Recipe | None = None) -> Figure:
     """Draw what tells whether a training is healthy, from the columns of `history.csv`.
 
