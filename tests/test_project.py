@@ -75,6 +75,7 @@ ROOMS = {
         "distances",
         "metrics",
         "ranks",
+        "sides",
         "retrieval",
         "intervals",
         "baselines",

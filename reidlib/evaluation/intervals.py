@@ -49,6 +49,12 @@ def _values(table: pd.DataFrame, score: str) -> pd.Series:
     return values[score]
 
 
+def _check_same_queries(*tables: pd.DataFrame) -> None:
+    first, *rest = (table[["query", "pid", "matches"]].to_numpy() for table in tables)
+    if not all(np.array_equal(first, other) for other in rest):
+        raise ValueError("the tables are not about the same queries and matches.")
+
+
 def seed_spread(rows: Mapping[str, TABLES], score: str = "mAP") -> Spread:
     """Return the standard deviation of a score over seeds, pooled over all rows with several.
 
@@ -91,10 +97,7 @@ def difference(
     """
     if not first or not second:
         raise ValueError("each row needs the per-query table of one seed at least.")
-    same = ["query", "pid", "matches"]
-    for table in [*first, *second]:
-        if not np.array_equal(table[same].to_numpy(), first[0][same].to_numpy()):
-            raise ValueError("the tables are not about the same queries and matches.")
+    _check_same_queries(*first, *second)
     ours, theirs = (
         np.mean([_values(t, score) for t in tables], axis=0) for tables in (first, second)
     )
@@ -200,9 +203,7 @@ def confidence_interval(
         raise ValueError(f"repeats must be 1 or more, not {repeats}")
     values = score_values(per_query, topk)
     if versus is not None:
-        same = ["query", "pid", "matches"]
-        if not np.array_equal(per_query[same].to_numpy(), versus[same].to_numpy()):
-            raise ValueError("the two tables are not about the same queries and matches")
+        _check_same_queries(per_query, versus)
         values = values - score_values(versus, topk)
     groups = values.groupby(per_query.loc[values.index, by])
     sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)

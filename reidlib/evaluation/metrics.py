@@ -72,28 +72,29 @@ def average_precision(ranks: Sequence[int] | np.ndarray) -> tuple[float, float]:
 
 
 def _average_precisions(
-    asked: np.ndarray, found: np.ndarray, ranks: np.ndarray, matches: np.ndarray
+    query: np.ndarray, found: np.ndarray, ranks: np.ndarray, matches: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """AP and Market AP, (Q,), NaN without matches, where a query's found-th match is at a rank."""
     at_match = found / ranks
     # Just before the match; before rank 1 nothing is shown, and precision counts as 1 there.
     before = np.where(ranks > 1, (found - 1) / np.maximum(ranks - 1, 1), 1.0)
     sums = (
-        np.bincount(asked, terms, len(matches)) for terms in (at_match, (at_match + before) / 2)
+        np.bincount(query, terms, len(matches)) for terms in (at_match, (at_match + before) / 2)
     )
     with np.errstate(invalid="ignore"):
         ap, ap_market = (by_query / matches for by_query in sums)
     return ap, ap_market
 
 
-def per_query_scores(asked: np.ndarray, ranks: np.ndarray, queries: int) -> pd.DataFrame:
-    """The per-query table from the ranks of all matches, (M,), and whose they are, ascending."""
-    order = np.lexsort((ranks, asked))
-    ranks = ranks[order]
-    first = np.searchsorted(asked, np.arange(queries + 1))
-    found = np.arange(1, len(ranks) + 1) - first[asked]  # its number among the query's matches
+def per_query_scores(query: np.ndarray, ranks: np.ndarray, queries: int) -> pd.DataFrame:
+    """Return the per-query table from the ranks of all matches, (M,), and whose they are, (M,).
+
+    Both are query by query, and ranks ascend.
+    """
+    first = np.searchsorted(query, np.arange(queries + 1))
+    found = np.arange(1, len(ranks) + 1) - first[query]  # its number among the query's matches
     matches = np.diff(first)
-    ap, ap_market = _average_precisions(asked, found, ranks, matches)
+    ap, ap_market = _average_precisions(query, found, ranks, matches)
     have = matches > 0
     first_rank, last_rank = np.full((2, queries), np.nan)
     first_rank[have], last_rank[have] = ranks[first[:-1][have]], ranks[first[1:][have] - 1]

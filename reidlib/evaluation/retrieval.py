@@ -15,20 +15,15 @@ column, says that cameras are unknown. Embeddings are (N, D) NumPy arrays or ten
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from reidlib.evaluation.distances import (
-    as_embeddings,
-    check_same_network,
-    listed,
-    product_with,
-    squared,
-)
+from reidlib.evaluation.distances import check_same_network, listed, product_with, squared
 from reidlib.evaluation.metrics import TOPK, Evaluation, per_query_scores, score_values
 from reidlib.evaluation.ranks import match_ranks
+from reidlib.evaluation.sides import checked_rows, checked_side
 
 # What a ranked list says of an image; those after "unknown" are dropped from the ranking.
 STATUSES = ("match", "wrong", "unknown", "same camera", "junk", "query itself")
@@ -113,7 +108,7 @@ class Retrieval:
         """
         if self._given is not None:
             raise ValueError("distances alone do not say how far gallery images are apart")
-        rows = _checked_rows(gallery_rows, len(self.gallery), "gallery")
+        rows = checked_rows(gallery_rows, len(self.gallery), "gallery")
         return Retrieval(
             self.gallery_side.emb[rows],
             self.gallery.iloc[rows],
@@ -153,7 +148,7 @@ class Retrieval:
         is_match = status == MATCH
         _, ranks = self._match_ranks(asking, rows, is_match)
         per_query = per_query_scores(asking[is_match], ranks, len(self.query))
-        per_query = pd.concat([_labels(self.query_side, "query"), per_query], axis=1)
+        per_query = pd.concat([self.query_side.labels("query"), per_query], axis=1)
         without = np.flatnonzero(per_query["matches"] == 0)
         if len(without) == len(self.query):
             raise ValueError(self._why_no_match(*dropped))
@@ -195,19 +190,13 @@ class Retrieval:
         """
         if topk is not None and topk < 1:
             raise ValueError(f"topk must be 1 or more, or None for all, not {topk}")
-        asked = np.arange(len(self.query))
-        if queries is not None:
-            asked = _checked_rows(queries, len(asked), "query")
-        nothing = np.empty((2, 0), np.int64)
-        missed = {}
-        if show_missed and topk is not None:
-            missed = self._missed(np.unique(asked), topk)
-        parts = [
-            self._list(*near, topk, missed.get(near[0], nothing)) for near in self._near(asked)
-        ]
+        everyone = np.arange(len(self.query))
+        queries = everyone if queries is None else checked_rows(queries, len(everyone), "query")
+        missed = self._missed(np.unique(queries), topk) if show_missed and topk is not None else {}
+        parts = [self._list(*near, topk, missed.get(near[0])) for near in self._near(queries)]
         lengths = [len(rows) for rows, *_ in parts]
         rows, rank, key, status = (np.concatenate(column) for column in zip(*parts, strict=True))
-        table = pd.DataFrame({"query": np.repeat(asked, lengths), "rank": rank, "gallery": rows})
+        table = pd.DataFrame({"query": np.repeat(queries, lengths), "rank": rank, "gallery": rows})
         table["rank"] = table["rank"].astype("Int64").mask(rank == 0)
         if self.gallery_side.paths is not None:
             table["path"] = self.gallery_side.paths[rows]
@@ -229,9 +218,9 @@ class Retrieval:
             ValueError: no such rows.
         """
         rows = np.arange(len(self.gallery))
-        (i,) = _checked_rows([query_row], len(self.query), "query")
+        (i,) = checked_rows([query_row], len(self.query), "query")
         if gallery_rows is not None:
-            rows = _checked_rows(gallery_rows, len(rows), "gallery")
+            rows = checked_rows(gallery_rows, len(rows), "gallery")
         return self._as_distance(self._measure(i, rows))
 
     def distance_sample(self, per_query: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -347,7 +336,7 @@ class Retrieval:
             yield from zip(part.tolist(), *product(part), strict=True)
 
     def _list(
-        self, i: int, near: np.ndarray, slack: float, topk: int | None, missed: np.ndarray
+        self, i: int, near: np.ndarray, slack: float, topk: int | None, missed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The list of query ``i``: gallery rows, their ranks (0: dropped), measures and statuses."""
         status = self._statuses(i)
@@ -362,9 +351,10 @@ class Retrieval:
         ranked = status[rows] <= UNKNOWN
         rank = np.cumsum(ranked)
         end = len(rows) if topk is None else np.searchsorted(rank, topk) + 1
-        rows = np.append(rows[:end], missed[0])
-        rank = np.append(np.where(ranked, rank, 0)[:end], missed[1])
-        measured = np.append(measured[:end], self._measure(i, missed[0]))
+        rows, rank, measured = rows[:end], np.where(ranked, rank, 0)[:end], measured[:end]
+        if missed is not None:
+            rows, rank = np.append(rows, missed[0]), np.append(rank, missed[1])
+            measured = np.append(measured, self._measure(i, missed[0]))
         return rows, rank, measured, status[rows]
 
     # --- in words
@@ -433,73 +423,3 @@ def evaluate(
         query_emb, query, gallery_emb, gallery, exclude_same_camera=exclude_same_camera
     )
     return retrieval.evaluate(topk)
-
-
-class Side(NamedTuple):
-    """Query or gallery, checked."""
-
-    emb: np.ndarray  # (N, D) as given
-    pids: np.ndarray  # (N,) int64
-    camids: np.ndarray  # (N,) int64, all -1 if unknown
-    paths: np.ndarray | None  # (N,) str
-
-
-def _checked_rows(rows: Any, length: int, name: str) -> np.ndarray:
-    """Row numbers as an array, all of them there."""
-    rows = np.asarray(rows)
-    if rows.ndim != 1 or len(rows) == 0 or rows.dtype.kind not in "iu":
-        raise ValueError(f"{name} rows must be one or more whole numbers, not {rows!r}")
-    wrong = rows[(rows < 0) | (rows >= length)]
-    if len(wrong):
-        raise ValueError(f"{name}_row is {wrong[0]}, but the {name} table has {length} rows")
-    return rows
-
-
-def _labels(side: Side, name: str) -> pd.DataFrame:
-    """Row numbers under ``name``, path if known, pid and camid."""
-    labels = {name: np.arange(len(side.pids)), "pid": side.pids, "camid": side.camids}
-    table = pd.DataFrame(labels)
-    if side.paths is not None:
-        table.insert(1, "path", side.paths)
-    return table
-
-
-def checked_side(emb: Any, table: pd.DataFrame, name: str) -> Side:
-    """Return embeddings and table of ``name``, "query" or "gallery", as arrays, checked.
-
-    Args:
-        emb: (N, D) numbers, tensor or array.
-        table: N rows, pids from -1 and, if known, camids and paths.
-
-    Raises:
-        ValueError: they do not fit each other, are empty, embeddings are not finite, pids or camids
-            no whole numbers, or cameras known of some images only (junk may lack one).
-    """
-    emb = as_embeddings(emb, name)
-    if len(emb) != len(table):
-        raise ValueError(f"{len(emb)} {name} embeddings beside a {name} table of {len(table)} rows")
-    pids, camids = _whole(table, "pid", name), np.full(len(table), -1)
-    if (pids < -1).any():
-        raise ValueError(f"the {name} table has pids below -1, first {pids[pids < -1][0]}")
-    if "camid" in table:
-        camids = _whole(table, "camid", name)
-    known = camids[pids != -1] >= 0
-    if not known.any():
-        camids = np.full(len(table), -1)
-    elif not known.all():
-        raise ValueError(
-            f"{(~known).sum()} of {len(known)} images of the {name} table have no camera "
-            "(camid below 0): give all cameras, or -1 in every row"
-        )
-    paths = table["path"].to_numpy(dtype=object) if "path" in table else None
-    return Side(emb, pids, camids, paths)
-
-
-def _whole(table: pd.DataFrame, column: str, name: str) -> np.ndarray:
-    """An int64 column of the table of ``name``."""
-    if column not in table:
-        raise ValueError(f"the {name} table has no column {column!r}")
-    values = table[column].to_numpy()
-    if values.dtype.kind not in "iu":
-        raise ValueError(f"{column} of the {name} table must be whole numbers, not {values.dtype}")
-    return values.astype(np.int64)
