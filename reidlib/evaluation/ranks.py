@@ -74,7 +74,7 @@ def match_ranks(
         measured = whose, measure(whose, found), found
         others[mine] += before + _count_measured((asking[mine], key[mine], match[mine]), measured)
 
-    width = max(1, min(2**15, NUMBERS // dim))
+    width = max(1, min(2**15, NUMBERS // dim, len(kept)))
     height = max(1, min(2**8, NUMBERS // (2 * width)))
     left = np.unique(asking)
     # A thread a block, instead of a matrix product in threads and all the rest in one.
