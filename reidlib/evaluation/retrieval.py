@@ -327,7 +327,7 @@ class Retrieval:
 
     def _near(self, queries: np.ndarray) -> Iterator[tuple[int, np.ndarray, float]]:
         """Yield (i, near, slack) for each query: near (G,) orders as `_measure` does, but for pairs
-        closer than ``slack``. The caller may write to it.
+        closer than ``slack``.
         """
         product = self._product_with(np.arange(len(self.gallery)), np.float64)
         step = max(1, 2**22 // len(self.gallery))  # 32 MB of distances at one time
