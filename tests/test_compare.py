@@ -14,7 +14,7 @@ from reidlib.evaluation.retrieval import evaluate
 from reidlib.model.embed import read_embeddings, write_embeddings
 from reidlib.paths import outputs_dir
 from reidlib.recipes import make_recipe
-from reidlib.training.loop import Trainer, reproduce_command
+from reidlib.training.loop import reproduce_command, train
 from reidlib.workbook import compare
 from reidlib.workbook.compare import Made, Row, complete, embedded, find, nearest
 
@@ -292,7 +292,7 @@ def test_the_real_notebooks_are_run_and_their_problems_told(tmp_path):
 
 def test_embeddings_are_read_where_they_are_and_made_where_not(tmp_path):
     recipe = make_recipe("demo", **(SMALL | dict(hold_out=5)))
-    folder = Trainer(recipe, "a", device="cpu", show_progress=False).fit()
+    folder = train(recipe, "a", device="cpu", show_progress=False)
     query_emb, query, gallery_emb, gallery = embedded(folder)
     data = load("synthetic")
     assert len(query_emb) == len(query) == len(data.query)

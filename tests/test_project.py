@@ -68,7 +68,7 @@ def test_lint():
 
 # The floor, then the rooms, each with its files: a file imports only files that stand before it.
 ROOMS = {
-    "": ("paths", "progress", "words", "recipes", "runs"),
+    "": ("paths", "progress", "words", "typed", "recipes", "runs"),
     "data": ("synthetic", "files", "tables", "pixels", "check", "augment", "sampler"),
     "model": ("depthwise", "network", "weights", "device", "embed"),
     "evaluation": (
@@ -95,7 +95,7 @@ ROOMS = {
         "browser",
         "board",
     ),
-    "training": ("losses", "checkpoint", "health", "loop"),
+    "training": ("losses", "checkpoint", "health", "journal", "loop"),
     "workbook": ("export", "notebooks", "compare", "release"),
 }
 FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems]

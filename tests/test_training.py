@@ -13,11 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from reidlib import load_model, runs
 from reidlib.model.device import resolve_precision
 from reidlib.model.weights import build_model
-from reidlib.paths import ROOT
+from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import make_recipe
 from reidlib.training import loop
 from reidlib.training.checkpoint import load_checkpoint
-from reidlib.training.loop import Trainer, TrainingFailed, train
+from reidlib.training.journal import TrainingFailed
+from reidlib.training.loop import train
 
 SMALL = dict(
     backbone="mobilenet_v3_small",
@@ -102,28 +103,19 @@ def fit_and_signal(tag, step, number, **changes):
     return done
 
 
-def test_the_first_share_of_the_steps_sees_small_images(monkeypatch):
-    seen = []
-    original = loop.Augmentation.__call__
-    monkeypatch.setattr(
-        loop.Augmentation,
-        "__call__",
-        lambda self, pixels: seen.append((out := original(self, pixels)).shape[2:]) or out,
-    )
-    fit("small", height=64, width=32, small=0.25)
-    assert seen == [(32, 16)] * 3 + [(64, 32)] * 9
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_root):
+    """The folder of a run of twelve steps that nothing disturbed, trained once."""
+    outputs = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REID_DATA", str(data_root))
+        patch.setenv("REID_CACHE", str(data_root / ".cache"))
+        patch.setenv("REID_OUTPUTS", str(outputs))
+        return fit("whole")
 
 
-def test_small_images_need_bfloat16_to_be_right_at_half_the_size():
-    cpu = torch.device("cpu")
-    recipe = make_recipe("trinet", height=128, width=64, precision="bfloat16")
-    assert resolve_precision(recipe, cpu) == recipe
-    with pytest.raises(ValueError, match="not 128×64 and half of it"):
-        resolve_precision(recipe.model_copy(update={"small": 0.5}), cpu)
-
-
-def test_a_killed_run_resumes_bit_for_bit():
-    expected = final_state(fit("whole"))
+def test_a_killed_run_resumes_bit_for_bit(whole):
+    expected = final_state(whole)
     for step in (2, 7, 12):  # before the first checkpoint; between two; in the last step
         tag = f"killed_at_{step}"
         assert fit_and_signal(tag, step, signal.SIGKILL).returncode == -signal.SIGKILL
@@ -132,7 +124,6 @@ def test_a_killed_run_resumes_bit_for_bit():
         assert (folder / "checkpoint.pt").exists() == (step > 4)
         assert differences(expected, final_state(fit(tag))) == []
         a = (folder / "weights.safetensors").read_bytes()
-        whole = runs.find_run("synthetic_batchhard_softplus_whole")
         assert a == (whole / "weights.safetensors").read_bytes()
         columns = ["seconds", "images_per_s"]
         history, other = (
@@ -142,21 +133,17 @@ def test_a_killed_run_resumes_bit_for_bit():
 
 
 @pytest.mark.parametrize("lost", ["sampler", "augmentation", "optimiser"])
-def test_negative_control_a_forgotten_state_shows(lost, monkeypatch):
+def test_negative_control_a_forgotten_state_shows(whole, lost, monkeypatch):
     """What the comparison above relies on: without one of the states the bytes do differ."""
-    expected = final_state(fit("whole"))
+    expected = final_state(whole)
     fit_until("part", 7, monkeypatch)
-    load = load_checkpoint
-    fresh = Trainer(small(), "other", device="cpu", show_progress=False)
-    fresh.folder.mkdir(parents=True)
-    fresh._start(None)
+    load_state = loop.State.load_state_dict
 
-    def forgetful(path):
-        return load(path) | {lost: fresh._state()[lost]}
+    def forgetful(state, saved):
+        load_state(state, saved | {lost: state.state_dict()[lost]})
 
-    monkeypatch.setattr(runs, "load_checkpoint", forgetful)
+    monkeypatch.setattr(loop.State, "load_state_dict", forgetful)
     folder = fit("part")
-    monkeypatch.setattr(runs, "load_checkpoint", load)
     assert any(d.startswith("/model") for d in differences(expected, final_state(folder)))
 
 
@@ -181,14 +168,14 @@ def fit_until(tag, step, monkeypatch, **changes):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
-def test_asked_to_stop_it_ends_the_step_and_writes_a_checkpoint(number, status):
+def test_asked_to_stop_it_ends_the_step_and_writes_a_checkpoint(whole, number, status):
     done = fit_and_signal("stopped", 6, number)
     assert done.returncode in (status, 1, 130), done.stderr
     assert "Stopped after step 6 of 12; run it again to go on." in done.stdout
     folder = runs.find_run("synthetic_batchhard_softplus_stopped")
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 6
     assert runs.read_json(folder / "manifest.json")["status"] == "stopped"
-    assert differences(final_state(fit("whole")), final_state(fit("stopped"))) == []
+    assert differences(final_state(whole), final_state(fit("stopped"))) == []
 
 
 def test_tensorboard_shows_no_step_twice_after_a_resume(monkeypatch):
@@ -206,8 +193,10 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(monkeypatch):
     assert {"distance/positive", "distance/negative"} <= {*board.Tags()["histograms"]}
 
 
-def test_a_truncated_or_altered_checkpoint_is_refused_and_the_one_before_offered(monkeypatch):
-    expected = final_state(fit("whole"))
+def test_a_truncated_or_altered_checkpoint_is_refused_and_the_one_before_offered(
+    whole, monkeypatch
+):
+    expected = final_state(whole)
     fit_until("broken", 11, monkeypatch)
     folder = runs.find_run("synthetic_batchhard_softplus_broken")
     path = folder / "checkpoint.pt"
@@ -246,13 +235,11 @@ def test_a_finished_run_is_kept():
 
 
 def test_two_processes_cannot_write_one_run():
-    trainer = Trainer(small(), "locked", device="cpu", show_progress=False)
-    with (
-        runs.lock(trainer.folder),
-        pytest.raises(RuntimeError, match="Another process is writing .*_locked"),
-    ):
-        trainer.fit()
-    trainer.fit()
+    folder = outputs_dir() / "synthetic_batchhard_softplus_locked"
+    message = "Another process is writing .*_locked"
+    with runs.lock(folder), pytest.raises(RuntimeError, match=message):
+        fit("locked", steps=1, hold_out=0)
+    assert fit("locked", steps=1, hold_out=0) == folder
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice():
@@ -276,7 +263,7 @@ def test_a_collapse_is_said_in_plain_words(monkeypatch, capsys, margin, sits):
         torch.nn.init.zeros_(model.head[-1].weight)
         return model
 
-    monkeypatch.setattr(runs, "build_model", collapsed)
+    monkeypatch.setattr(loop, "build_model", collapsed)
     folder = fit("collapsed", margin=margin, steps=60, log_every=4, lr=1e-9, hold_out=0)
     (finding,) = runs.read_json(folder / "manifest.json")["health"]
     assert finding["name"] == "collapsed" and sits in finding["evidence"]
@@ -305,7 +292,8 @@ def test_precision_follows_the_device_and_the_input():
 def test_emulated_bfloat16_is_told(can, told, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     for precision in ("bfloat16", "auto", "float32"):
-        loop.Trainer(small(height=64, width=48, precision=precision), device="cpu")
+        recipe = small(height=64, width=48, precision=precision)
+        loop.prepare(recipe, device="cpu", show_progress=False)
         expected = told and precision == "bfloat16"
         assert ("no instructions for bfloat16" in capsys.readouterr().err) == expected
 
@@ -361,7 +349,7 @@ def test_any_folder_of_identities_trains_and_names_its_run(tmp_path, data_root):
 def test_too_few_identities_are_an_error_before_anything_is_written():
     with pytest.raises(ValueError, match="P = 10 identities, the data has 9"):
         fit("few", p=10)
-    assert not (runs.outputs_dir() / "synthetic_batchhard_softplus_few").exists()
+    assert not (outputs_dir() / "synthetic_batchhard_softplus_few").exists()
 
 
 def test_a_released_run_is_not_trained_over(capsys):

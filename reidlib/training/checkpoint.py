@@ -3,11 +3,64 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from reidlib.data.augment import Augmentation
+from reidlib.data.sampler import PKSampler
+from reidlib.model.network import EmbeddingNet
 from reidlib.runs import sha256, write_atomically, write_text
+
+
+@dataclass(eq=False)
+class State:
+    """All that a training step changes. With torch's random state, it decides every step to come.
+
+    Attributes:
+        model, optimiser, sampler, augmentation: what has a state of its own.
+        step: the last one that is done.
+        best: step, mAP and top1 of the best held-out score; None before the first.
+        seconds: how long training has taken, over all processes that worked at it.
+        history: a row (name to number) for each logged step.
+        facts: what the health report needs besides the history, and nobody can see later.
+    """
+
+    model: EmbeddingNet
+    optimiser: torch.optim.Optimizer
+    sampler: PKSampler
+    augmentation: Augmentation
+    step: int = 0
+    best: dict | None = None
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
+
+    def state_dict(self) -> dict:
+        """Return what `save_checkpoint` writes: tensors and plain values alone."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "augmentation": self.augmentation.generator.get_state(),
+            "torch_random": torch.get_rng_state(),
+            "best": self.best,
+            "seconds": self.seconds,
+            "history": self.history,
+            "facts": self.facts,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned; torch's random state is set, too."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.augmentation.generator.set_state(state["augmentation"])
+        torch.set_rng_state(state["torch_random"])
+        self.step, self.best, self.seconds = (state[key] for key in ("step", "best", "seconds"))
+        self.history, self.facts = state["history"], state.get("facts", {})
 
 
 def _sidecar(path: Path) -> Path:

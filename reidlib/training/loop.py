@@ -1,401 +1,290 @@
-"""The training loop: one run in one folder, stopped and resumed without a trace."""
+"""The training loop: one run in one folder, stopped and resumed without a trace.
+
+    folder = train(make_recipe("demo"))
+
+`prepare` finds out all that is known before the first step, `State` (in `checkpoint`) is all that a step
+changes, `Journal` writes down what happens. What is left is the loop, on one screen: `_steps`.
+"""
 
 import math
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from reidlib import runs
 from reidlib.data.augment import Augmentation
-from reidlib.data.pixels import load_training_images
+from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.sampler import PKSampler
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
-from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import board
-from reidlib.model.device import (
-    autocast,
-    device_name,
-    fast_at_bfloat16,
-    pick_device,
-    resolve_precision,
-)
-from reidlib.model.embed import embed
+from reidlib.model.device import autocast, fast_at_bfloat16, pick_device, resolve_precision
 from reidlib.model.weights import build_model, save_weights
 from reidlib.paths import outputs_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
-from reidlib.training import health
-from reidlib.training.checkpoint import load_checkpoint, save_checkpoint
-from reidlib.training.losses import LOSSES, diagnostics
+from reidlib.training.checkpoint import State, load_checkpoint
+from reidlib.training.journal import Journal
+from reidlib.training.losses import LOSSES
+
+Resume = Literal["auto", "previous", "never", "restart"]
 
 
-class TrainingFailed(RuntimeError):
-    """Training cannot go on: the loss or a weight is not finite."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All that is known of a training before its first step; nothing is written yet.
+
+    Attributes:
+        recipe: the settings, their precision resolved.
+        tag: appended to the run's name.
+        device: where the network is.
+        folder: of the run.
+        table: the training images, N rows.
+        pixels: (N, H, W, 3) uint8.
+        data: the fingerprint of the table.
+        held_out: pixels and table of the queries and of the gallery held out; () if nobody is.
+        steps: how many the whole training has.
+        epoch: how many steps an epoch has.
+    """
+
+    recipe: Recipe
+    tag: str
+    device: torch.device
+    folder: Path
+    table: pd.DataFrame
+    pixels: np.ndarray
+    data: str
+    held_out: tuple[tuple[np.ndarray, pd.DataFrame], ...]
+    steps: int
+    epoch: int
+
+    def sampler(self) -> PKSampler:
+        """Return the sampler as it is before the first batch."""
+        recipe = self.recipe
+        return PKSampler(self.table["pid"], recipe.p, recipe.k, recipe.epoch, recipe.seed)
+
+    def augmentation(self) -> Augmentation:
+        """Return the augmentation as it is before the first batch."""
+        r = self.recipe
+        size = (r.height, r.width)
+        return Augmentation(size, r.enlarge, r.flip, r.erasing, r.normalise, r.seed)
 
 
-class Trainer:
-    """One run: what it is made of, and `fit`, which runs it to its end or to where it is stopped.
+def prepare(
+    recipe: Recipe,
+    tag: str = "",
+    *,
+    device: str = "auto",
+    dataset: Dataset | None = None,
+    show_progress: bool = True,
+) -> Plan:
+    """Load the data, take the held-out people out of it, and find out how long training will be.
 
     Args:
         recipe: all settings.
         tag: appended to the run's name, so that runs of the same variant stand side by side.
+        device: `"auto"`, `"cpu"`, `"cuda"`, …
+        dataset: an already loaded data set; by default the recipe's is loaded.
+        show_progress: draw a bar while images are decoded.
+
+    Raises:
+        ValueError: data that does not suit the recipe.
+    """
+    target = pick_device(device)
+    recipe = resolve_precision(recipe, target)
+    if recipe.precision == "bfloat16" and fast_at_bfloat16(target) is False:
+        print(
+            "This processor has no instructions for bfloat16 and emulates it, many times "
+            'slower than float32: precision = "float32" or "auto" avoids that.',
+            file=sys.stderr,
+            flush=True,
+        )
+    dataset = dataset or load(recipe.dataset)
+    folder = outputs_dir() / runs.run_name(dataset.name, recipe, tag)
+    table, held_out = dataset.train, ()
+    if recipe.hold_out:
+        # The same identities whatever the run's seed, so that runs can be compared on them.
+        table, *others = hold_out(table, recipe.hold_out, seed=0)
+        held_out = tuple(load_images(one, recipe, show_progress) for one in others)
+    pixels, table = load_training_images(table, recipe, show_progress)
+    epoch = len(PKSampler(table["pid"], recipe.p, recipe.k, recipe.epoch))
+    steps = recipe.steps or recipe.epochs * epoch
+    data = fingerprint(table)
+    return Plan(recipe, tag, target, folder, table, pixels, data, held_out, steps, epoch)
+
+
+def train(
+    recipe: Recipe | Plan,
+    tag: str = "",
+    resume: Resume = "auto",
+    device: str = "auto",
+    dataset: Dataset | None = None,
+    show_progress: bool = True,
+) -> Path:
+    """Train one run to its last step, and return its folder.
+
+    Ctrl-C and SIGTERM end the step under way, write a checkpoint, and leave by KeyboardInterrupt or
+    SystemExit; a kill loses what came after the last checkpoint.
+
+    Args:
+        recipe: all settings; or what `prepare` returned, and then tag, device and dataset are its.
+        tag, device, dataset: as in `prepare`.
         resume: `"auto"` goes on with a run of this name if there is one, from its last checkpoint;
             `"previous"` from the checkpoint before that; `"never"` refuses to touch an existing run;
             `"restart"` deletes it and starts again.
-        device: `"auto"`, `"cpu"`, `"cuda"`, …
-        dataset: an already loaded data set; by default the recipe's is loaded.
         show_progress: draw progress bars.
 
     Raises:
         ValueError: data that does not suit the recipe; a run of this name with other settings
             (names what differs); a broken checkpoint (names the one before).
         FileExistsError: the run exists and `resume` is `"never"`.
+        TrainingFailed: NaN or infinite loss or weights; the last checkpoint is from before.
+        RuntimeError: another process is writing this run.
     """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        tag: str = "",
-        resume: Literal["auto", "previous", "never", "restart"] = "auto",
-        device: str = "auto",
-        dataset: Dataset | None = None,
-        show_progress: bool = True,
-    ):
-        if resume not in ("auto", "previous", "never", "restart"):
-            raise ValueError(f"resume = {resume!r}: choose auto, previous, never or restart.")
-        self.device = pick_device(device)
-        self.recipe = recipe = resolve_precision(recipe, self.device)
-        if recipe.precision == "bfloat16" and fast_at_bfloat16(self.device) is False:
+    if resume not in ("auto", "previous", "never", "restart"):
+        raise ValueError(f"resume = {resume!r}: choose auto, previous, never or restart.")
+    plan = recipe
+    if isinstance(recipe, Recipe):
+        options = {"device": device, "dataset": dataset, "show_progress": show_progress}
+        plan = prepare(recipe, tag, **options)
+    with runs.lock(plan.folder):
+        checkpoint = _existing(plan, resume)
+        # A released run has its weights and no checkpoint.
+        whole = checkpoint is None or checkpoint["step"] >= plan.steps
+        if whole and _finished(plan.folder):
             print(
-                "This processor has no instructions for bfloat16 and emulates it, many times "
-                'slower than float32: precision = "float32" or "auto" avoids that.',
-                file=sys.stderr,
-                flush=True,
+                f"{plan.folder.name} was trained before, with these settings and data, and is left as "
+                'it is. To train it again, give another tag, or resume = "restart" to replace it.'
             )
-        self.tag, self.resume, self.show_progress = tag, resume, show_progress
-        dataset = dataset or load(recipe.dataset)
-        self.folder = outputs_dir() / runs.run_name(dataset.name, recipe, tag)
-        table, self.held_out = dataset.train, None
-        if recipe.hold_out:
-            # The same identities whatever the run's seed, so that runs can be compared on them.
-            table, *held_out = hold_out(table, recipe.hold_out, seed=0)
-            self.held_out = [load_training_images(t, recipe, show_progress) for t in held_out]
-        self.pixels, self.table = load_training_images(table, recipe, show_progress)
-        self.fingerprint = fingerprint(self.table)
-        self.sampler = PKSampler(self.table["pid"], recipe.p, recipe.k, recipe.epoch, recipe.seed)
-        self.steps = recipe.steps or recipe.epochs * len(self.sampler)
+            return plan.folder
+        state = _start(plan, checkpoint)
+        reproduce = reproduce_command(plan.recipe, plan.tag)
+        with stop_signals() as stop, Journal(plan, state, reproduce) as journal:
+            journal.begin()
+            _steps(plan, state, journal, stop, show_progress)
+            save_weights(plan.folder / "weights.safetensors", state.model, plan.recipe)
+            journal.finish()
+    return plan.folder
 
-    def fit(self) -> Path:
-        """Train to the last step and return the run's folder.
 
-        Ctrl-C and SIGTERM end the step under way, write a checkpoint, and leave by
-        KeyboardInterrupt or SystemExit; a kill loses what came after the last checkpoint.
-
-        Raises:
-            TrainingFailed: NaN or infinite loss or weights; the last checkpoint is from before.
-            RuntimeError: another process is writing this run.
-        """
-        with runs.lock(self.folder):
-            checkpoint = self._existing_checkpoint()
-            # A released run has its weights and no checkpoint.
-            whole = checkpoint is None or checkpoint["step"] >= self.steps
-            if whole and self._finished():
-                print(
-                    f"{self.folder.name} was trained before, with these settings and data, and is left as "
-                    'it is. To train it again, give another tag, or resume = "restart" to replace it.'
-                )
-                return self.folder
-            self._start(checkpoint)
-            with (
-                stop_signals() as stop,
-                board.Board(self.folder, self.recipe, self.steps, self.step) as self.board,
-            ):
-                self._loop(stop)
-                self._finish()
-        return self.folder
-
-    # --- before the first step
-
-    def _existing_checkpoint(self) -> dict | None:
-        """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
-        # The manifest is written last: without it the run was killed before its first step.
-        if not (self.folder / "manifest.json").exists():
-            return None
-        if self.resume == "never":
-            raise FileExistsError(f"The run {self.folder} exists. Give another tag.")
-        if self.resume == "restart":
-            for path in self.folder.iterdir():
-                if path.is_file() and path.name != ".lock":
-                    path.unlink()
-            return None
-        before, now = runs.read_recipe(self.folder).model_dump(), self.recipe.model_dump()
-        manifest = runs.read_json(self.folder / "manifest.json")
-        before["data fingerprint"], now["data fingerprint"] = (
-            manifest["train_data"],
-            self.fingerprint,
+def _existing(plan: Plan, resume: Resume) -> dict | None:
+    """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
+    # The manifest is written last: without it the run was killed before its first step.
+    if not (plan.folder / "manifest.json").exists():
+        return None
+    if resume == "never":
+        raise FileExistsError(f"The run {plan.folder} exists. Give another tag.")
+    if resume == "restart":
+        _clear(plan.folder)
+        return None
+    before, now = runs.read_recipe(plan.folder).model_dump(), plan.recipe.model_dump()
+    before["data fingerprint"] = runs.read_json(plan.folder / "manifest.json")["train_data"]
+    now["data fingerprint"] = plan.data
+    differ = [f"{k}: {before[k]!r} there, {now[k]!r} now" for k in now if before[k] != now[k]]
+    if differ:
+        raise ValueError(
+            f"The run {plan.folder.name} was made with other settings ({'; '.join(differ)}). "
+            f'Give another tag, or resume="restart" to delete it and train again.'
         )
-        differ = [
-            f"{key}: {before[key]!r} there, {now[key]!r} now"
-            for key in now
-            if before[key] != now[key]
-        ]
-        if differ:
-            raise ValueError(
-                f"The run {self.folder.name} was made with other settings ({'; '.join(differ)}). "
-                f'Give another tag, or resume="restart" to delete it and train again.'
-            )
-        last = self.folder / "checkpoint.pt"
-        previous = self.folder / "checkpoint_previous.pt"
-        if self.resume == "previous":
-            return load_checkpoint(previous)
-        # No checkpoint yet: killed before the first one. An absent one with an older one left is not that.
-        return load_checkpoint(last) if last.exists() or previous.exists() else None
-
-    def _finished(self) -> bool:
-        manifest, weights = self.folder / "manifest.json", self.folder / "weights.safetensors"
-        there = manifest.is_file() and weights.is_file()
-        return there and runs.read_json(manifest)["status"] == "finished"
-
-    def _start(self, checkpoint: dict | None) -> None:
-        """Make the model and all that has a state, fresh or as the checkpoint says."""
-        recipe = self.recipe
-        torch.manual_seed(recipe.seed)
-        self.model = build_model(recipe, pretrained=checkpoint is None)
-        self.model.to(self.device, memory_format=torch.channels_last).train()
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=recipe.lr, fused=True)
-        size = (recipe.height, recipe.width)
-        options = (recipe.enlarge, recipe.flip, recipe.erasing, recipe.normalise, recipe.seed)
-        self.augmentation = Augmentation(size, *options)
-        self.step, self.best, self.seconds, self.history = 0, None, 0.0, []
-        # What the health report needs besides the history. `facts` cannot be seen later.
-        images = self.table["pid"].value_counts()
-        self.counts = {"identities": len(images), "short": int((images < recipe.k).sum())}
-        self.facts, self.said = {}, set()
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
-            self.optimiser.load_state_dict(checkpoint["optimiser"])
-            self.sampler.load_state_dict(checkpoint["sampler"])
-            self.augmentation.generator.set_state(checkpoint["augmentation"])
-            torch.set_rng_state(checkpoint["torch_random"])
-            self.step, self.best = checkpoint["step"], checkpoint["best"]
-            self.seconds, self.history = checkpoint["seconds"], checkpoint["history"]
-            self.facts = checkpoint.get("facts", {})
-            self.said = {finding.name for finding in self._findings(health.AT_ONCE)}
-        else:
-            # A run without a checkpoint left event files of steps that will come again.
-            board.erase(self.folder)
-            runs.write_json(self.folder / "config.json", recipe.model_dump())
-            if recipe.weights != "none":
-                self.facts["fresh"] = health.fresh_layers(self.model.backbone)
-            if self.held_out:
-                self.facts["before"] = self._held_out_retrieval().evaluate().scores["mAP"]
-        self._write_manifest("running")
-
-    # --- the loop
-
-    def _loop(self, stop: "Stop") -> None:
-        recipe, first = self.recipe, self.step
-        loss_function = LOSSES[recipe.loss]
-        options = {"squared": recipe.squared}
-        if recipe.loss == "batch_all":
-            options["mean"] = recipe.mean
-        all_pids = torch.tensor(self.table["pid"].to_numpy())
-        # Where the pixels fit beside the network they live on the device: no transfer in a step.
-        pixels = torch.from_numpy(self.pixels) if self.device.type == "cpu" else self._on_device()
-        started, saved_seconds = time.monotonic(), self.seconds
-        since, since_step = started, self.step
-        bar = progress(
-            total=self.steps,
-            initial=first,
-            desc=self.folder.name,
-            unit="step",
-            show=self.show_progress,
-        )
-        while self.step < self.steps:
-            for rows in self.sampler:
-                rows = torch.from_numpy(rows)
-                batch = self.augmentation(pixels[rows.to(pixels.device)].to(self.device))
-                batch = batch.contiguous(memory_format=torch.channels_last)
-                lr = recipe.learning_rate(self.step, self.steps)
-                for group in self.optimiser.param_groups:
-                    group["lr"] = lr
-                with autocast(self.device, recipe.precision):
-                    emb = self.model(batch)
-                result = loss_function(
-                    emb, all_pids[rows].to(self.device), recipe.margin, **options
-                )
-                self.step += 1
-                if not math.isfinite(result.loss.item()):
-                    self._fail("the loss")
-                self.optimiser.zero_grad(set_to_none=True)
-                (result.total if recipe.reduction == "sum" else result.loss).backward()
-                self.optimiser.step()
-                bar.update()
-
-                self.seconds = saved_seconds + time.monotonic() - started
-                last = self.step == self.steps
-                if self.step % recipe.log_every == 0 or last or self.step == 1:
-                    now = time.monotonic()
-                    speed = (self.step - since_step) * len(rows) / (now - since)
-                    since, since_step = now, self.step
-                    self._log(result, lr, speed)
-                    bar.set_postfix_str(f"loss {self.history[-1]['loss']:.3f}")
-                if self.held_out and (self.step % recipe.evaluate_every == 0 or last):
-                    self._score_held_out()
-                    since = time.monotonic()
-                if self.step % recipe.checkpoint_every == 0 or last or stop.signal:
-                    self._checkpoint()
-                if stop.signal and not last:
-                    bar.close()
-                    self._write_manifest("stopped")
-                    stop.leave(
-                        f"Stopped after step {self.step} of {self.steps}; run it again to go on."
-                    )
-                if last:
-                    break
-        bar.close()
-
-    def _on_device(self) -> torch.Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels))
-        return pixels.to(self.device) if pixels.nbytes < 4e9 else pixels
-
-    def _log(self, result, lr: float, speed: float) -> None:
-        """Add a row to the history and to TensorBoard, and say in plain words what looks wrong."""
-        row = {"step": self.step, "epoch": self.step / len(self.sampler), "lr": lr}
-        row |= diagnostics(result) | {"images_per_s": speed, "seconds": self.seconds}
-        self.history.append(row)
-        groups = {"positive_p": "distance/", "negative_p": "distance/", "hardest_": "distance/"}
-        for key, value in row.items():
-            if key not in ("step", "seconds", "triplets") and math.isfinite(value):
-                prefix = next((g for start, g in groups.items() if key.startswith(start)), "")
-                self.board.add_scalar(prefix + key, value, self.step)
-        if self.step % (10 * self.recipe.log_every) == 0 or self.step == self.steps:
-            per_anchor = result.per_anchor[result.per_anchor.isfinite()]
-            for name, values in (
-                ("distance/positive", result.positives),
-                ("distance/negative", result.negatives),
-                ("loss_per_anchor", per_anchor),
-            ):
-                if len(values):
-                    self.board.add_histogram(name, values.float().cpu(), self.step)
-        for finding in self._findings(health.AT_ONCE):
-            if finding.name not in self.said:
-                self.said.add(finding.name)
-                text = f"Step {self.step}, {finding.name}: {finding.says} ({finding.evidence}.)"
-                print(f"{text} Try first: {finding.try_first}", file=sys.stderr, flush=True)
-
-    def _findings(self, checks=health.CHECKS, failed: str = "") -> list[health.Finding]:
-        return health.report(
-            self.history, self.recipe, checks, failed=failed, **self.counts, **self.facts
-        )
-
-    def _held_out_retrieval(self) -> Retrieval:
-        options = {"precision": self.recipe.precision, "show_progress": False}
-        embedded = []
-        for pixels, table in self.held_out:
-            embedded += [embed(self.model, pixels, self.recipe, **options), table]
-        return Retrieval(*embedded)
-
-    def _score_held_out(self) -> None:
-        """Score retrieval among the held-out identities; remember the best."""
-        retrieval = self._held_out_retrieval()
-        evaluation = retrieval.evaluate()
-        scores = evaluation.scores
-        # Without paths, which are this machine's: `query` is the row in what `hold_out` returns.
-        table = evaluation.per_query.drop(columns="path")
-        runs.write_text(self.folder / "per_query_held_out.csv", table.to_csv(index=False))
-        for key in ("mAP", "top1"):
-            self.history[-1][f"held_out_{key}"] = scores[key]
-            self.board.add_scalar(f"held_out/{key}", scores[key], self.step)
-        try:
-            self.board.add_ranked_lists("held_out", retrieval, evaluation, self.step)
-        except (OSError, ValueError) as error:  # images moved away meanwhile: no reason to stop
-            text = f"Step {self.step}: no ranked lists for TensorBoard. {error}"
-            print(text, file=sys.stderr, flush=True)
-        if self.best is None or scores["mAP"] > self.best["mAP"]:
-            self.best = {"step": self.step, "mAP": scores["mAP"], "top1": scores["top1"]}
-            save_checkpoint(self.folder / "checkpoint_best.pt", self._state(), keep_previous=False)
-
-    def _state(self) -> dict:
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "augmentation": self.augmentation.generator.get_state(),
-            "torch_random": torch.get_rng_state(),
-            "best": self.best,
-            "seconds": self.seconds,
-            "history": self.history,
-            "facts": self.facts,
-        }
-
-    def _checkpoint(self) -> None:
-        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
-            self._fail("a weight")
-        self.board.flush()
-        save_checkpoint(self.folder / "checkpoint.pt", self._state())
-        table = pd.DataFrame(self.history)
-        runs.write_text(self.folder / "history.csv", table.to_csv(index=False))
-
-    def _fail(self, what: str) -> None:
-        where = f"At step {self.step} {what}"
-        self._write_manifest("failed", where)
-        found = self._findings(health.AT_ONCE, where)
-        print(health.as_text(found), file=sys.stderr, flush=True)
-        kept = (self.folder / "checkpoint.pt").exists()
-        raise TrainingFailed(
-            f"At step {self.step} {what} became NaN or infinite, so training stopped"
-            + (" (checkpoint.pt is from before). " if kept else ". ")
-            + f"Try a lower learning rate (now lr = {self.recipe.lr:g})"
-            + (', precision = "float32"' if self.recipe.precision != "float32" else "")
-            + (", squared = False" if self.recipe.squared else "")
-            + ", or normalise = 'imagenet' if pixels come unscaled."
-        )
-
-    # --- after the last step
-
-    def _finish(self) -> None:
-        save_weights(self.folder / "weights.safetensors", self.model, self.recipe)
-        if self.best:
-            last = {k: v for k, v in self.history[-1].items() if k.startswith("held_out_")}
-            scores = {"before_mAP": self.facts.get("before"), "best": self.best, "last": last}
-            runs.update_json(self.folder / "metrics.json", held_out=scores)
-        self._write_manifest("finished")
-
-    def _write_manifest(self, status: str, failed: str = "") -> None:
-        # How a run ended can be judged when it has.
-        checks = health.CHECKS if status == "finished" else health.AT_ONCE
-        runs.update_json(
-            self.folder / "manifest.json",
-            status=status,
-            step=self.step,
-            steps=self.steps,
-            images_seen=self.step * self.recipe.p * self.recipe.k,
-            train_images=len(self.table),
-            train_identities=int(self.table["pid"].nunique()),
-            train_data=self.fingerprint,
-            seed=self.recipe.seed,
-            wall_seconds=round(self.seconds, 1),
-            health=[finding._asdict() for finding in self._findings(checks, failed)],
-            reproduce=reproduce_command(self.recipe, self.tag),
-            device=device_name(self.device),
-            threads=torch.get_num_threads(),
-            **runs.environment(),
-        )
+    last, previous = (plan.folder / f"checkpoint{which}.pt" for which in ("", "_previous"))
+    if resume == "previous":
+        return load_checkpoint(previous)
+    # No checkpoint yet: killed before the first one. An absent one with an older one left is not that.
+    return load_checkpoint(last) if last.exists() or previous.exists() else None
 
 
-def train(recipe: Recipe, tag: str = "", **options) -> Path:
-    """Train one run and return its folder: `Trainer(recipe, tag, **options).fit()`."""
-    return Trainer(recipe, tag, **options).fit()
+def _clear(folder: Path) -> None:
+    """Delete the files of a run; the lock that is held stays."""
+    for path in folder.iterdir():
+        if path.is_file() and path.name != ".lock":
+            path.unlink()
+
+
+def _finished(folder: Path) -> bool:
+    manifest, weights = folder / "manifest.json", folder / "weights.safetensors"
+    there = manifest.is_file() and weights.is_file()
+    return there and runs.read_json(manifest)["status"] == "finished"
+
+
+def _start(plan: Plan, checkpoint: dict | None) -> State:
+    """Make all that a step changes, fresh or as the checkpoint says."""
+    torch.manual_seed(plan.recipe.seed)
+    model = build_model(plan.recipe, pretrained=checkpoint is None)
+    model.to(plan.device, memory_format=torch.channels_last).train()
+    optimiser = torch.optim.Adam(model.parameters(), lr=plan.recipe.lr, fused=True)
+    state = State(model, optimiser, plan.sampler(), plan.augmentation())
+    if checkpoint:
+        state.load_state_dict(checkpoint)
+    return state
+
+
+def _steps(plan: Plan, state: State, journal: Journal, stop: "Stop", show_progress: bool) -> None:
+    """Train from the state's step to the last one."""
+    recipe = plan.recipe
+    pids = torch.tensor(plan.table["pid"].to_numpy(), device=plan.device)
+    pixels = _where_they_fit(plan)
+    words = {"desc": plan.folder.name, "unit": "step", "show": show_progress}
+    bar = progress(total=plan.steps, initial=state.step, **words)
+    started = time.monotonic() - state.seconds
+    for rows in _batches(state.sampler, plan.steps - state.step):
+        # (P·K, H, W, 3) uint8 -> (P·K, 3, h, w)
+        batch = state.augmentation(pixels[rows.to(pixels.device)].to(plan.device))
+        lr = recipe.learning_rate(state.step, plan.steps)
+        for group in state.optimiser.param_groups:
+            group["lr"] = lr
+        # (P·K, 3, h, w) -> (P·K, D)
+        with autocast(plan.device, recipe.precision):
+            emb = state.model(batch.contiguous(memory_format=torch.channels_last))
+        result = _loss(recipe, emb, pids[rows.to(pids.device)])
+        state.step += 1
+        if not math.isfinite(result.loss.item()):
+            journal.fail("the loss")
+        state.optimiser.zero_grad(set_to_none=True)
+        (result.total if recipe.reduction == "sum" else result.loss).backward()
+        state.optimiser.step()
+        bar.update()
+
+        state.seconds = time.monotonic() - started
+        stopping = stop.signal is not None  # asked once: a signal may come at any line
+        journal.after_step(result, lr, stopping)
+        bar.set_postfix_str(journal.in_short, refresh=False)
+        if stopping and state.step < plan.steps:
+            bar.close()
+            journal.write_manifest("stopped")
+            stop.leave(f"Stopped after step {state.step} of {plan.steps}; run it again to go on.")
+    bar.close()
+
+
+def _batches(sampler: PKSampler, steps: int) -> Iterator[Tensor]:
+    """Yield row numbers (P·K,) of so many batches, epoch after epoch."""
+    while steps > 0:
+        for rows in sampler:
+            yield torch.from_numpy(rows)
+            steps -= 1
+            if steps == 0:
+                return
+
+
+def _loss(recipe: Recipe, emb: Tensor, pids: Tensor):
+    options = {"mean": recipe.mean} if recipe.loss == "batch_all" else {}
+    return LOSSES[recipe.loss](emb, pids, recipe.margin, squared=recipe.squared, **options)
+
+
+def _where_they_fit(plan: Plan) -> Tensor:
+    """Return the pixels, on the device where they fit beside the network: no transfer in a step."""
+    if plan.device.type == "cpu":
+        return torch.from_numpy(plan.pixels)
+    pixels = torch.from_numpy(np.ascontiguousarray(plan.pixels))
+    return pixels.to(plan.device) if pixels.nbytes < 4e9 else pixels
 
 
 def reproduce_command(recipe: Recipe, tag: str = "") -> str:
