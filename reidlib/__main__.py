@@ -9,9 +9,10 @@ import difflib
 import json
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 # Each command imports what it needs: torch takes seconds, and --help does without.
 
@@ -40,19 +41,21 @@ def data(args) -> int:
 def train(args) -> int:
     """Train one run and print its folder."""
     from reidlib.recipes import Recipe, make_recipe
-    from reidlib.workbook.notebooks import from_text, value_types
+    from reidlib.typed import typed
 
+    kinds = get_type_hints(Recipe)
     changes = {
-        name: from_text(text, value_types(field.annotation))
-        for name, field in Recipe.model_fields.items()
-        if (text := getattr(args, name)) is not None
+        name: text for name in Recipe.model_fields if (text := getattr(args, name)) is not None
     }
+    for name, text in changes.items():
+        with suppress(ValueError):  # make_recipe says of all settings at once what is wrong
+            changes[name] = typed(text, kinds[name])
     recipe = make_recipe(args.recipe, **changes)
 
+    from reidlib.training import loop
     from reidlib.training.health import run_text
-    from reidlib.training.loop import Trainer
 
-    folder = Trainer(recipe, args.tag, args.resume, args.device).fit()
+    folder = loop.train(recipe, args.tag, args.resume, args.device)
     print(folder)
     say(run_text(folder))
     say(f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
@@ -422,22 +425,23 @@ def _add_settings(parser: Parser) -> None:
     from reidlib.recipes import Recipe
 
     group = parser.add_argument_group("settings of the recipe (defaults are trinet's)")
+    kinds = get_type_hints(Recipe)
     for name, field in Recipe.model_fields.items():
         text = f"{field.description} ({field.default})".replace("%", "%%")
         option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, dest=name, metavar=_values(field.annotation), help=text)
+        group.add_argument(option, dest=name, metavar=_values(kinds[name]), help=text)
 
 
-def _values(annotation) -> str:
+def _values(annotation: Any) -> str:
     """Return what the help shows for a value: `batch_hard|batch_all`, `NUMBER|soft`."""
-    if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
-    if get_origin(annotation) is Annotated:
-        return _values(get_args(annotation)[0])
-    if get_args(annotation):
-        return "|".join(map(_values, get_args(annotation)))
+    from reidlib.typed import alternatives
+
     words = {bool: "true|false", str: "TEXT", int: "N", float: "NUMBER"}
-    return words.get(annotation, "none")
+    shown = []
+    for kind in alternatives(annotation):
+        literal = get_origin(kind) is Literal
+        shown += map(str, get_args(kind)) if literal else [words.get(kind, "none")]
+    return "|".join(shown)
 
 
 def _count(text: str) -> int:

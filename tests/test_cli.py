@@ -20,6 +20,7 @@ from reidlib.evaluation.retrieval import evaluate
 from reidlib.model.embed import read_embeddings, write_embeddings
 from reidlib.recipes import Recipe, make_recipe
 from reidlib.training import health, loop
+from reidlib.training.journal import TrainingFailed
 from reidlib.training.loop import reproduce_command
 
 TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 --dim 8 --precision float32"
@@ -114,7 +115,7 @@ def test_what_a_user_can_mend_is_status_1_without_traceback(line, message, capsy
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (loop.TrainingFailed("NaN"), 1),
+        (TrainingFailed("NaN"), 1),
         (FileExistsError("The run exists."), 1),
         (RuntimeError("Another process is writing it."), 1),
         (KeyboardInterrupt(), 130),
@@ -124,7 +125,7 @@ def test_errors_of_training(error, status, capsys, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(loop, "Trainer", fail)
+    monkeypatch.setattr(loop, "train", fail)
     assert main(["train"]) == status
     assert capsys.readouterr().err == (f"{error}\n" if str(error) else "Stopped.\n")
     error = KeyError("a bug is not hidden")
@@ -160,14 +161,11 @@ def test_data_prints_the_report(capsys, tmp_path):
 def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatch):
     seen = []
 
-    class Trainer:
-        def __init__(self, *args):
-            seen.append(args)
+    def train(*args):
+        seen.append(args)
+        return loop.outputs_dir()
 
-        def fit(self):
-            return loop.outputs_dir()
-
-    monkeypatch.setattr(loop, "Trainer", Trainer)
+    monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(health, "run_text", lambda folder: "Health: no finding.")
     words = shlex.split(reproduce_command(recipe, "seed1"))
     assert words[:3] == ["python", "-m", "reidlib"]
@@ -177,7 +175,7 @@ def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatc
 
 def test_every_setting_is_an_option_and_text_stays_text(monkeypatch):
     seen = []
-    monkeypatch.setattr(loop, "Trainer", lambda *args: seen.append(args) or pytest.skip())
+    monkeypatch.setattr(loop, "train", lambda *args: seen.append(args) or pytest.skip())
     values = Recipe().model_dump() | {"dataset": "2024", "steps": None, "epochs": 3, "margin": 0.5}
     words = []
     for name, value in values.items():

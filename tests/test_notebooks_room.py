@@ -6,20 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any, Literal
 
 import nbformat
 import papermill
 import pytest
 
 from reidlib.__main__ import main
+from reidlib.typed import typed
 from reidlib.workbook import notebooks
-from reidlib.workbook.notebooks import (
-    check_parameters,
-    find_notebook,
-    from_text,
-    read_parameters,
-    run,
-)
+from reidlib.workbook.headless import NotebookFailed
+from reidlib.workbook.notebooks import check_parameters, find_notebook, read_parameters, run
 
 
 def write(path, *cells, parameters=""):
@@ -68,58 +65,93 @@ def test_parameters_are_read_with_their_types(tmp_path):
     source = (
         "# all of it\n"
         'margin: float | str = "soft"  # m = 0: hinge\n'  # papermill's own reader loses this line
-        "steps: int | None = None\n"
-        'epoch: Literal["identities", "images"] = "images"\n'
+        "steps: int = None\n"
+        'epoch: Literal["identities", "images"] | None = "images"\n'
         "lr = 3e-4\n"
         "seeds: list[int] = [0,\n  1]\n"
         "anything = None\n"
         "odd: Unknown = 1\n"
+        "evil: open('evil', 'w') = 1\n"
     )
     found = read_parameters(write(tmp_path / "a.ipynb", parameters=source))
-    assert {name: p.types for name, p in found.items()} == {
-        "margin": {float, str},
-        "steps": {int, type(None)},
-        "epoch": {str},
-        "lr": {float},
-        "seeds": {list},
-        "anything": set(),
-        "odd": {int},
+    assert {name: p.annotation for name, p in found.items()} == {
+        "margin": float | str,
+        "steps": int | None,
+        "epoch": Literal["identities", "images"] | None,
+        "lr": float,
+        "seeds": list,
+        "anything": Any,
+        "odd": int,
+        "evil": int,
     }
     assert found["seeds"].default == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("text", "types", "value"),
+    ("text", "annotation", "value"),
     [
-        ("1e-3", {float}, 0.001),
-        ("3", {float}, 3.0),
-        ("1e3", {int}, 1000),
-        ("18", {int, float}, 18),
-        ("1.5", {int}, "1.5"),  # refused later, by its type
-        ("0.2", {float, str}, 0.2),
-        ("soft", {float, str}, "soft"),
-        ("7", {str}, "7"),
-        ("true", {bool}, True),
-        ("False", {bool, type(None)}, False),
-        ("true", {str}, "true"),
-        ("none", {int, type(None)}, None),
-        ("null", {float, type(None)}, None),
-        ("none", {str, type(None)}, "none"),  # weights="none" is no None
-        ("[0, 1]", {list}, [0, 1]),
-        ("2", set(), 2),
-        ("x", set(), "x"),
+        ("1e-3", float, 0.001),
+        ("3", float, 3.0),
+        ("1e3", int, 1000),
+        ("18", int | float, 18),
+        ("0.2", float | str, 0.2),
+        ("soft", float | str, "soft"),
+        ("0.2", float | Literal["soft"], 0.2),
+        ("soft", float | Literal["soft"], "soft"),
+        ("market1501", int | str, "market1501"),
+        ("101", int | str | None, 101),
+        ("7", str, "7"),
+        ("true", bool, True),
+        ("False", bool | None, False),
+        ("true", str, "true"),
+        ("none", int | None, None),
+        ("null", float | None, None),
+        ("none", str | None, "none"),  # weights="none" is no None
+        ("[0, 1]", list, [0, 1]),
+        ("2", Literal[1, 2], 2),
+        ("2", Any, 2),
+        ("True", Any, True),
+        ("x", Any, "x"),
+        (1, float, 1.0),  # and from a program
+        (2.0, int, 2),
+        (None, int | None, None),
+        ([0, 1], list, [0, 1]),
+        (True, Any, True),
     ],
 )
-def test_text_is_read_as_the_declared_type(text, types, value):
-    got = from_text(text, types)
+def test_a_value_is_read_as_the_declared_type(text, annotation, value):
+    got = typed(text, annotation)
     assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "wanted"),
+    [
+        ("1.5", int, "a whole number"),
+        ("fast", float | None, "a number or none"),
+        ("hard", float | Literal["soft"], "a number or 'soft'"),
+        ("[0", list, "a list"),
+        ("none", float, "a number"),
+        ("True", int, "a whole number"),
+        ("3", Literal[1, 2], "1 or 2"),
+        ("True", float, "a number"),
+        (True, int, "a whole number"),
+        (1, bool, "true or false"),
+        (3, str, "text"),
+        (1.5, int, "a whole number"),
+        (None, int, "a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(value, annotation, wanted):
+    with pytest.raises(ValueError, match=f"should be {wanted}\\.$"):
+        typed(value, annotation)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A repository with two notebooks that cannot run: nothing here may start a kernel."""
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
-    monkeypatch.setattr(notebooks, "_execute", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(notebooks, "execute", lambda *_: pytest.fail("it ran"))
     (tmp_path / "notebooks").mkdir()
     write(tmp_path / "notebooks/03_train.ipynb", parameters="lr: float = 0.1\nflip = True\np = 18")
     write(tmp_path / "notebooks/04_evaluate.ipynb", parameters='run = ""\ntop = 5')
@@ -245,7 +277,7 @@ def shown_counts(copy):
 
 def test_a_notebook_that_exits_early_has_failed(tmp_path):
     a = write(tmp_path / "a.ipynb", "import sys\nsys.exit()", "2 + 2")
-    with pytest.raises(notebooks.NotebookFailed, match=r"In \[1\].*SystemExit"):
+    with pytest.raises(NotebookFailed, match=r"In \[1\].*SystemExit"):
         run(a, show_progress=False)
     copies = tmp_path / "outputs/notebooks"
     assert [path.name for path in copies.iterdir()] == ["a.failed.ipynb"]

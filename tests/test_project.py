@@ -95,8 +95,8 @@ ROOMS = {
         "browser",
         "board",
     ),
-    "training": ("losses", "checkpoint", "health", "journal", "loop"),
-    "workbook": ("export", "notebooks", "compare", "release"),
+    "training": ("losses", "checkpoint", "watched", "checks", "health", "journal", "loop"),
+    "workbook": ("export", "headless", "notebooks", "compare", "release"),
 }
 FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems]
 

@@ -1,36 +1,26 @@
-"""Runs one notebook, or a chain of them, headless: papermill, with checks that it lacks.
+"""Notebooks from a shell, headless: which there are, their parameters, and chains of them.
 
-Papermill passes parameters that no notebook knows, takes the first kernel that is called python3,
-calls cells that never ran complete, kills the kernel at Ctrl-C, and overwrites a good executed copy
-by a broken one. `run` does none of that. `check_parameters` and `result` are called in notebooks.
+Papermill passes parameters that no notebook knows; `run` and `check_parameters` refuse them.
+`check_parameters` and `result` are called in notebooks.
 """
 
 import ast
 import difflib
 import json
-import logging
 import os
-import signal
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple
 
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
+from IPython import get_ipython
 
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.progress import in_notebook
+from reidlib.typed import in_words, typed
+from reidlib.workbook.headless import RESULT, execute
 
-RESULT = "application/vnd.reidlib.result+json"  # what `result` shows and `run` reads
 INJECTED = "# Parameters"  # the first line of the cell that papermill injects
-
-
-class NotebookFailed(RuntimeError):
-    """A notebook stopped with an error; says which cell and keeps the partial copy."""
 
 
 # --- called in a notebook
@@ -59,6 +49,15 @@ def check_parameters(history: Sequence[str]) -> None:
             return  # cells that are run again come later
 
 
+def given(names: Iterable[str]) -> dict[str, Any]:
+    """Return those of a notebook's own variables, by name: `make_recipe(recipe, **given(SETTINGS))`.
+
+    So the parameters cell of a notebook is the one place where a setting is typed.
+    """
+    variables = get_ipython().user_ns
+    return {name: variables[name] for name in names if name in variables}
+
+
 def result(**values: str | float | bool | None) -> None:
     """Say at a notebook's end what it made, for the notebooks after it in a chain.
 
@@ -82,16 +81,16 @@ def result(**values: str | float | bool | None) -> None:
 
 
 class Parameter(NamedTuple):
-    """One name of a parameters cell; no `types` means that anything goes."""
+    """One name of a parameters cell: the type that it is given, and its default."""
 
-    types: frozenset[type]
+    annotation: Any
     default: Any
 
 
 def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     """Return what the cell tagged `parameters` of a notebook assigns, by name.
 
-    Types are those of the annotation (`margin: float | str = "soft"`) and of the literal default.
+    The type is that of the annotation (`margin: float | str = "soft"`), else that of the default.
     Read by `ast`: papermill's own reader loses a line with a second "=", as in its comment.
 
     Raises:
@@ -118,92 +117,61 @@ def _assigned(source: str) -> dict[str, tuple[ast.expr | None, ast.expr | None]]
         return {}
     found = {}
     for node in body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            for target in targets:
-                if isinstance(target, ast.Name):
-                    found[target.id] = (getattr(node, "annotation", None), node.value)
+        match node:
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                found[name] = (node.annotation, node.value)
+            case ast.Assign(targets=targets):
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+                found |= dict.fromkeys(names, (None, node.value))
     return found
 
 
 def _parameter(annotation: ast.expr | None, value: ast.expr | None) -> Parameter:
-    types, default = frozenset(), None
-    if annotation is not None:
-        with suppress(Exception):  # an annotation of something imported says nothing here
-            types = value_types(eval(ast.unparse(annotation), {"Literal": Literal}))
+    default = None
     if value is not None:
         with suppress(ValueError):
             default = ast.literal_eval(value)
-            # A bare `steps = None` does not say what else it takes.
-            types |= {type(default)} if types or default is not None else set()
-    return Parameter(types, default)
+    try:
+        kind = _annotation(annotation)
+    except KeyError:  # none, or something imported
+        # A bare `steps = None` does not say what it takes.
+        return Parameter(Any if default is None else type(default), default)
+    return Parameter(kind | None if default is None else kind, default)
 
 
-def value_types(annotation: Any) -> frozenset[type]:
-    """Return the plain types that an annotation allows.
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
 
-    >>> sorted(t.__name__ for t in value_types(float | Literal["soft"] | None))
-    ['NoneType', 'float', 'str']
+
+def _annotation(node: ast.expr | None) -> Any:
+    """Return the type that an annotation names; nothing of a notebook is run for it.
+
+    Raises:
+        KeyError: it is made of something else than plain types, `Literal`, None and `|`.
     """
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return value_types(args[0])
-    if origin is Literal:
-        return frozenset(type(value) for value in args)
-    if origin in (Union, UnionType):
-        return frozenset().union(*map(value_types, args))
-    kind = NoneType if annotation is None else origin or annotation
-    return frozenset({kind}) if isinstance(kind, type) else frozenset()
-
-
-def from_text(text: str, types: frozenset[type]) -> Any:
-    """Read what a shell gave as the first of these that fits: bool, int, float, None, list, text.
-
-    Where text is allowed, "none" stays text: it is a value of its own, as in `weights="none"`.
-
-    >>> [from_text("1e-3", {float}), from_text("1e3", {int}), from_text("7", {str})]
-    [0.001, 1000, '7']
-    >>> [from_text("0.2", {float, str}), from_text("soft", {float, str}), from_text("True", {bool})]
-    [0.2, 'soft', True]
-    """
-    types = types or {bool, int, float, NoneType}
-    if bool in types and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if int in types or float in types:
-        with suppress(ValueError):
-            return int(text) if int in types else float(text)
-        with suppress(ValueError):
-            number = float(text)
-            if float in types or number.is_integer():
-                return number if float in types else int(number)
-    if NoneType in types and str not in types and text.lower() in ("none", "null"):
-        return None
-    if types & {list, tuple, dict}:
-        with suppress(ValueError, SyntaxError):
-            return ast.literal_eval(text)
-    return text
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_WORDS |= {NoneType: "none", list: "a list", tuple: "a tuple", dict: "a dictionary"}
+    match node:
+        case ast.Name(id=name):
+            return _TYPES[name]
+        case ast.Constant(value=None):
+            return None
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _annotation(left) | _annotation(right)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=values):
+            return Literal[ast.literal_eval(values)]
+        case ast.Subscript(value=outer):  # list[int]
+            return _annotation(outer)
+    raise KeyError(node)
 
 
 def _fitting(name: str, value: Any, parameter: Parameter, notebook: str) -> Any:
     """Return a value as the parameter's type, or refuse it."""
-    types = parameter.types
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if isinstance(value, str):
-        value = from_text(value, types)
-    if not types or type(value) in types:
-        return value
-    if type(value) is int and float in types:
-        return float(value)
-    if type(value) is float and int in types and value.is_integer():
-        return int(value)
-    wanted = " or ".join(word for kind, word in _WORDS.items() if kind in types)
-    raise ValueError(
-        f"{name} = {value!r}: {notebook} wants {wanted} (its default is {parameter.default!r})."
-    )
+    try:
+        return typed(value, parameter.annotation)
+    except ValueError:
+        raise ValueError(
+            f"{name} = {value!r}: {notebook} wants {in_words(parameter.annotation)} "
+            f"(its default is {parameter.default!r})."
+        ) from None
 
 
 def _unknown(names: list[str], known: list[str]) -> str:
@@ -298,7 +266,7 @@ def run(
     results = {}
     for path, own, values, copy in zip(paths, declared, given, copies, strict=True):
         values = chosen(results, path, own) | values
-        results |= _execute(path, values, copy, timeout, show_progress)
+        results |= execute(path, values, copy, timeout, show_progress)
     return copies
 
 
@@ -315,181 +283,3 @@ def _copies(paths: list[Path], output: str | Path | None) -> list[Path]:
         if path.resolve() == copy.resolve():
             raise ValueError(f"The executed copy would overwrite {path}: give another place.")
     return copies
-
-
-class _Kernel(AsyncKernelManager):
-    """The kernel of this interpreter, also where Jupyter would find another `python3` first.
-
-    With no folders to look into, the specification comes from the installed ipykernel itself.
-    """
-
-    latest: "_Kernel | None" = None  # nbclient makes the instance, the signal handler needs it
-
-    def __init__(self, **options):
-        options["kernel_spec_manager"] = KernelSpecManager(kernel_dirs=[])
-        super().__init__(**options)
-        _Kernel.latest = self
-
-    def interrupt_now(self) -> None:
-        """Send SIGINT to the kernel and its children, from within a signal handler."""
-        if self.provisioner is not None and self.provisioner.has_process:
-            with suppress(ProcessLookupError):
-                os.killpg(self.provisioner.pgid, signal.SIGINT)
-
-
-@contextmanager
-def _stop_signals():
-    """Make the first signal to stop interrupt the kernel, and the next one raise here."""
-    stop = SimpleNamespace(signal=None)
-    before = {}
-
-    def ask(number, _frame):
-        if stop.signal is None:
-            stop.signal = number
-            os.write(2, b"Stopping; once more to stop at once.\n")  # print may be under way
-            if _Kernel.latest is not None:
-                _Kernel.latest.interrupt_now()
-            return
-        for other in before:  # let the kernel be cleaned up in peace
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    _Kernel.latest = None
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            handler = signal.getsignal(number)
-            if handler is not signal.SIG_IGN:  # as nohup asks
-                signal.signal(number, ask)
-                before[number] = handler
-    except ValueError:
-        pass  # not the main thread, where Python takes no handlers
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _execute(
-    path: Path, parameters: dict, copy: Path, timeout: float | None, show_progress: bool
-) -> dict[str, Any]:
-    """Run one notebook into `copy` and return what it gave by `result`."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    def say(text: str) -> None:
-        if show_progress:
-            print(text, file=sys.stderr, flush=True)
-
-    logger = logging.getLogger("papermill")
-    if not logger.handlers:  # else Python prints its warnings, and they are errors of `run` already
-        logger.addHandler(logging.NullHandler())
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    running = copy.with_name(f"{copy.stem}.running-{os.getpid()}.ipynb")
-    failed = copy.with_name(f"{copy.stem}.failed.ipynb")
-    say(f"{path.stem}: started")
-    begun, problem, notebook, source = time.monotonic(), "", None, [""]
-    try:
-        with _stop_signals() as stop:
-
-            def unless_stopped(cell, **_):
-                source.append(cell.source)
-                if stop.signal is not None:  # a kernel between two cells ignores an interrupt
-                    raise NotebookFailed("stopped")
-
-            try:
-                notebook = papermill.execute_notebook(
-                    _literal(path),
-                    _literal(running),
-                    parameters,
-                    kernel_name="python3",
-                    language="python",
-                    progress_bar=show_progress
-                    and {"desc": path.stem, "leave": False, "disable": not sys.stderr.isatty()},
-                    start_timeout=120,
-                    iopub_timeout=60,  # by default 4 s, which a busy machine exceeds
-                    execution_timeout=timeout,
-                    kernel_manager_class=_Kernel,
-                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr
-                    on_cell_start=unless_stopped,
-                )
-                problem = _never_run(notebook)
-            except PapermillExecutionError as error:
-                problem = _place(error.exec_count, error.source)
-                problem += f":\n{error.ename}: {error.evalue}".rstrip(": ")
-            except KeyboardInterrupt:
-                stop.signal = stop.signal or signal.SIGINT
-            except DeadKernelError:
-                problem = f"{_place(None, source[-1])}:\nThe kernel died. Out of memory?"
-            except Exception as error:  # nbclient's timeout, and what goes wrong before any cell
-                message = str(error).strip().split("\n")[0]
-                problem = f"{_place(None, source[-1])}:\n{type(error).__name__}: {message}"
-        took = _duration(time.monotonic() - begun)
-        if notebook is not None and not problem:
-            notebook.metadata.papermill["output_path"] = str(copy)
-            papermill.iorw.write_ipynb(notebook, str(running))
-            running.replace(copy)
-            failed.unlink(missing_ok=True)
-            say(f"{path.stem}: done in {took}, {copy}")
-    finally:
-        kept = running.exists()
-        if kept:
-            running.replace(failed)
-    partial = f" What ran is in {failed}." if kept else ""
-    if stop.signal is not None:
-        say(f"{path.stem}: stopped after {took}.{partial}")
-        if stop.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + stop.signal)
-    if problem:
-        say(f"{path.stem}: failed after {took}.{partial}")
-        raise NotebookFailed(f"{path.stem}{problem}")
-    return _results(notebook)
-
-
-def _literal(path: Path) -> str:
-    """Return a path for papermill, which formats braces in it."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _place(count: int | None, source: str) -> str:
-    """Say which cell: by its number, where it has one, and by its first line of code."""
-    lines = [s for line in source.splitlines() if (s := line.strip()) and not s.startswith("#")]
-    number = "" if count is None else f" In [{count}]"
-    return f", cell{number} {lines[0]!r}" if lines else ""
-
-
-def _never_run(notebook) -> str:
-    """Return which cell was never run: sys.exit() ends a notebook, and papermill calls it good."""
-    for cell in notebook.cells:
-        skipped = "skip-execution" in cell.metadata.get("tags", [])
-        if cell.cell_type == "code" and cell.source.strip() and not skipped:
-            if any(out.get("ename") == "SystemExit" for out in cell.outputs):
-                what = "it ended the notebook by SystemExit."
-            elif cell.execution_count is None:
-                what = "it was never run."
-            else:
-                continue
-            return f"{_place(cell.execution_count, cell.source)}: {what}"
-    return ""
-
-
-def _results(notebook) -> dict[str, Any]:
-    found = {}
-    for cell in notebook.cells:
-        for out in cell.get("outputs", []):
-            found |= out.get("data", {}).get(RESULT, {})
-    return found
-
-
-def _duration(seconds: float) -> str:
-    """Return a time for people.
-
-    >>> _duration(8.13), _duration(3725)
-    ('8 s', '1 h 2 min')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
