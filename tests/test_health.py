@@ -16,9 +16,11 @@ from reidlib.model.weights import build_model
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
 from reidlib.training import health, journal, loop
-from reidlib.training.health import Finding, as_text, report, report_run
+from reidlib.training.checks import Finding
+from reidlib.training.health import as_text, report, report_run
 from reidlib.training.journal import TrainingFailed
 from reidlib.training.loop import prepare, train
+from reidlib.training.watched import Watched, fresh_layers
 
 SMALL = dict(
     hidden=64,
@@ -177,7 +179,7 @@ def test_fresh_layers_are_those_with_either_pair_untouched():
         net[i].running_mean += 1
     for i in (2, 3):
         net[i].bias.data += 1
-    assert health.fresh_layers(net) == ["0", "1", "2"]
+    assert fresh_layers(net) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(("lr", "first_step"), [(1e18, False), (None, True)])
@@ -427,3 +429,50 @@ def test_released_runs(name):
     found = names(report(table, recipe, identities=manifest["train_identities"]))
     # It was caught in the plateau at ln 2, and scored 22 points of mAP lower: no false alarm.
     assert found == (["near collapse"] if name.endswith("erasing") else [])
+
+
+# --- in words
+
+
+@pytest.mark.parametrize("margin", ["soft", 0.2])
+def test_the_curves_in_words_are_those_of_the_history(margin):
+    recipe = make_recipe("demo", margin=margin)
+    rows = pd.DataFrame(history())
+    seen = Watched(rows, recipe)
+    loss, active, distances, norm = seen.curves_in_words()
+    end = rows.iloc[-len(rows) // 4 :].median()
+    assert f"{rows['loss'][0]:.3f} → {seen.loss_at_end:.3f}" in loss
+    assert ("0.693" if margin == "soft" else "0.200") in loss
+    assert f"→ {end['active']:.0%}" in active and f"→ {end['norm']:.2f}" in norm
+    assert f"{end['negative_p50'] / end['positive_p50']:.1f} times as far" in distances
+
+
+def test_takeaways_say_what_the_run_shows():
+    rows = pd.DataFrame(history())
+    seen = Watched(rows, make_recipe("demo"))
+    assert "did not collapse" in seen.takeaways([])[1] and "nothing" in seen.takeaways([])[2]
+    assert "found: diverging, too easy" in seen.takeaways(["diverging", "too easy"])[2]
+    flat = seen._replace(history=rows.assign(negative_p50=1.0, positive_p50=1.0))
+    assert "hardly learnt" in flat.takeaways([])[1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [
+        ([], "No identities were held out"),
+        ([0.2, 0.5], "50.0% mAP at the end, the best of the run."),
+        ([0.5, 0.2], "20.0% mAP at the end; the best was 50.0% at step 20."),
+    ],
+)
+def test_held_out_scores_in_words(scores, wanted):
+    rows = pd.DataFrame(history())
+    if scores:
+        rows.loc[rows.index[1 : 1 + len(scores)], "held_out_mAP"] = scores
+    assert wanted in Watched(rows, make_recipe("demo")).held_out_in_words()
+
+
+def test_a_summary_begins_with_the_first_finding():
+    assert "no finding" in health.summary([])
+    found = [Finding("collapsed", "It has collapsed.", "1", "2"), Finding("too short", "", "", "")]
+    said = health.summary(found)
+    assert said.startswith(f"**2 of {len(health.CHECKS)} checks") and "It has collapsed." in said

@@ -15,7 +15,9 @@ from reidlib.model.device import device_name
 from reidlib.model.embed import embed
 from reidlib.training import health
 from reidlib.training.checkpoint import State, save_checkpoint
+from reidlib.training.checks import Finding
 from reidlib.training.losses import TripletLoss, diagnostics
+from reidlib.training.watched import fresh_layers
 
 
 class TrainingFailed(RuntimeError):
@@ -61,7 +63,7 @@ class Journal:
         if self.state.step == 0:
             runs.write_json(self.folder / "config.json", self.recipe.model_dump())
             if self.recipe.weights != "none":
-                self.state.facts["fresh"] = health.fresh_layers(self.state.model.backbone)
+                self.state.facts["fresh"] = fresh_layers(self.state.model.backbone)
             if self.plan.held_out:
                 scores = self._held_out_retrieval().evaluate().scores
                 self.state.facts["before"] = scores["mAP"]
@@ -110,7 +112,7 @@ class Journal:
             if len(values):
                 self.board.add_histogram(name, values.float().cpu(), self.state.step)
 
-    def _findings(self, checks=health.CHECKS, failed: str = "") -> list[health.Finding]:
+    def _findings(self, checks=health.CHECKS, failed: str = "") -> list[Finding]:
         facts = self._counts | self.state.facts
         return health.report(self.state.history, self.recipe, checks, failed=failed, **facts)
 
