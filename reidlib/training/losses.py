@@ -29,8 +29,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 INF = float("inf")
-MANY = 256**2  # more distances than this are made by a matrix product
-DIRECTLY = "donot_use_mm_for_euclid_dist"  # a mode of torch.cdist
 
 
 def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False) -> Tensor:
@@ -55,38 +53,11 @@ def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False)
     y = x if with_itself else y.to(dtype)
     # Not the expanded form ‖x‖² − 2x·y + ‖y‖², which is a fast matrix product: it subtracts large
     # numbers to find a small one, so far from the origin every digit is lost; where x = y, rounding
-    # leaves it anywhere around 0, and the square root's slope there is infinite. Large batches can
-    # have it nonetheless, in float64.
+    # leaves it anywhere around 0, and the square root's slope there is infinite.
     with torch.autocast(x.device.type, enabled=False):
-        if dtype == torch.float32 and x.device.type != "mps" and len(x) * len(y) > MANY:
-            distances = _distances_by_product(x, y)
-        else:
-            # (B, D), (C, D) -> (B, C)
-            distances = torch.cdist(x, y, compute_mode=DIRECTLY)
+        # (B, D), (C, D) -> (B, C)
+        distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.square() if squared else distances
-
-
-def _distances_by_product(x: Tensor, y: Tensor) -> Tensor:
-    """(B, D), (C, D) -> (B, C) in float32, by a matrix product in float64: some ten times as fast.
-
-    Centred, a squared distance is then wrong by some 1e-14 of the embeddings' squared size; that
-    is too much for float32 where the distance is below a thousandth of the size. Those few,
-    among them all to itself, are measured directly.
-    """
-    centre = y.detach().double().mean(dim=0)
-    # The same for both sides, so the gradient does not know of it.
-    wide_x, wide_y = x.double() - centre, y.double() - centre
-    distances = torch.cdist(wide_x, wide_y, compute_mode="use_mm_for_euclid_dist")
-    with torch.no_grad():
-        size = wide_x.norm(dim=1)[:, None] + wide_y.norm(dim=1).amax()
-        # Written so that NaN is not close, and stays.
-        row, column = (distances <= 1e-3 * size).nonzero(as_tuple=True)
-    if len(row) > 8 * max(distances.shape):  # most are equal, or one lies far out
-        return torch.cdist(x, y, compute_mode=DIRECTLY)
-    # (pairs, D) -> (pairs,); the norm's gradient at 0 is 0
-    close = wide_x.index_select(0, row) - wide_y.index_select(0, column)
-    close = torch.linalg.vector_norm(close, dim=1)
-    return distances.index_put((row, column), close).float()
 
 
 class TripletLoss(NamedTuple):
@@ -139,6 +110,14 @@ class TripletLoss(NamedTuple):
         return hardest.masked_fill(hardest == INF, math.nan)
 
 
+class Batch(NamedTuple):
+    """Embeddings (B, D), their identities (B,), and the distances between all of them (B, B)."""
+
+    emb: Tensor
+    pids: Tensor
+    distances: Tensor
+
+
 def batch_hard(
     emb: Tensor, pids: Tensor, margin: float | Literal["soft"], *, squared: bool = False
 ) -> TripletLoss:
@@ -165,7 +144,7 @@ def batch_hard(
     anchor = torch.arange(len(emb), device=emb.device)
     # (B,) -> (B, 1)
     gap = (positive - negative)[:, None]
-    return _reduce(gap, anchor, margin, "valid", emb, distances, pids)
+    return _reduce(gap, anchor, margin, "valid", Batch(emb, pids, distances))
 
 
 def batch_all(
@@ -205,7 +184,7 @@ def batch_all(
     # the gradient of the latter on a CPU. On CUDA, torch.use_deterministic_algorithms fixes it.
     negatives = _to_negatives(distances, pids).index_select(0, anchor)
     gap = distances[anchor, positive][:, None] - negatives
-    return _reduce(gap, anchor, margin, mean, emb, distances, pids)
+    return _reduce(gap, anchor, margin, mean, Batch(emb, pids, distances))
 
 
 def random_triplet(
@@ -237,7 +216,7 @@ def random_triplet(
     # Where there is nothing to draw from, the index means nothing, and the distance there is ∓∞.
     gap = _to_positives(distances, pids).gather(1, positive)
     gap = gap - _to_negatives(distances, pids).gather(1, negative)
-    return _reduce(gap, anchor, margin, "valid", emb, distances, pids)
+    return _reduce(gap, anchor, margin, "valid", Batch(emb, pids, distances))
 
 
 LOSSES = {"batch_all": batch_all, "batch_hard": batch_hard, "random": random_triplet}
@@ -303,13 +282,7 @@ def _to_negatives(distances: Tensor, pids: Tensor) -> Tensor:
 
 
 def _reduce(
-    gap: Tensor,
-    anchor: Tensor,
-    margin: float | str,
-    mean: str,
-    emb: Tensor,
-    distances: Tensor,
-    pids: Tensor,
+    gap: Tensor, anchor: Tensor, margin: float | str, mean: str, batch: Batch
 ) -> TripletLoss:
     """Turn gaps (R, N), −∞ where there is no triplet, and their anchors (R,) into a loss."""
     valid = ~gap.isneginf()
@@ -325,7 +298,7 @@ def _reduce(
     # (R, N) -> (R,) -> (B,)
     def per_anchor(values: Tensor) -> Tensor:
         rows = values.detach().sum(dim=1)
-        return rows.new_zeros(len(emb)).index_add(0, anchor, rows)
+        return rows.new_zeros(len(batch.emb)).index_add(0, anchor, rows)
 
     means = per_anchor(terms) / per_anchor(counted).clamp(min=1)
     return TripletLoss(
@@ -334,7 +307,7 @@ def _reduce(
         per_anchor=means.masked_fill(per_anchor(valid) == 0, math.nan),
         triplets=valid.sum(),
         active=active.sum() / valid.sum().clamp(min=1),
-        distances=distances.detach(),
-        pids=pids,
-        norms=torch.linalg.vector_norm(emb.detach(), dim=1, dtype=distances.dtype),
+        distances=batch.distances.detach(),
+        pids=batch.pids,
+        norms=torch.linalg.vector_norm(batch.emb.detach(), dim=1, dtype=batch.distances.dtype),
     )
