@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,17 +17,56 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 # Each command imports what it needs: torch takes seconds, and --help does without.
 
+COMMANDS: dict[str, tuple[Callable, tuple]] = {}  # by name: the function, and its options
+
+
+def command(*options: tuple[tuple, dict], name: str = "") -> Callable:
+    """Make a function a command of this name, its own by default; its docstring is the help."""
+
+    def register(function: Callable) -> Callable:
+        COMMANDS[name or function.__name__] = (function, options)
+        return function
+
+    return register
+
+
+def option(*names: str, **settings: Any) -> tuple[tuple, dict]:
+    """Return an option, or an argument without dashes, as `argparse` takes it."""
+    return names, settings
+
 
 def say(text: str) -> None:
     """Print for the person, not for the next program."""
     print(text, file=sys.stderr, flush=True)
 
 
-# --- the commands
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
 
 
+DEVICE = option("--device", default="auto", help="auto, cpu, cuda, mps, …")
+FLIP = option("--flip", action="store_true", help="mean of each image and its mirror image")
+MODEL = option("--model", required=True, help="a run, or a weights.safetensors")
+RUN = option("run", metavar="RUN", help="a run's name, or its folder")
+SOURCE = (
+    option("--pattern", help='names to pid and camid: a regular expression, or "market1501"'),
+    option("--image-root", help="where the relative paths of CSV lists start"),
+)
+
+
+# --- data and training
+
+
+@command(
+    option("--dataset", required=True, help="market1501, synthetic, or a path"),
+    option("--k", type=int, default=4, help="the K of PK batches (4)"),
+    option("--no-decode", action="store_true", help="do not read the images themselves"),
+    *SOURCE,
+)
 def data(args) -> int:
-    """Print what is in a data set and what is wrong with it; status 1 where that is an error."""
+    """Check a data set and print its counts and errors."""
     from reidlib.data.check import check
     from reidlib.data.tables import load
     from reidlib.progress import progress
@@ -38,15 +78,26 @@ def data(args) -> int:
     return 0 if report.ok else 1
 
 
+@command(
+    option("--recipe", default="trinet", help="plain, trinet (the default) or demo"),
+    option("--tag", default="", help="appended to the run's name"),
+    option(
+        "--resume",
+        default="auto",
+        choices=("auto", "previous", "never", "restart"),
+        help="with a run of this name: go on (auto), from the checkpoint before the last "
+        "(previous), refuse (never), or delete it and start again (restart)",
+    ),
+    DEVICE,
+)
 def train(args) -> int:
     """Train one run and print its folder."""
     from reidlib.recipes import Recipe, make_recipe
     from reidlib.typed import typed
 
     kinds = get_type_hints(Recipe)
-    changes = {
-        name: text for name in Recipe.model_fields if (text := getattr(args, name)) is not None
-    }
+    given = {name: getattr(args, name) for name in Recipe.model_fields}
+    changes = {name: text for name, text in given.items() if text is not None}
     for name, text in changes.items():
         with suppress(ValueError):  # make_recipe says of all settings at once what is wrong
             changes[name] = typed(text, kinds[name])
@@ -62,6 +113,7 @@ def train(args) -> int:
     return 0
 
 
+@command(option("runs", nargs="+", metavar="RUN", help="a run's name, or its folder"))
 def health(args) -> int:
     """Print what is wrong with the training of runs, and what to try first."""
     from reidlib.runs import find_run
@@ -72,8 +124,88 @@ def health(args) -> int:
     return 0
 
 
+# --- scores
+
+
+@command(
+    RUN,
+    option("--dataset", help="score on another data set than the run's own"),
+    option("--flip", action="store_true", help="score the mean of each image and its mirror, too"),
+    option("--precision", default="float32", choices=("float32", "bfloat16"), help="(float32)"),
+    option("--no-baselines", action="store_true", help="do not score what the run compares with"),
+    DEVICE,
+)
+def score(args) -> int:
+    """Score a run, write the scores into its folder, and print them as JSON."""
+    from reidlib.evaluation.scoring import score_run
+
+    options = {"flip": args.flip, "precision": args.precision, "device": args.device}
+    scored = score_run(args.run, args.dataset, baselines=not args.no_baselines, **options)
+    flipped = {"with_flips": scored.with_flips.scores} if scored.with_flips else {}
+    print(json.dumps(scored.scores | flipped, indent=2, allow_nan=False))
+    say("\n".join([str(scored), *scored.notes]))
+    return 0
+
+
+@command(
+    option("runs", nargs="*", metavar="RUN", help="by default all under outputs/"),
+    option("--baselines", action="store_true", help="show what the runs compare with, too"),
+    option("--against", metavar="RUN", help="show gains over this run, with intervals"),
+)
+def scores(args) -> int:
+    """Print a table of scores in per cent, of runs that were scored before."""
+    from reidlib.workbook.scores import scores_table
+
+    found = scores_table(args.runs, baselines=args.baselines, against=args.against)
+    print(found.table.to_string(float_format="{:.2f}".format, na_rep="-"))
+    print("\nPer cent; higher is better. mAP: mean average precision over all matches of a query;")
+    print(
+        "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
+    )
+    if found.gains is not None:
+        print(
+            f"\nmAP over that of {args.against}, points, paired over the people of the queries. It is"
+            "\nabout these very networks: how far another seed moves them is not in the interval.\n"
+        )
+        form = dict.fromkeys(found.gains.columns, "{:+.2f}".format) | {"p": "{:.2g}".format}
+        print(found.gains.to_string(formatters=form))
+    if found.notes:
+        print("\n" + "\n".join(found.notes))
+    return 0
+
+
+@command(
+    option("--query", required=True, help="HDF5 file of the query embeddings"),
+    option("--query-csv", help="its list of images, if it holds embeddings alone"),
+    option("--gallery", required=True, help="HDF5 file of the gallery embeddings"),
+    option("--gallery-csv", help="its list of images, if it holds embeddings alone"),
+)
+def evaluate(args) -> int:
+    """Print the scores of embeddings from any toolkit as JSON."""
+    from reidlib.evaluation import retrieval
+    from reidlib.model.embed import read_embeddings
+
+    query = read_embeddings(args.query, args.query_csv)
+    gallery = read_embeddings(args.gallery, args.gallery_csv)
+    evaluated = retrieval.evaluate(*query, *gallery)
+    print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
+    say(evaluated.protocol)
+    return 0
+
+
+# --- a trained network at work
+
+
+@command(
+    MODEL,
+    option("--images", required=True, help="a folder, or a CSV list"),
+    option("--out", required=True, help="the file to write, such as gallery.h5"),
+    FLIP,
+    *SOURCE,
+    DEVICE,
+)
 def embed(args) -> int:
-    """Write the embeddings of a folder or list of images."""
+    """Write the embeddings of images into an HDF5 file."""
     from reidlib.data.pixels import load_images
     from reidlib.data.tables import image_list
     from reidlib.model import embed
@@ -98,21 +230,24 @@ def embed(args) -> int:
     return 0
 
 
-def evaluate(args) -> int:
-    """Print the scores as JSON."""
-    from reidlib.evaluation import retrieval
-    from reidlib.model.embed import read_embeddings
-
-    query = read_embeddings(args.query, args.query_csv)
-    gallery = read_embeddings(args.gallery, args.gallery_csv)
-    evaluated = retrieval.evaluate(*query, *gallery)
-    print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
-    say(evaluated.protocol)
-    return 0
-
-
+@command(
+    MODEL,
+    option("--gallery", required=True, help="a folder, a CSV list, or embeddings (.h5)"),
+    option("--query", required=True, help="an image, a folder, or a CSV list"),
+    option("--top", type=_count, default=10, help="how many of each query (10)"),
+    FLIP,
+    option(
+        "--unreadable",
+        choices=("fail", "skip"),
+        help="broken images: stop, or leave them out (as the model's recipe says)",
+    ),
+    option("--out", metavar="FILE.csv", help="write the CSV there (standard output)"),
+    option("--picture", metavar="FILE.jpg", help="draw the ranked lists, 20 at most"),
+    option("--html", metavar="FILE.html", help="a page to browse the ranked lists"),
+    DEVICE,
+)
 def search(args) -> int:
-    """Print the gallery images nearest to each query, as CSV; or write them, and draw them."""
+    """Print the gallery images nearest to pictures of somebody as CSV."""
     from reidlib.data.tables import ignored_files
     from reidlib.look import search as searching
     from reidlib.model.device import pick_device
@@ -173,8 +308,13 @@ def search(args) -> int:
     return 0
 
 
+@command(
+    MODEL,
+    option("--out", required=True, help="a folder, or a file ending in .onnx"),
+    option("--images", help="compare model and file on these: an image, a folder, a CSV list"),
+)
 def export(args) -> int:
-    """Write a model as ONNX and print the file's path."""
+    """Write a model as ONNX, with a JSON on how to prepare images."""
     from reidlib.data.pixels import read_image
     from reidlib.look.search import picture_table
     from reidlib.workbook import export as exporting
@@ -194,8 +334,26 @@ def export(args) -> int:
     return 0
 
 
-def run(args) -> int:
-    """Run notebooks."""
+# --- notebooks and releases
+
+
+@command(
+    option("notebooks", nargs="+", help="03_train, 03, or a path"),
+    option(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the notebooks; repeat it",
+    ),
+    option("--output", help="folder of the executed copies (outputs/notebooks)"),
+    option("--timeout", type=float, help="seconds that a cell may take (no limit)"),
+    name="run",
+)
+def notebook(args) -> int:
+    """Run notebooks, headless, one after another."""
     from reidlib.workbook import notebooks
 
     parameters = dict(args.parameters)
@@ -203,105 +361,14 @@ def run(args) -> int:
     return 0
 
 
+@command(RUN)
 def release(args) -> int:
-    """Make a run ready for others and print the files to give away."""
+    """Halve a run's weights, score them, write a model card, and print the files to give away."""
     from reidlib.workbook.release import release
 
     for file in release(args.run):
         print(file)
     return 0
-
-
-SCORES = ("mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP")
-
-
-def scores(args) -> int:
-    """Print a table of the runs' scores in per cent."""
-    import pandas as pd
-
-    from reidlib.evaluation.metrics import score_values
-    from reidlib.paths import outputs_dir
-    from reidlib.runs import find_run, read_json
-    from reidlib.workbook.compare import TABLES
-
-    names = args.runs or sorted(path.parent.name for path in outputs_dir().glob("*/config.json"))
-    if not names:
-        raise FileNotFoundError(
-            f"There are no runs in {outputs_dir()} yet. Make one: "
-            f"python -m reidlib run 03_train 04_evaluate"
-        )
-    against = find_run(args.against) if args.against else None
-    labels, rows, notes, gains = [], [], [], {}
-    for folder in map(find_run, names):
-        file = folder / "metrics.json"
-        metrics = read_json(file) if file.is_file() else {}
-        labels.append(folder.name)
-        rows.append(metrics)
-        held_out = folder / TABLES["held_out"]
-        if "mAP" in metrics:
-            lost = metrics["queries_without_match"]
-            notes.append(
-                f"{folder.name}: {metrics['queries']} queries"
-                + (f", {lost} of them without a match and left out" if lost else "")
-            )
-        elif not held_out.is_file():
-            notes.append(
-                f"{folder.name}: not evaluated yet; python -m reidlib run 04_evaluate "
-                f"-p run {folder.name}"
-            )
-        if "with_flips" in metrics:
-            labels.append("  with flips averaged")
-            rows.append(metrics["with_flips"])
-        if held_out.is_file():
-            labels.append("  on people held out")
-            rows.append(score_values(pd.read_csv(held_out)).mean().to_dict())
-        baselines = metrics.get("baselines", {}) if args.baselines else {}
-        labels += [f"  {name.replace('_', ' ')}" for name in baselines]
-        rows += baselines.values()
-        if (picture := folder / "ranked_lists.jpg").is_file():
-            notes.append(f"ranked lists: {picture}")
-        if against and folder != against:
-            gains |= _gains(folder, against)
-    table = 100 * pd.DataFrame(rows, index=labels).reindex(columns=list(SCORES)).astype(float)
-    print(table.to_string(float_format="{:.2f}".format, na_rep="-"))
-    print("\nPer cent; higher is better. mAP: mean average precision over all matches of a query;")
-    print(
-        "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
-    )
-    if against:
-        if not gains:
-            raise ValueError(f"No run here was scored on the same queries as {against.name}.")
-        print(
-            f"\nmAP over that of {against.name}, points, paired over the people asked for. It is about"
-        )
-        print("these very networks: how far another seed moves them is not in the interval.\n")
-        columns = ["gain", "95 % from", "to", "p"]
-        shown = pd.DataFrame(gains.values(), index=list(gains), columns=columns)
-        form = dict.fromkeys(columns[:3], "{:+.2f}".format) | {"p": "{:.2g}".format}
-        print(shown.to_string(formatters=form))
-    if notes:
-        print("\n" + "\n".join(notes))
-    return 0
-
-
-def _gains(run: Path, against: Path) -> dict[str, list[float]]:
-    """Return the gain of mAP with its interval in points, and p, on each split both were scored on."""
-    import pandas as pd
-
-    from reidlib.evaluation.intervals import difference
-    from reidlib.workbook.compare import TABLES
-
-    gains = {}
-    for split, file in TABLES.items():
-        if (run / file).is_file() and (against / file).is_file():
-            tables = [[pd.read_csv(folder / file)] for folder in (run, against)]
-            try:
-                found = difference(*tables)
-            except ValueError:  # of other queries: another data set, or other people held out
-                continue
-            label = run.name + (" (held out)" if split == "held_out" else "")
-            gains[label] = [100 * v for v in (found.value, found.low, found.high)] + [found.p]
-    return gains
 
 
 # --- the command line
@@ -321,102 +388,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the whole line, and those of the commands by name."""
     top = Parser(prog="python -m reidlib", description="Person re-identification, from a shell.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def command(function, text: str) -> Parser:
-        parser = commands.add_parser(function.__name__, help=text, description=f"{text}.")
+    for name, (function, options) in COMMANDS.items():
+        text = function.__doc__
+        short = (text[0].lower() + text[1:]).rstrip(".")
+        parser = commands.add_parser(name, help=short, description=text)
         parser.set_defaults(function=function)
-        return parser
-
-    def add_source(parser):
-        parser.add_argument(
-            "--pattern", help='names to pid and camid: a regular expression, or "market1501"'
-        )
-        parser.add_argument("--image-root", help="where the relative paths of CSV lists start")
-
-    def add_device(parser):
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, …")
-
-    a = command(data, "check a data set and print its counts")
-    a.add_argument("--dataset", required=True, help="market1501, synthetic, or a path")
-    a.add_argument("--k", type=int, default=4, help="the K of PK batches (4)")
-    a.add_argument("--no-decode", action="store_true", help="do not read the images themselves")
-    add_source(a)
-
-    a = command(train, "train one run and print its folder")
-    a.add_argument("--recipe", default="trinet", help="plain, trinet (the default) or demo")
-    a.add_argument("--tag", default="", help="appended to the run's name")
-    a.add_argument(
-        "--resume",
-        default="auto",
-        choices=("auto", "previous", "never", "restart"),
-        help="with a run of this name: go on (auto), from the checkpoint before the last "
-        "(previous), refuse (never), or delete it and start again (restart)",
-    )
-    add_device(a)
-    _add_settings(a)
-
-    a = command(health, "print what is wrong with the training of runs, and what to try")
-    a.add_argument("runs", nargs="+", metavar="RUN", help="a run's name, or its folder")
-
-    a = command(embed, "write the embeddings of images into an HDF5 file")
-    a.add_argument("--model", required=True, help="a run, or a weights.safetensors")
-    a.add_argument("--images", required=True, help="a folder, or a CSV list")
-    a.add_argument("--out", required=True, help="the file to write, such as gallery.h5")
-    a.add_argument("--flip", action="store_true", help="mean of each image and its mirror image")
-    add_source(a)
-    add_device(a)
-
-    a = command(evaluate, "print the scores as JSON")
-    for side in ("query", "gallery"):
-        a.add_argument(f"--{side}", required=True, help=f"HDF5 file of the {side} embeddings")
-        a.add_argument(f"--{side}-csv", help="its list of images, if it holds embeddings alone")
-
-    a = command(search, "print the gallery images nearest to pictures of somebody as CSV")
-    a.add_argument("--model", required=True, help="a run, or a weights.safetensors")
-    a.add_argument("--gallery", required=True, help="a folder, a CSV list, or embeddings (.h5)")
-    a.add_argument("--query", required=True, help="an image, a folder, or a CSV list")
-    a.add_argument("--top", type=_count, default=10, help="how many of each query (10)")
-    a.add_argument("--flip", action="store_true", help="mean of each image and its mirror image")
-    a.add_argument(
-        "--unreadable",
-        choices=("fail", "skip"),
-        help="broken images: stop, or leave them out (as the model's recipe says)",
-    )
-    a.add_argument("--out", metavar="FILE.csv", help="write the CSV there (standard output)")
-    a.add_argument("--picture", metavar="FILE.jpg", help="draw the ranked lists, 20 at most")
-    a.add_argument("--html", metavar="FILE.html", help="a page to browse the ranked lists")
-    add_device(a)
-
-    a = command(export, "write a model as ONNX, with a JSON on how to prepare images")
-    a.add_argument("--model", required=True, help="a run, or a weights.safetensors")
-    a.add_argument("--out", required=True, help="a folder, or a file ending in .onnx")
-    a.add_argument(
-        "--images", help="compare model and file on these: an image, a folder, a CSV list"
-    )
-
-    a = command(run, "run notebooks, headless, one after another")
-    a.add_argument("notebooks", nargs="+", help="03_train, 03, or a path")
-    a.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter of the notebooks; repeat it",
-    )
-    a.add_argument("--output", help="folder of the executed copies (outputs/notebooks)")
-    a.add_argument("--timeout", type=float, help="seconds that a cell may take (no limit)")
-
-    a = command(release, "halve a run's weights, score them, and write a model card")
-    a.add_argument("run", metavar="RUN", help="a run whose training has ended")
-
-    a = command(scores, "print a table of scores in per cent")
-    a.add_argument("runs", nargs="*", metavar="RUN", help="by default all under outputs/")
-    a.add_argument("--baselines", action="store_true", help="show what the runs compare with, too")
-    a.add_argument("--against", metavar="RUN", help="show gains over this run, with intervals")
+        for names, settings in options:
+            parser.add_argument(*names, **settings)
+    _add_settings(commands.choices["train"])
     return top, commands.choices
 
 
@@ -442,12 +424,6 @@ def _values(annotation: Any) -> str:
         literal = get_origin(kind) is Literal
         shown += map(str, get_args(kind)) if literal else [words.get(kind, "none")]
     return "|".join(shown)
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

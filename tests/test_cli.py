@@ -16,6 +16,7 @@ import reidlib
 from reidlib.__main__ import main
 from reidlib.data.tables import load
 from reidlib.evaluation.intervals import difference
+from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
 from reidlib.model.embed import read_embeddings, write_embeddings
 from reidlib.recipes import Recipe, make_recipe
@@ -77,6 +78,7 @@ def test_load_model_is_there_when_it_is_asked_for():
         ("search --model m --gallery g --query q --top 0", "must be 1 or more"),
         ("export --model m", "required: --out"),
         ("run 03 -p lr", "expected 2 arguments"),
+        ("score", "required: RUN"),
     ],
 )
 def test_a_wrong_command_line_is_status_2_in_two_lines(line, message, capsys):
@@ -98,6 +100,7 @@ def test_a_wrong_command_line_is_status_2_in_two_lines(line, message, capsys):
         ("search --model m --gallery g --query q.jpg", "no image 'q.jpg'"),
         ("export --model nobody --out x.onnx", "no run 'nobody'"),
         ("run 03_nothing", "no notebook '03_nothing'"),
+        ("score nobody", "no run 'nobody'"),
         ("scores nobody", "no run 'nobody'"),
         ("scores", "python -m reidlib run 03_train"),
     ],
@@ -208,8 +211,7 @@ def test_embed_evaluate_and_search(model, data_root, tmp_path, capsys):
     query, gallery = (read_embeddings(tmp_path / f"{s}.h5") for s in ("query", "gallery"))
     expected = evaluate(*query, *gallery)
     assert json.loads(out) == expected.scores
-    names = ["mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"]
-    assert set(json.loads(out)) == {*names, "queries", "queries_without_match"}
+    assert set(json.loads(out)) == {*SCORES, "queries", "queries_without_match"}
     assert expected.protocol in err
     dataset = load("synthetic")
     assert list(query[1]["path"]) == list(dataset.query["path"])
@@ -227,6 +229,21 @@ def test_embed_evaluate_and_search(model, data_root, tmp_path, capsys):
     assert main([*line.split(), str(tmp_path / "gallery.h5")]) == 0
     again = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert list(again["path"]) == list(table["path"])
+
+
+def test_score_prints_what_it_wrote(model, trained, capsys):
+    line = f"score {model} --device cpu"
+    assert main([*line.split(), "--no-baselines"]) == 0
+    out, err = capsys.readouterr()
+    scores, written = json.loads(out), json.loads((trained[0] / "metrics.json").read_text())
+    assert {*SCORES, "queries", "queries_without_match"} == {*scores}
+    assert scores.items() <= written.items() and written["baselines"] == {}
+    assert model in err and "(per cent)" in err and "untrained" not in err
+    assert main([*line.split(), "--flip"]) == 0
+    out, err = capsys.readouterr()
+    flipped = json.loads(out).pop("with_flips")
+    assert flipped["mAP"] != scores["mAP"] and "with flips averaged" in err and "untrained" in err
+    assert {name: json.loads(out)[name] for name in scores} == scores
 
 
 def test_embed_and_search_say_what_does_not_fit(model, data_root, tmp_path, capsys):
@@ -280,7 +297,7 @@ def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
     assert lines[2].split() == ["b_run", *"-------"] and lines[3].split()[0] == "c_run"
     text = "\n".join(lines)
     assert "40 queries, 1 of them without a match" in text and "colour" not in text
-    assert "-p run b_run" in text and "-p run c_run" in text and "-p run a_run" not in text
+    assert "score b_run" in text and "score c_run" in text and "score a_run" not in text
     assert str(tmp_path / "outputs/a_run/ranked_lists.jpg") in text
 
     assert main(["scores", "--baselines", "a_run"]) == 0
@@ -311,7 +328,7 @@ def test_scores_against_another_run_on_the_same_queries(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     held_out = [line.split() for line in lines if line.startswith("  on people held out")]
     assert [row[4] for row in held_out] == ["60.00", "75.00", "60.00"]
-    assert not any("not evaluated" in line and "better" in line for line in lines)
+    assert not any("not scored" in line and "better" in line for line in lines)
     (gain,) = [line.split() for line in lines if "(held out)" in line]
     found = difference([better], [base])
     assert gain[:3] == ["better", "(held", "out)"]

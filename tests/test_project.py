@@ -96,7 +96,7 @@ ROOMS = {
         "board",
     ),
     "training": ("losses", "checkpoint", "watched", "checks", "health", "journal", "loop"),
-    "workbook": ("export", "headless", "notebooks", "compare", "release"),
+    "workbook": ("export", "headless", "notebooks", "compare", "scores", "release"),
 }
 FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems]
 

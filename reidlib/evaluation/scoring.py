@@ -28,6 +28,7 @@ from reidlib.model.weights import load_model
 from reidlib.recipes import Recipe
 
 SIDES = ("query", "gallery")
+PER_QUERY = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}  # in a run, by split
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +248,8 @@ def _write(scored: Scored, precision: str) -> None:
     per_query = scored.evaluation.per_query
     # Relative names are the same on any machine.
     names = [os.path.relpath(path, data.root) for path in per_query["path"]]
-    runs.write_text(folder / "per_query.csv", per_query.assign(path=names).to_csv(index=False))
+    table = per_query.assign(path=names)
+    runs.write_text(folder / PER_QUERY["test"], table.to_csv(index=False))
 
     file, subject = folder / "metrics.json", {"evaluated_on": data.name}
     subject |= {

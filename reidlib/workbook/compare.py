@@ -20,6 +20,7 @@ import pandas as pd
 from reidlib import runs
 from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.tables import fingerprint, hold_out, load
+from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.model.device import pick_device, resolve_precision
 from reidlib.model.embed import embed, read_embeddings, write_embeddings
 from reidlib.model.weights import load_model
@@ -30,7 +31,6 @@ from reidlib.recipes import Recipe
 Split = Literal["test", "held_out"]
 # What may differ between two runs that are the same row: it does not change what is learnt.
 WATCHING = ("log_every", "checkpoint_every", "evaluate_every")
-TABLES = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}
 
 
 class Row(NamedTuple):
@@ -83,7 +83,7 @@ def complete(
         RuntimeError: no row at all could be made; says why the first could not.
         KeyboardInterrupt: stopped; the runs under way have written checkpoints.
     """
-    if split not in TABLES:
+    if split not in PER_QUERY:
         raise ValueError(f"split = {split!r}: choose test or held_out.")
     if jobs < 1:
         raise ValueError(f"jobs must be 1 or more, not {jobs}.")
@@ -256,7 +256,7 @@ def _busy(folder: Path) -> bool:
 
 def _scored(folder: Path, split: Split) -> bool:
     """Return whether the scores that a comparison wants are there: without flips, in float32."""
-    if not (folder / TABLES[split]).is_file():
+    if not (folder / PER_QUERY[split]).is_file():
         return False
     if split == "held_out":
         return True
@@ -295,7 +295,7 @@ class _Notebooks:
                 folder = own
         if not _scored(folder, self.split):
             if self.split == "held_out":
-                return Made(None, f"{folder.name} has no {TABLES['held_out']}: delete it.")
+                return Made(None, f"{folder.name} has no {PER_QUERY['held_out']}: delete it.")
             trained, problem = True, self._evaluate(folder)
             if problem:
                 return Made(None, problem)

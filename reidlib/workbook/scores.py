@@ -1,0 +1,105 @@
+"""The scores of runs in one table, and what each gained over another, from the files of the runs."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from reidlib.evaluation.intervals import difference
+from reidlib.evaluation.metrics import SCORES, score_values
+from reidlib.evaluation.scoring import PER_QUERY
+from reidlib.paths import outputs_dir
+from reidlib.runs import find_run, read_json
+
+
+class RunScores(NamedTuple):
+    """What `scores_table` found.
+
+    Attributes:
+        table: per cent; a row for each run and for what belongs to it, a column for each score.
+        notes: a sentence or two on each run: how many queries, where its ranked lists are.
+        gains: mAP over that of another run, in points, with columns `gain`, `95 % from`, `to` and
+            `p`; a row for each run and split. None if no other run was given.
+    """
+
+    table: pd.DataFrame
+    notes: list[str]
+    gains: pd.DataFrame | None
+
+
+def scores_table(
+    runs: Sequence[str | Path] = (), *, baselines: bool = False, against: str | Path | None = None
+) -> RunScores:
+    """Return the scores of runs as they were written; nothing is scored here.
+
+    Args:
+        runs: names or folders; by default all runs under `outputs/`.
+        baselines: show what the runs are compared with, too.
+        against: a run that the others are compared with, query by query.
+
+    Raises:
+        FileNotFoundError: no such run, or no run at all.
+        ValueError: no run was scored on the queries of `against`.
+    """
+    runs = runs or sorted(path.parent.name for path in outputs_dir().glob("*/config.json"))
+    if not runs:
+        raise FileNotFoundError(
+            f"There are no runs in {outputs_dir()} yet. Make one: "
+            "python -m reidlib run 03_train 04_evaluate"
+        )
+    folders = [find_run(run) for run in runs]
+    rows, notes = [], []
+    for folder in folders:
+        file = folder / "metrics.json"
+        metrics = read_json(file) if file.is_file() else {}
+        rows += _rows(folder, metrics, baselines)
+        notes += _notes(folder, metrics)
+    labels, scores = zip(*rows, strict=True)
+    table = 100 * pd.DataFrame(scores, index=labels).reindex(columns=list(SCORES)).astype(float)
+    return RunScores(table, notes, _gains(folders, find_run(against)) if against else None)
+
+
+def _rows(
+    folder: Path, metrics: dict[str, Any], baselines: bool
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Give the rows of one run, with their labels."""
+    yield folder.name, metrics
+    if "with_flips" in metrics:
+        yield "  with flips averaged", metrics["with_flips"]
+    if (held_out := folder / PER_QUERY["held_out"]).is_file():
+        yield "  on people held out", score_values(pd.read_csv(held_out)).mean().to_dict()
+    for name, scores in metrics.get("baselines", {}).items() if baselines else ():
+        yield f"  {name.replace('_', ' ')}", scores
+
+
+def _notes(folder: Path, metrics: dict[str, Any]) -> Iterator[str]:
+    """Give what the table does not say of one run."""
+    if "mAP" in metrics:
+        lost = metrics["queries_without_match"]
+        without = f", {lost} of them without a match and left out" if lost else ""
+        yield f"{folder.name}: {metrics['queries']} queries{without}"
+    elif not (folder / PER_QUERY["held_out"]).is_file():
+        yield f"{folder.name}: not scored yet; python -m reidlib score {folder.name}"
+    if (picture := folder / "ranked_lists.jpg").is_file():
+        yield f"ranked lists: {picture}"
+
+
+def _gains(folders: Sequence[Path], against: Path) -> pd.DataFrame:
+    """Return gains of mAP with their intervals, and p, on each split that both were scored on."""
+    gains = {}
+    for folder in folders:
+        for split, file in PER_QUERY.items():
+            both = [run / file for run in (folder, against)]
+            if folder == against or not all(path.is_file() for path in both):
+                continue
+            try:
+                found = difference(*([pd.read_csv(path)] for path in both))
+            except ValueError:  # of other queries: another data set, or other people held out
+                continue
+            label = folder.name + (" (held out)" if split == "held_out" else "")
+            gains[label] = [100 * v for v in (found.value, found.low, found.high)] + [found.p]
+    if not gains:
+        raise ValueError(f"No run here was scored on the same queries as {against.name}.")
+    columns = ["gain", "95 % from", "to", "p"]
+    return pd.DataFrame(gains.values(), index=list(gains), columns=columns)
