@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reidlib.data import synthetic
-from reidlib.data.synthetic import draw_dataset, draw_person, look
+from reidlib.data import people, synthetic
+from reidlib.data.people import look
+from reidlib.data.synthetic import draw_dataset, draw_person
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 # The pattern that datasets know Market-1501's files by.
@@ -231,7 +232,7 @@ def test_identities_share_colours_and_differ_otherwise():
     for block in range(1, 12):
         family = [look(pid) for pid in range(8 * block, 8 * block + 8)]
         assert len({(who.top, who.bottom) for who in family}) == 1
-        assert {who.pattern for who in family} == set(synthetic.PATTERNS)
+        assert {who.pattern for who in family} == set(people.PATTERNS)
 
 
 def test_draw_person_shape_and_arguments():
@@ -281,7 +282,7 @@ def test_every_appearance_can_be_drawn_from_every_side(monkeypatch):
     hidden = {("cut", "back"): 1, ("hair_style", "front"): 1}
     base = look(2)
     fields = dict(
-        pattern=synthetic.PATTERNS,
+        pattern=people.PATTERNS,
         hat=("", "cap", "beanie"),
         cut=("tank", "tshirt", "long", "jacket", "hoodie", "coat", "dress"),
         legs=("slim", "trousers", "wide", "shorts", "skirt"),
