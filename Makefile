@@ -23,6 +23,7 @@ demo: setup     ## train and evaluate on the built-in data; scores and a ranked-
 example: setup  ## the committed run on the built-in data again, on one thread
 	OMP_NUM_THREADS=1 $(PY) -m reidlib train --recipe demo --tag example --resume restart
 	OMP_NUM_THREADS=1 $(PY) -m reidlib release synthetic_batchhard_softplus_example
+	OMP_NUM_THREADS=1 $(PY) -m reidlib run 04_evaluate -p run synthetic_batchhard_softplus_example
 
 gallery: setup  ## the README's pictures again, after `make demo`
 	$(PY) -m reidlib run 04_evaluate 10_rerank_and_tta 13_same_person 14_why_wrong \

@@ -19,7 +19,7 @@ from reidlib.data.pixels import load_images
 from reidlib.data.synthetic import draw_dataset
 from reidlib.data.tables import load
 from reidlib.evaluation.retrieval import evaluate
-from reidlib.model.embed import embed, write_embeddings
+from reidlib.model.embed import embed
 from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
@@ -36,28 +36,15 @@ def folder(tmp_path):
     runs.write_json(folder / "config.json", RECIPE.model_dump())
     runs.write_json(
         folder / "manifest.json",
-        {"step": 400, "train_images": 1234, "train_identities": 30, "train_data": "f" * 64}
-        | {"reproduce": "python -m reidlib train --margin 0.3"},
+        {"step": 400, "steps": 400, "train_images": 1234, "train_identities": 30}
+        | {"train_data": "f" * 64, "reproduce": "python -m reidlib train --margin 0.3"},
     )
+    runs.write_text(folder / "history.csv", "step,loss\n400,0.1\n")
     return folder
 
 
-def evaluated(names, parameters, output):
-    """In place of 04_evaluate: its embeddings, and scores that are easy to find again."""
-    assert names == ["04_evaluate"]
-    folder = runs.find_run(parameters["run"])
-    data, model = load("synthetic"), load_model(folder)
-    for side, table in (("query", data.query), ("gallery", data.gallery)):
-        pixels, table = load_images(table, RECIPE, show_progress=False)
-        emb = embed(model, pixels, RECIPE, show_progress=False)
-        write_embeddings(folder / f"embeddings_{side}.h5", emb, table)
-    with_scores = {"mAP": 0.51234, "intervals": {"mAP": [0.48, 0.54]}, "queries": 166}
-    rest = {"evaluated_on": "synthetic", "flip": False, "precision": "float32", "protocol": "P."}
-    runs.write_json(folder / "metrics.json", with_scores | rest)
-
-
-def released_scores(folder, flip):
-    """The scores of a run on the embedded data, in one go."""
+def fresh_scores(folder, flip):
+    """The scores of a run on the built-in data, in one go."""
     data, model = load("synthetic"), load_model(folder)
     sides = []
     for table in (data.query, data.gallery):
@@ -66,11 +53,11 @@ def released_scores(folder, flip):
     return evaluate(*sides).scores
 
 
-def test_a_release(folder, monkeypatch):
-    monkeypatch.setattr(release.notebooks, "run", evaluated)
+def test_a_release(folder):
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), dtype=np.uint8)
     before = embed(load_model(folder), images, RECIPE, show_progress=False)
     size = (folder / "weights.safetensors").stat().st_size
+    runs.write_json(folder / "metrics.json", {"held_out": {"mAP": 0.5}, "with_flips": {"mAP": 0}})
     files = release.release("synthetic_batchhard_mine")
     assert (folder / "weights.safetensors").stat().st_size < 0.52 * size
     after = embed(load_model(folder), images, RECIPE, show_progress=False)
@@ -80,15 +67,42 @@ def test_a_release(folder, monkeypatch):
     for name, value in first.items():
         if value.dim() <= 1:  # biases, and the statistics of BatchNorm
             assert torch.equal(state[name], value), name
-    assert release.release("synthetic_batchhard_mine") == files, "twice is once"
+
+    plain, flipped = (fresh_scores(folder, flip) for flip in (False, True))
+    metrics = runs.read_json(folder / "metrics.json")
+    assert metrics["with_flips"] == pytest.approx(flipped) and flipped != pytest.approx(plain)
+    assert {name: metrics[name] for name in plain} == pytest.approx(plain)
+    assert metrics["held_out"] == {"mAP": 0.5}, "of the training"
+    assert metrics["weights_sha256"] == runs.sha256(folder / "weights.safetensors")
     card = (folder / "README.md").read_text()
-    flipped = released_scores(folder, flip=True)
-    assert flipped != pytest.approx(released_scores(folder, flip=False))
-    assert runs.read_json(folder / "metrics.json")["with_flips"] == pytest.approx(flipped)
-    assert f"| mAP | 51.23 | 48.00 to 54.00 | {100 * flipped['mAP']:.2f} |" in card
+    low, high = (f"{100 * end:.2f}" for end in metrics["intervals"]["mAP"])
+    ours, theirs = (f"{100 * scores['mAP']:.2f}" for scores in (plain, flipped))
+    assert f"| mAP | {ours} | {low} to {high} | {theirs} |" in card
     assert "python -m reidlib train --margin 0.3" in card and "1,234 images of\n30 people" in card
-    assert str(folder.parent) not in card and not re.search(r"\{|\}|None", card)
-    assert [f.name for f in files] == list(release.FILES)
+    assert str(folder.parent) not in card and not re.search(r"\{|\}|None|release-", card)
+
+    names = [*release.FILES, *(path.name for path in folder.glob("events.out.tfevents.*.test"))]
+    assert [f.name for f in files] == names and all(f.is_file() for f in files)
+    assert len(names) == len(release.FILES) + 1
+    weights = (folder / "weights.safetensors").read_bytes()
+    again = release.release("synthetic_batchhard_mine")
+    assert again[:-1] == files[:-1] and (folder / "README.md").read_text() == card
+    assert (folder / "weights.safetensors").read_bytes() == weights, "twice is once"
+    left = {f.name for f in folder.iterdir()} - {f.name for f in again} - {".lock"}
+    assert left == {"embeddings_query.h5", "embeddings_gallery.h5"}
+
+
+@pytest.mark.parametrize("what", ["score_run", "model_card", "save_weights"])
+def test_a_release_that_fails_leaves_the_run_as_it_was(folder, monkeypatch, what):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(release, what, fail)
+    with pytest.raises(OSError, match="disk full"):
+        release.release(folder)
+    (folder / ".lock").unlink()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_a_run_that_has_not_ended_is_not_released(folder):
@@ -192,7 +206,7 @@ def test_the_example_has_the_scores_that_it_states(tmp_path, monkeypatch):
     monkeypatch.setenv("REID_CACHE", str(tmp_path / "cache"))
     folder = ROOT / "outputs" / runs.EXAMPLE
     draw_dataset(tmp_path / "synthetic")
-    scores, stated = released_scores(folder, False), runs.read_json(folder / "metrics.json")
+    scores, stated = fresh_scores(folder, False), runs.read_json(folder / "metrics.json")
     for key in ("mAP", "mAP_market", "top1", "top5", "top10", "mINP"):
         assert scores[key] == pytest.approx(stated[key], abs=0.0005), key
     assert scores["mAP"] > 0.7

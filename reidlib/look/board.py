@@ -16,7 +16,7 @@ A training holds a `Board`; `write_evaluation` adds an evaluation to the folder 
 import io
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,16 +110,31 @@ def write_evaluation(
     Raises:
         ValueError: an image cannot be read.
     """
-    name = re.sub(r"\W", "_", name)  # part of file names and tags
+    write_scores(folder, evaluation.scores, name)
+    name = _tag(name)
+    step = runs.read_json(folder / "manifest.json")["step"]
+    with _afresh(folder / PICTURES, name) as writer:
+        _add_ranked_lists(writer, name, retrieval, evaluation, step)
+
+
+def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") -> None:
+    """Show the scores of a trained run beside its settings, without pictures of anybody.
+
+    The arguments are those of `write_evaluation`; `scores` are fractions, as in `Evaluation.scores`.
+    """
+    name = _tag(name)
     manifest = runs.read_json(folder / "manifest.json")
     with _afresh(folder, name) as writer:
         # Again, for runs trained before there were any.
         add_hyperparameters(writer, runs.read_recipe(folder), manifest["steps"])
-        for key, score in evaluation.scores.items():
+        for key, score in scores.items():
             if not key.startswith("queries"):
                 writer.add_scalar(f"{name}/{key}", score, manifest["step"])
-    with _afresh(folder / PICTURES, name) as writer:
-        _add_ranked_lists(writer, name, retrieval, evaluation, manifest["step"])
+
+
+def _tag(name: str) -> str:
+    """Return a name that may be part of file names and tags."""
+    return re.sub(r"\W", "_", name)
 
 
 @contextmanager
