@@ -9,11 +9,17 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from reidlib.data import pixels
 from reidlib.data.augment import Augmentation
-from reidlib.data.pixels import common_size, load_pixels, read_image
+from reidlib.data.pixels import (
+    common_size,
+    load_images,
+    load_pixels,
+    load_training_images,
+    read_image,
+)
 from reidlib.data.tables import load
 from reidlib.paths import cache_dir
+from reidlib.recipes import make_recipe
 
 
 def make_images(folder, n=6, size=(24, 12)):
@@ -83,18 +89,18 @@ def test_a_broken_cache_is_made_again(table):
 
 def test_two_runs_that_decode_at_once_do_not_disturb_each_other(table, monkeypatch):
     load_quietly(table)
-    (file,) = cache_dir().glob("*[!t].npy")  # not the .kept.npy
-    kept_file = file.with_suffix(".kept.npy")
+    (kept_file,) = cache_dir().glob("*.kept.npy")
+    kept_file.with_name(kept_file.name.replace(".kept", "")).unlink()  # the other run is not so far
     written, save = [], np.save
 
     def save_slowly(path, array):
         with open(path, "wb"):  # empty for a while
-            written.append(pixels._read_cache(file, kept_file))
+            written.append(np.load(kept_file))
         save(path, array)
 
     monkeypatch.setattr(np, "save", save_slowly)
-    pixels._decode_all(table, None, "fail", file, kept_file, False)
-    assert len(written) == 1 and len(written[0][1]) == 6
+    load_quietly(table)
+    assert len(written) == 1 and len(written[0]) == 6
     assert [*cache_dir().glob("*.tmp*")] == []
 
 
@@ -103,6 +109,21 @@ def test_what_is_written_to_the_pixels_does_not_reach_the_cache(table):
     before = pixels[0].copy()
     pixels[0] = 0
     assert np.array_equal(load_quietly(table)[0][0], before)
+
+
+def test_a_second_start_opens_no_image(table, tmp_path, monkeypatch):
+    recipe, opened = make_recipe("demo"), []
+    for load_them in (load_images, load_training_images):
+        load_them(table, recipe, show_progress=False)
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_image(path))
+    for load_them in (load_images, load_training_images):
+        load_them(table, recipe, show_progress=False)
+    assert opened == []
+    # A changed file is seen: it has another size, so all are decoded to the input's.
+    Image.new("RGB", (30, 50), "red").save(table["path"][0])
+    pixels, _ = load_images(table, recipe, show_progress=False)
+    assert pixels.shape[1:3] == (recipe.height, recipe.width) and opened
 
 
 def test_images_of_other_sizes_need_a_size(table, tmp_path):

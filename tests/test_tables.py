@@ -309,7 +309,7 @@ def unsplit(root, cameras):
 
 def test_unsplit_folder_is_split_by_seed(data):
     unsplit(data / "own", cameras=2)
-    load = lambda seed: ds.load("own", pattern=r"^c(?P<camid>\d)", seed=seed)  # noqa: E731
+    load = lambda seed: ds.folder("own", pattern=r"^c(?P<camid>\d)", seed=seed)  # noqa: E731
     got = load(0)
     assert ds.fingerprint(got) == ds.fingerprint(load(0)) != ds.fingerprint(load(1))
     assert got.query.pid.nunique() == 4 and got.train.pid.nunique() == 4  # 8 people in halves

@@ -1,5 +1,6 @@
 """What is wrong with a data set, named, with what to do about it."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from reidlib.words import some
 class DataReport:
     """What `check` found. `print` it; `ok` is False when there is an error.
 
-    counts: one row a split; images, identities (pid > 0), cameras, junk, distractors.
-    problems: severity ("error", "warning", "note"), problem, advice; errors first.
-    unreadable: path -> cause.
+    Attributes:
+        counts: one row a split; images, identities (pid > 0), cameras, junk, distractors.
+        problems: severity ("error", "warning", "note"), problem, advice; errors first.
+        unreadable: path -> cause.
+        decoded: whether the images themselves were read.
     """
 
     name: str
@@ -30,38 +33,45 @@ class DataReport:
     @property
     def ok(self) -> bool:
         """True when no problem is an error."""
-        return not (self.problems.severity == "error").any()
+        return not (self.problems["severity"] == "error").any()
 
     def __str__(self) -> str:
         """For a terminal: counts, then one line a problem, then the verdict."""
         lines = [f"{self.name}: {self.root}", "", self.counts.to_string(), ""]
-        total = int(self.counts.images.sum())
+        total = int(self.counts["images"].sum())
         if self.decoded:
             lines.append(f"{total - len(self.unreadable):,} of {total:,} images decoded.")
         for row in self.problems.itertuples():
             lines.append(f"{row.severity + ':':<9}{row.problem} {row.advice}".rstrip())
-        tally = self.problems.severity.value_counts()
+        tally = self.problems["severity"].value_counts()
         counted = [f"{s}s: {tally.get(s, 0)}" for s in ("error", "warning", "note")]
         return "\n".join([*lines, f"{'OK' if self.ok else 'NOT OK'} ({', '.join(counted)})."])
 
 
-def check(dataset: Dataset, k=4, *, decode=True, progress=None) -> DataReport:
+# Takes severity ("error", "warning", "note"), problem, and advice on what to do.
+Say = Callable[..., None]
+
+
+def check(
+    dataset: Dataset, k: int = 4, *, decode: bool = True, progress: Callable | None = None
+) -> DataReport:
     """Look for what would spoil training or scores; every finding says what to do.
 
-    `k` is the K of PK batches. `decode` reads every image (Market-1501: under a minute).
-    `progress` wraps the loop as `tqdm` does: `progress(iterable, total=n)`.
+    Args:
+        dataset: what to check.
+        k: the K of PK batches.
+        decode: read every image (Market-1501: under a minute).
+        progress: wraps the loop as `tqdm` does: `progress(iterable, total=n)`.
     """
     found = []
 
-    def say(severity, problem, advice=""):
+    def say(severity: str, problem: str, advice: str = "") -> None:
         found.append((severity, problem, advice))
 
-    train, query, gallery = dataset.train, dataset.query, dataset.gallery
-    test = pd.concat([query, gallery], ignore_index=True)
+    test = pd.concat([dataset.query, dataset.gallery], ignore_index=True)
     if dataset.name == "market1501":
         _check_market_counts(dataset, say)
-
-    paths = list(pd.concat([train, test]).path.unique())
+    paths = list(pd.concat([dataset.train, test])["path"].unique())
     unreadable = _unreadable(paths, progress) if decode else {}
     if unreadable:
         named = some([f"{p} ({c})" for p, c in unreadable.items()], 10)
@@ -70,29 +80,76 @@ def check(dataset: Dataset, k=4, *, decode=True, progress=None) -> DataReport:
             f"{len(unreadable)} images cannot be read: {named}.",
             "Replace them, or go on without them: drop_unreadable(dataset, report).",
         )
-
     for split, table in dataset.splits.items():
-        twice = table.path[table.path.duplicated()]
-        if len(twice):
-            say(
-                "warning",
-                f"{len(twice)} images are listed twice in {split}: {some(twice)}.",
-                "Keep one row an image.",
-            )
-        if split != "gallery" and (table.pid == -1).any():
-            say(
-                "error",
-                f"{(table.pid == -1).sum()} images in {split} have pid -1, junk.",
-                "Junk belongs in the gallery alone: move or remove them.",
-            )
-        if split != "gallery" and (table.pid == 0).any():
-            say(
-                "warning",
-                f"{(table.pid == 0).sum()} images in {split} have pid 0, distractor.",
-                "If 0 is a person, number identities from 1.",
-            )
+        _check_split(split, table, say)
+    _check_training(dataset.train, k, say)
+    both = {*dataset.train["pid"]} & {*test["pid"]} - {-1, 0}
+    if both:
+        say(
+            "error",
+            f"{len(both)} identities are in training and in test: {some(sorted(both))}.",
+            "Scores would be too good; give each person to one side.",
+        )
+    if len(dataset.query):
+        _check_matches(dataset.query, dataset.gallery, say)
+    for note in dataset.notes:
+        say("note", note)
+    found.sort(key=lambda row: ("error", "warning", "note").index(row[0]))
+    problems = pd.DataFrame(found, columns=["severity", "problem", "advice"])
+    return DataReport(dataset.name, dataset.root, _counts(dataset), problems, unreadable, decode)
 
-    sizes = train.pid[train.pid > 0].value_counts().sort_index()
+
+def drop_unreadable(dataset: Dataset, report: DataReport) -> Dataset:
+    """Return the data set without the images that `check` could not read, named in the notes."""
+    bad = set(report.unreadable)
+    tables = {s: t[~t["path"].isin(bad)].reset_index(drop=True) for s, t in dataset.splits.items()}
+    for split, table in tables.items():
+        if not len(table) and len(dataset.splits[split]):
+            raise ValueError(f"no image of {split} in {dataset.name} can be read.")
+    note = f"{len(bad)} unreadable images left out: {some(sorted(bad), 10)}."
+    return replace(dataset, **tables, notes=(*dataset.notes, *([note] if bad else [])))
+
+
+def _counts(dataset: Dataset) -> pd.DataFrame:
+    rows = {}
+    for split, table in dataset.splits.items():
+        rows[split] = {
+            "images": len(table),
+            "identities": table["pid"][table["pid"] > 0].nunique(),
+            "cameras": table["camid"][table["camid"] >= 0].nunique(),
+            "junk": int((table["pid"] == -1).sum()),
+            "distractors": int((table["pid"] == 0).sum()),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _check_split(split: str, table: pd.DataFrame, say: Say) -> None:
+    """Images listed twice, and junk and distractors where they do not belong."""
+    twice = table["path"][table["path"].duplicated()]
+    if len(twice):
+        say(
+            "warning",
+            f"{len(twice)} images are listed twice in {split}: {some(twice)}.",
+            "Keep one row an image.",
+        )
+    junk, distractors = ((table["pid"] == pid).sum() for pid in (-1, 0))
+    if split != "gallery" and junk:
+        say(
+            "error",
+            f"{junk} images in {split} have pid -1, junk.",
+            "Junk belongs in the gallery alone: move or remove them.",
+        )
+    if split != "gallery" and distractors:
+        say(
+            "warning",
+            f"{distractors} images in {split} have pid 0, distractor.",
+            "If 0 is a person, number identities from 1.",
+        )
+
+
+def _check_training(train: pd.DataFrame, k: int, say: Say) -> None:
+    """Identities too few, or with too few images."""
+    sizes = train["pid"][train["pid"] > 0].value_counts().sort_index()
     single, few = sizes.index[sizes == 1], sizes.index[(sizes > 1) & (sizes < k)]
     if len(single):
         say(
@@ -109,47 +166,9 @@ def check(dataset: Dataset, k=4, *, decode=True, progress=None) -> DataReport:
     if len(train) and len(sizes) < 2:
         say("error", f"training has {len(sizes)} identities.", "Triplets need two or more.")
 
-    both = sorted(set(train.pid[train.pid > 0]) & set(test.pid[test.pid > 0]))
-    if both:
-        say(
-            "error",
-            f"{len(both)} identities are in training and in test: {some(both)}.",
-            "Scores would be too good; give each person to one side.",
-        )
-    if len(query):
-        _check_matches(query, gallery, say)
-    for note in dataset.notes:
-        say("note", note)
-    found.sort(key=lambda row: ("error", "warning", "note").index(row[0]))
-    problems = pd.DataFrame(found, columns=["severity", "problem", "advice"])
-    return DataReport(dataset.name, dataset.root, _counts(dataset), problems, unreadable, decode)
 
-
-def drop_unreadable(dataset: Dataset, report: DataReport) -> Dataset:
-    """Return the data set without the images that `check` could not read, named in the notes."""
-    bad = set(report.unreadable)
-    tables = {s: t[~t.path.isin(bad)].reset_index(drop=True) for s, t in dataset.splits.items()}
-    for split, table in tables.items():
-        if not len(table) and len(dataset.splits[split]):
-            raise ValueError(f"no image of {split} in {dataset.name} can be read.")
-    note = f"{len(bad)} unreadable images left out: {some(sorted(bad), 10)}."
-    return replace(dataset, **tables, notes=(*dataset.notes, *([note] if bad else [])))
-
-
-def _counts(dataset):
-    rows = {}
-    for split, table in dataset.splits.items():
-        rows[split] = {
-            "images": len(table),
-            "identities": table.pid[table.pid > 0].nunique(),
-            "cameras": table.camid[table.camid >= 0].nunique(),
-            "junk": int((table.pid == -1).sum()),
-            "distractors": int((table.pid == 0).sum()),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _check_market_counts(dataset, say):
+def _check_market_counts(dataset: Dataset, say: Say) -> None:
+    """Splits whose size is not Market-1501's, and the likely cause."""
     lost = "files that end in .jpg.jpg are lost: unpack the original archive again."
     causes = {
         ("query", 3362): f"6 {lost}",
@@ -166,14 +185,15 @@ def _check_market_counts(dataset, say):
             )
 
 
-def _check_matches(query, gallery, say):
-    cameras = (query.camid >= 0).all()
-    shown = set(query.path) & set(gallery.path)
-    if shown and not cameras:
+def _check_matches(query: pd.DataFrame, gallery: pd.DataFrame, say: Say) -> None:
+    """Queries that would find themselves, or nobody."""
+    cameras = (query["camid"] >= 0).all()
+    both = set(query["path"]) & set(gallery["path"])
+    if both and not cameras:
         say(
             "error",
-            f"{len(shown)} queries are in the gallery too and will find themselves: "
-            f"{some(sorted(shown))}.",
+            f"{len(both)} queries are in the gallery too and will find themselves: "
+            f"{some(sorted(both))}.",
             "Take them out of the gallery, or give cameras.",
         )
     if not cameras:
@@ -184,23 +204,23 @@ def _check_matches(query, gallery, say):
             "Give cameras by a camid column or a pattern.",
         )
     # A match is a gallery image of the same identity that another camera took.
-    matches = query.pid.map(gallery.pid.value_counts()).fillna(0)
+    matches = query["pid"].map(gallery["pid"].value_counts()).fillna(0)
     if cameras:
         same = gallery.groupby(["pid", "camid"]).size().rename("same").reset_index()
-        matches = matches - query.merge(same, how="left", on=["pid", "camid"]).same.fillna(0)
-    lost = query[(matches == 0) & (query.pid > 0)]
+        matches = matches - query.merge(same, how="left", on=["pid", "camid"])["same"].fillna(0)
+    lost = query[(matches == 0) & (query["pid"] > 0)]
     if len(lost):
         where = "in another camera" if cameras else "in the gallery"
         say(
             "error" if len(lost) == len(query) else "warning",
             f"{len(lost)} of {len(query)} queries have no match {where}; identities: "
-            f"{some(sorted(lost.pid.unique()))}.",
+            f"{some(sorted(lost['pid'].unique()))}.",
             "They are left out of the means.",
         )
 
 
-def _unreadable(paths, progress):
-    def cause(path):
+def _unreadable(paths: list[str], progress: Callable | None) -> dict[str, str]:
+    def cause(path: str) -> str | None:
         try:
             read_image(path)
         except ValueError as error:

@@ -7,6 +7,7 @@ import shutil
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -15,22 +16,18 @@ from reidlib.paths import data_dir
 from reidlib.words import some
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-
-
 SPLIT_FOLDERS = {
     "train": ("bounding_box_train", "train"),
     "query": ("query",),
     "gallery": ("bounding_box_test", "gallery", "test"),
 }
-
-
 # The pattern ends at the first dot: 24 official files end in ".jpg.jpg", and a pattern that ends
 # in r"\.jpg$" loses all six queries of identity 1488 and 18 gallery images without a word.
 MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
 
 
-def existing(source):
-    """The path as given, else under the data folder."""
+def existing(source: str | Path) -> Path:
+    """Return the path as given, else under the data folder."""
     given = Path(source).expanduser()
     for path in (Path(os.path.abspath(given)), data_dir() / given):
         if str(source).strip() and path.exists():
@@ -41,8 +38,8 @@ def existing(source):
     )
 
 
-def find_market(root):
-    """The folder with bounding_box_train in it: `root` or one or two levels below; else None."""
+def find_market(root: Path) -> Path | None:
+    """Return the folder with bounding_box_train in it: `root` or one or two levels below; else None."""
     for level in ("", "*/", "*/*/"):
         hits = sorted(p.parent for p in root.glob(level + "bounding_box_train") if p.is_dir())
         hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
@@ -53,8 +50,8 @@ def find_market(root):
     return None
 
 
-def find_lists(root):
-    """The CSV lists in a folder by split; empty where there are none."""
+def find_lists(root: Path) -> dict[str, Path]:
+    """Return the CSV lists in a folder by split; empty where there are none."""
     lists = {}
     for path in sorted(root.glob("*.csv")):
         words = re.split(r"[^a-z]+", path.stem.lower())
@@ -69,7 +66,7 @@ def find_lists(root):
     return lists
 
 
-def unpack(archive):
+def unpack(archive: Path) -> Path:
     """Unpack a zip beside itself, once; nothing is written unless every member is safe."""
     target = archive.with_suffix("")
     if target.is_dir():
@@ -100,8 +97,8 @@ def unpack(archive):
     return target
 
 
-def walk(place):
-    """Image names relative to `place`, sorted, and a note (none or one) on all else there."""
+def walk(place: Path) -> tuple[list[str], list[str]]:
+    """Return image names relative to `place`, sorted, and a note (none or one) on all else there."""
     images, strays = [], []
     for base, dirs, files in os.walk(place, followlinks=True):
         strays += [d + "/" for d in dirs if _hidden([d])]
@@ -114,8 +111,8 @@ def walk(place):
     return sorted(images), [note] if strays else []
 
 
-def read_folder(place, pattern):
-    """Rows (path, pid, camid as text) of one split, and notes."""
+def read_folder(place: Path, pattern: str | None) -> tuple[pd.DataFrame, list[str]]:
+    """Return rows (path, pid, camid as text) of one split, and notes."""
     names, notes = walk(place)
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
@@ -136,8 +133,14 @@ def read_folder(place, pattern):
     return pd.DataFrame({"path": paths, "pid": groups["pid"], "camid": camid}), notes
 
 
-def read_list(source, image_root, pattern, must_exist=True, labelled=True):
-    """Rows (path, pid, camid as text) of one CSV list; a header may leave `pid` out if not labelled."""
+def read_list(
+    source: str | Path,
+    image_root: str | Path | None,
+    pattern: str | None,
+    must_exist: bool = True,
+    labelled: bool = True,
+) -> pd.DataFrame:
+    """Return rows (path, pid, camid as text) of one CSV list; `labelled`: it must name the pids."""
     source = existing(source)
     base = existing(image_root) if image_root else source.parent
     with open(source, newline="", encoding="utf-8-sig") as file:
@@ -160,10 +163,10 @@ def read_list(source, image_root, pattern, must_exist=True, labelled=True):
     if "pid" not in rows:
         rows["pid"] = "-1"
     if "camid" not in rows:
-        names = list(rows.path)
+        names = list(rows["path"])
         rows["camid"] = groups_of(names, pattern, source)["camid"] if pattern else "-1"
-    rows["path"] = [os.path.abspath(base / p) for p in rows.path]
-    lost = [p for p in rows.path if must_exist and not os.path.isfile(p)]
+    rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
+    lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
     if lost:
         raise FileNotFoundError(
             f"{len(lost)} of {len(rows)} images in {source} do not exist: "
@@ -172,7 +175,7 @@ def read_list(source, image_root, pattern, must_exist=True, labelled=True):
     return rows[["path", "pid", "camid"]]
 
 
-def compiled(pattern):
+def compiled(pattern: str) -> re.Pattern:
     """Return the regular expression of a pattern, which must have a group `pid` or `camid`."""
     try:
         regex = re.compile(MARKET_NAME if pattern == "market1501" else pattern)
@@ -183,8 +186,8 @@ def compiled(pattern):
     return regex
 
 
-def groups_of(names, pattern, place):
-    """What the pattern's groups catch in each file name: group -> list of text."""
+def groups_of(names: list[str], pattern: str, place: Path) -> dict[str, list[str]]:
+    """Return what the pattern's groups catch in each file name: group -> list of text."""
     regex = compiled(pattern)
     caught = [regex.search(name.rsplit("/", 1)[-1]) for name in names]
     wrong = [
@@ -201,5 +204,5 @@ def groups_of(names, pattern, place):
     }
 
 
-def _hidden(parts):
+def _hidden(parts: Iterable[str]) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)

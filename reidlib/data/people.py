@@ -1,8 +1,7 @@
 """Draws the people of the built-in data: who they are and how they are painted. You need not read this.
 
-A body is a stick figure in three dimensions (x to its left, y down from the crown at 0 to the
-soles at 100, z forward), turned by a yaw, clothed with capsules (limbs) and elliptic cylinders
-(torso, skirt), and painted from far to near at several times the size of the picture.
+A body is a stick figure (x to its left, y down from the crown at 0 to the soles at 100, z forward),
+turned by a yaw, clothed with capsules and elliptic cylinders, and painted from far to near.
 """
 
 import math
@@ -18,7 +17,6 @@ Point = tuple[float, float, float]  # of the body
 Pixel = tuple[float, float]
 
 FAMILY = 8  # so many neighbouring pids wear the same colours
-
 # Few colours on purpose: many people must share them.
 TOPS = ((40, 44, 52), (225, 222, 214), (178, 42, 44), (45, 72, 140), (58, 112, 72),
         (214, 168, 52), (128, 128, 132), (150, 92, 128))  # fmt: skip

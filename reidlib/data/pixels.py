@@ -1,15 +1,17 @@
-"""Images as tensors: decoded once into a memory-mapped cache, augmented in batches.
+"""Images as arrays: decoded once, to uint8, into a file that every later run maps into memory.
 
 A re-ID data set is small and is read many times: Market-1501's 36,036 images are 0.9 GB of raw
-pixels. So they are decoded once, to uint8, into a file that every later run maps into memory, and
-resize, crop, flip, erasing and normalisation are tensor operations on whole batches, on the device.
+pixels. `load_images` is for images to embed, `load_training_images` for images to crop. Both keep
+the size that all images share, and else decode them to a size that suits the recipe.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,50 @@ from reidlib.recipes import Recipe
 _FORMAT = 1  # of the cache files; a new one makes old files be ignored
 
 
+def load_images(
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the pixels (N, H, W, 3) of images to embed, and the rows of the table they belong to.
+
+    Images that all have one size keep it, unless they are huge. Others are resized, as they are
+    decoded, to the network's input. Raises what `load_pixels` raises.
+    """
+    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
+    largest = 16 * recipe.height * recipe.width
+    return _load(table, (recipe.height, recipe.width), largest, recipe, show_progress)
+
+
+def load_training_images(
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the pixels (N, H, W, 3) of images to crop at random, and the rows they belong to.
+
+    As `load_images`, but images of several sizes are resized to what the recipe crops from: larger
+    than the network's input, so that the crop need not enlarge them and blur them twice.
+    """
+    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
+    return _load(table, enlarged, None, recipe, show_progress)
+
+
+def _load(
+    table: pd.DataFrame,
+    otherwise: tuple[int, int],
+    largest: int | None,
+    recipe: Recipe,
+    show_progress: bool,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Load images in their own size, or in `otherwise` where that will not do."""
+    data = fingerprint(table, mtime=True) if len(table) else ""
+    size = common_size(table, otherwise, largest, data)
+    return load_pixels(table, size, recipe.unreadable, show_progress, data)
+
+
 def load_pixels(
     table: pd.DataFrame,
     size: tuple[int, int] | None = None,
     unreadable: str = "fail",
     show_progress: bool = True,
+    data: str = "",
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Return all pixels of a table, decoded once and memory-mapped from then on.
 
@@ -41,6 +82,7 @@ def load_pixels(
             antialiasing); None keeps their own, which must then be the same for all.
         unreadable: `"fail"`, or `"skip"` to leave broken images out.
         show_progress: draw a bar while decoding.
+        data: `fingerprint(table, mtime=True)`, where it is known already.
 
     Returns:
         pixels: (N, H, W, 3) uint8, memory-mapped; what is written to it never reaches the file.
@@ -53,12 +95,13 @@ def load_pixels(
     """
     if len(table) == 0:
         raise ValueError("There are no images to load: the table has no rows.")
-    key = {"data": fingerprint(table, mtime=True), "size": size, "skip": unreadable == "skip"}
+    data = data or fingerprint(table, mtime=True)
+    key = {"data": data, "size": size, "skip": unreadable == "skip"}
     key = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
     file, kept_file = cache_dir() / f"{key}.npy", cache_dir() / f"{key}.kept.npy"
     cached = _read_cache(file, kept_file)
     if cached is None:
-        _decode_all(table, size, unreadable, file, kept_file, show_progress)
+        _decode_all(table["path"].tolist(), size, unreadable, file, kept_file, show_progress)
         cached = _read_cache(file, kept_file)
     pixels, kept = cached
     return pixels, table.iloc[kept].reset_index(drop=True)
@@ -73,51 +116,46 @@ def _read_cache(file: Path, kept_file: Path) -> tuple[np.ndarray, np.ndarray] | 
         return None
 
 
-def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progress) -> None:
-    """Decode every image and write the cache file, complete or not at all."""
-    paths = table["path"].tolist()
+@contextmanager
+def _beside(*files: Path) -> Iterator[list[Path]]:
+    """Give a temporary file for each of these, to be put in its place; none is left behind.
+
+    Raises:
+        OSError: the cache folder cannot be written.
+    """
+    temporary = [file.with_name(f"{file.name}.{os.getpid()}.tmp.npy") for file in files]
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        kept_temporary = temporary.with_name(f"{temporary.name}.kept.npy")
-        temporary.touch()
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        temporary[0].touch()
     except OSError as error:
         raise OSError(
-            f"Decoded images are kept in {file.parent}, which cannot be written ({error.strerror}). "
-            f"Set REID_CACHE to a folder that can."
+            f"Decoded images are kept in {files[0].parent}, which cannot be written "
+            f"({error.strerror}). Set REID_CACHE to a folder that can."
         ) from error
-    shape = (*(size or _first_size(paths)), 3)
-    pixels = np.lib.format.open_memmap(
-        temporary, mode="w+", dtype=np.uint8, shape=(len(paths), *shape)
-    )
-
-    def decode(row: int) -> str | None:
-        """Put one image in its place; return what is wrong with it, if anything."""
-        try:
-            image = read_image(paths[row])
-        except ValueError as error:
-            return str(error)
-        if size is not None and image.shape != shape:
-            resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            image = np.asarray(resized)
-        if image.shape != shape:
-            raise ValueError(
-                f"Images differ in size: {paths[row]} has {image.shape[0]}×{image.shape[1]} pixels, "
-                f"the first one {shape[0]}×{shape[1]}. Give size=(height, width)."
-            )
-        pixels[row] = image
-        return None
-
-    # Pillow lets other threads run while it decodes. Where an image takes a fraction of a
-    # millisecond, as Market-1501's do, they only wait for each other.
-    there = [os.path.getsize(path) for path in paths[:100] if os.path.isfile(path)]
-    worth_it = there and np.median(there) > 50_000
     try:
+        yield temporary
+    finally:
+        for file in temporary:
+            file.unlink(missing_ok=True)
+
+
+def _decode_all(
+    paths: list[str],
+    size: tuple[int, int] | None,
+    unreadable: str,
+    file: Path,
+    kept_file: Path,
+    show_progress: bool,
+) -> None:
+    """Decode every image and write the cache file, complete or not at all."""
+    with _beside(file, kept_file) as (temporary, kept_temporary):
+        shape = (len(paths), *(size or _first_size(paths)), 3)
+        pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        decode = partial(_decode, paths, size, pixels)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = (pool.map if worth_it else map)(decode, range(len(paths)))
-            bar = progress(
-                results, total=len(paths), desc="decode images", unit="img", show=show_progress
-            )
+            results = (pool.map if _worth_threads(paths) else map)(decode, range(len(paths)))
+            words = {"desc": "decode images", "unit": "img", "show": show_progress}
+            bar = progress(results, total=len(paths), **words)
             broken = {row: problem for row, problem in enumerate(bar) if problem}
         if broken and (unreadable != "skip" or len(broken) == len(paths)):
             shown = "\n".join([*broken.values()][:10]) + ("\n…" if len(broken) > 10 else "")
@@ -128,16 +166,41 @@ def _decode_all(table, size, unreadable, file: Path, kept_file: Path, show_progr
         kept = np.setdiff1d(np.arange(len(paths)), [*broken])
         if broken:
             np.save(temporary, pixels[kept])
-            temporary.with_name(temporary.name + ".npy").replace(temporary)
         else:
             pixels.flush()
         # Two runs started together decode the same images: each file is there whole, or not at all.
         np.save(kept_temporary, kept)
         os.replace(kept_temporary, kept_file)
         os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-        kept_temporary.unlink(missing_ok=True)
+
+
+def _decode(
+    paths: list[str], size: tuple[int, int] | None, pixels: np.ndarray, row: int
+) -> str | None:
+    """Put one image in its place; return what is wrong with it, if anything."""
+    shape = pixels.shape[1:]
+    try:
+        image = read_image(paths[row])
+    except ValueError as error:
+        return str(error)
+    if size is not None and image.shape != shape:
+        resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        image = np.asarray(resized)
+    if image.shape != shape:
+        raise ValueError(
+            f"Images differ in size: {paths[row]} has {image.shape[0]}×{image.shape[1]} pixels, "
+            f"the first one {shape[0]}×{shape[1]}. Give size=(height, width)."
+        )
+    pixels[row] = image
+    return None
+
+
+def _worth_threads(paths: list[str]) -> bool:
+    """Pillow lets other threads run while it decodes. Where an image takes a fraction of a
+    millisecond, as Market-1501's do, they only wait for each other.
+    """
+    there = [os.path.getsize(path) for path in paths[:100] if os.path.isfile(path)]
+    return bool(there) and float(np.median(there)) > 50_000
 
 
 def _first_size(paths: list[str]) -> tuple[int, int]:
@@ -173,42 +236,34 @@ def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:
 
 
 def common_size(
-    table: pd.DataFrame, otherwise: tuple[int, int], largest: int | None = None
+    table: pd.DataFrame,
+    otherwise: tuple[int, int],
+    largest: int | None = None,
+    data: str = "",
 ) -> tuple[int, int] | None:
     """Return None where all images have one size, of up to `largest` pixels if that is given; else
     the size to decode them to.
+
+    Args:
+        table: one row an image.
+        otherwise: (height, width) to decode images of several sizes to.
+        largest: pixels of an image that may keep its size.
+        data: `fingerprint(table, mtime=True)`: sizes are kept under it, and no header is read twice.
     """
-    sizes = set(image_sizes(table["path"])) - {None}
-    huge = largest is not None and any(height * width > largest for height, width in sizes)
+    file = cache_dir() / f"{data[:24]}.sizes.npy"
+    sizes = None
+    if data and file.is_file():
+        with suppress(OSError, ValueError, EOFError):
+            sizes = np.load(file)  # (N, 2)
+    if sizes is None:
+        found = sorted(set(image_sizes(table["path"])) - {None})
+        sizes = np.array(found, np.int64).reshape(-1, 2)
+        if data:
+            with _beside(file) as (temporary,):
+                np.save(temporary, sizes)
+                os.replace(temporary, file)
+    huge = largest is not None and bool((sizes.prod(axis=1) > largest).any())
     return None if len(sizes) <= 1 and not huge else otherwise
-
-
-def load_images(
-    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the pixels (N, H, W, 3) of images to embed, and the rows of the table they belong to.
-
-    Images that all have one size keep it, unless they are huge. Others are resized, as they are
-    decoded, to the network's input.
-    """
-    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
-    size = common_size(
-        table, (recipe.height, recipe.width), largest=16 * recipe.height * recipe.width
-    )
-    return load_pixels(table, size, recipe.unreadable, show_progress)
-
-
-def load_training_images(
-    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the pixels (N, H, W, 3) of images to crop at random, and the rows they belong to.
-
-    As `load_images`, but images of several sizes are resized to what the recipe crops from: larger
-    than the network's input, so that the crop need not enlarge them and blur them twice.
-    """
-    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
-    size = common_size(table, enlarged)
-    return load_pixels(table, size, recipe.unreadable, show_progress)
 
 
 def read_image(path) -> np.ndarray:

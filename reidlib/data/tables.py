@@ -55,15 +55,20 @@ class Dataset:
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
 
-# ---------------------------------------------------------------------------------------- loading
+# --- loading
 
 
-def load(dataset="market1501", *, pattern=None, image_root=None, seed=0) -> Dataset:
+def load(
+    dataset: str | Path = "market1501",
+    *,
+    pattern: str | None = None,
+    image_root: str | Path | None = None,
+) -> Dataset:
     """Load a data set: the one door, and every argument may be a plain string.
 
     `dataset` is one of
     - "market1501": the folder `Market-1501-v15.09.15`, or its zip, in the data folder;
-    - "synthetic": the embedded data set, drawn into the data folder when it is not there;
+    - "synthetic": the built-in data set, drawn into the data folder when it is not there;
     - a folder in Market-1501's layout, its parent, or a zip of it;
     - a folder of identities, split or not, see `folder`;
     - a folder with the lists train.csv, query.csv and gallery.csv (or …_test.csv), or one CSV
@@ -72,7 +77,7 @@ def load(dataset="market1501", *, pattern=None, image_root=None, seed=0) -> Data
 
     `pattern` is a regular expression over file names with the groups `pid` and `camid`, or
     "market1501" for Market-1501's own; see `folder` and `csv_lists`. `image_root` is where the
-    relative paths of CSV lists start. `seed` draws the split of a folder that has none.
+    relative paths of CSV lists start.
 
     Raises FileNotFoundError or ValueError that say what was looked for and what to do.
     """
@@ -97,10 +102,10 @@ def load(dataset="market1501", *, pattern=None, image_root=None, seed=0) -> Data
         raise ValueError(f"image_root goes with CSV lists, and {path} has none.")
     if market and not pattern and _slug(market.name).startswith("market1501"):
         return market1501(market)
-    return folder(market or path, pattern=pattern, seed=seed)
+    return folder(market or path, pattern=pattern)
 
 
-def market1501(root=None) -> Dataset:
+def market1501(root: str | Path | None = None) -> Dataset:
     """Market-1501, from `root` (the folder, or one above it) or from the data folder.
 
     Files are named PID_cCsS_FRAME_BOX.jpg. As published: 12,936 training images of 751
@@ -132,7 +137,7 @@ def market1501(root=None) -> Dataset:
     return replace(folder(base, pattern="market1501"), name="market1501")
 
 
-def folder(root, *, pattern=None, seed=0) -> Dataset:
+def folder(root: str | Path, *, pattern: str | None = None, seed: int = 0) -> Dataset:
     """Load a folder of images.
 
     Split: sub-folders train, query and gallery (also bounding_box_train, bounding_box_test and
@@ -173,7 +178,12 @@ def folder(root, *, pattern=None, seed=0) -> Dataset:
 
 
 def csv_lists(
-    train=None, query=None, gallery=None, *, image_root=None, pattern=None, name=None
+    train: str | Path | None = None,
+    query: str | Path | None = None,
+    gallery: str | Path | None = None,
+    *,
+    image_root: str | Path | None = None,
+    pattern: str | None = None,
 ) -> Dataset:
     """Load CSV lists, as triplet-reid writes them or with a header.
 
@@ -181,7 +191,7 @@ def csv_lists(
     in any order, among others. Paths are absolute or start at `image_root`, which is each list's
     own folder when not given. Without the column, the camera is the group `camid` of `pattern`
     ("market1501" for Market-1501's names); without both it is unknown: never guessed.
-    A list not given is an empty table, with a note. `name` is by default the lists' folder's.
+    A list not given is an empty table, with a note. The name is that of the lists' folder.
     """
     given = {"train": train, "query": query, "gallery": gallery}
     raw = {s: read_list(source, image_root, pattern) for s, source in given.items() if source}
@@ -197,10 +207,16 @@ def csv_lists(
         tables |= {split: next(iter(tables.values())).iloc[:0] for split in absent}
     lists = existing(next(source for source in given.values() if source)).parent
     root = existing(image_root) if image_root else lists
-    return _dataset(name or lists.name, root, tables, notes)
+    return _dataset(lists.name, root, tables, notes)
 
 
-def image_list(source, *, pattern=None, image_root=None, must_exist=True) -> pd.DataFrame:
+def image_list(
+    source: str | Path,
+    *,
+    pattern: str | None = None,
+    image_root: str | Path | None = None,
+    must_exist: bool = True,
+) -> pd.DataFrame:
     """One table from a folder (all images in it, at any depth) or a CSV list, to embed or search.
 
     Identities and cameras of a folder come from `pattern` alone; without it both are -1. A list
@@ -228,13 +244,15 @@ def image_list(source, *, pattern=None, image_root=None, must_exist=True) -> pd.
     return tables[""]
 
 
-def ignored_files(source) -> str:
+def ignored_files(source: str | Path) -> str:
     """Return a sentence on what `image_list` passes over in a folder: no images, or hidden; or ""."""
     path = existing(source)
     return "".join(walk(path)[1]) if path.is_dir() else ""
 
 
-def hold_out(train: pd.DataFrame, identities=100, seed=0):
+def hold_out(
+    train: pd.DataFrame, identities: int | str | Path = 100, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Take identities out of training for validation: (train, query, gallery).
 
     Settings chosen on the result never see the test split. `identities` is how many, drawn with
@@ -247,7 +265,7 @@ def hold_out(train: pd.DataFrame, identities=100, seed=0):
     """
     train = train.reset_index(drop=True)
     matchable = _matchable(train)
-    total = train.loc[train.pid > 0, "pid"].nunique()
+    total = train.loc[train["pid"] > 0, "pid"].nunique()
     named = None if isinstance(identities, int) else split_file(identities)
     count = identities if named is None else len(named)
     if named is not None and not np.isin(named, matchable).all():
@@ -264,20 +282,20 @@ def hold_out(train: pd.DataFrame, identities=100, seed=0):
     rng = np.random.default_rng(seed)
     if named is None:
         named = rng.choice(matchable, size=count, replace=False)
-    held = train.pid.isin(named)
+    held = train["pid"].isin(named)
     test = train[held]
     mixed = test.iloc[rng.permutation(len(test))]
-    group = mixed.groupby(["pid", "camid"]).pid
+    group = mixed.groupby(["pid", "camid"])["pid"]
     several = group.transform("size") > 1
     picked = (several & (group.cumcount() == 0)).astype(bool)
     # Identities with one image in each camera: one query, and the others stay to be found.
-    lone = ~mixed.pid.isin(mixed.pid[picked])
-    picked |= lone & ~mixed.pid.duplicated()
+    lone = ~mixed["pid"].isin(mixed["pid"][picked])
+    picked |= lone & ~mixed["pid"].duplicated()
     query = test.index.isin(mixed.index[picked])
     return tuple(t.reset_index(drop=True) for t in (train[~held], test[query], test[~query]))
 
 
-def split_file(name) -> np.ndarray:
+def split_file(name: str | Path) -> np.ndarray:
     """Read the identities (pids) that a file names, one a line; `#` starts a comment.
 
     `name` is "market1501", the split of this repository on which settings are chosen (101 of the
@@ -295,10 +313,10 @@ def split_file(name) -> np.ndarray:
     return pids
 
 
-# ---------------------------------------------------------------------------------- one image
+# --- one image
 
 
-def fingerprint(data, *, mtime=False) -> str:
+def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
     """SHA-256 (hex) of relative path, size in bytes, pid and camid of each row, in order.
 
     `data` is a Dataset (all splits, paths relative to its root) or a table (relative to the
@@ -309,11 +327,11 @@ def fingerprint(data, *, mtime=False) -> str:
     if isinstance(data, Dataset):
         parts = [(split, table, str(data.root)) for split, table in data.splits.items()]
     else:
-        shared = os.path.commonpath([os.path.dirname(p) for p in data.path]) if len(data) else ""
+        shared = os.path.commonpath([os.path.dirname(p) for p in data["path"]]) if len(data) else ""
         parts = [("", data, shared)]
     digest = hashlib.sha256()
     for split, table, root in parts:
-        for path, pid, camid in zip(table.path, table.pid, table.camid, strict=True):
+        for path, pid, camid in zip(table["path"], table["pid"], table["camid"], strict=True):
             info = os.stat(path)
             name = os.path.relpath(path, root).replace(os.sep, "/")
             row = (split, name, info.st_size, int(pid), int(camid))
@@ -321,14 +339,14 @@ def fingerprint(data, *, mtime=False) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------- checking
+# --- checking
 
 
-# ------------------------------------------------------------------------------- reading the disk
+# --- reading the disk
 
 
-def _synthetic():
-    """Draw the embedded data if it is missing; any size drawn there before is taken as it is."""
+def _synthetic() -> Dataset:
+    """Draw the built-in data if it is missing; any size drawn there before is taken as it is."""
     from reidlib.data.synthetic import VERSION, draw_dataset
 
     root = data_dir() / "synthetic"
@@ -343,11 +361,11 @@ def _synthetic():
     return replace(folder(root), name="synthetic")
 
 
-# ---------------------------------------------------------------------------------------- tables
+# --- tables
 
 
-def _number(raw):
-    """Text to int64 with one map for all splits: numbers stay, names count from 1, sorted."""
+def _number(raw: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Turn text to int64 with one map for all splits: numbers stay, names count from 1, sorted."""
     notes, maps = [], {}
     for column, word in (("pid", "identities"), ("camid", "cameras")):
         texts = sorted(set().union(*(rows[column] for rows in raw.values())))
@@ -365,27 +383,29 @@ def _number(raw):
             raise ValueError(f"{word} below -1 have no meaning: {some(below)}.")
     tables = {}
     for split, rows in raw.items():
-        table = pd.DataFrame({"path": rows.path})
+        table = pd.DataFrame({"path": rows["path"]})
         for column in ("pid", "camid"):
             table[column] = rows[column].map(maps[column]).astype("int64")
         if notes and "identities" in notes[0]:
-            table["label"] = rows.pid
+            table["label"] = rows["pid"]
         tables[split] = table.reset_index(drop=True)
     return tables, notes
 
 
-def _dataset(name, root, tables, notes):
-    """A Dataset, once cameras are known for all images or for none."""
+def _dataset(name: str, root: Path, tables: dict[str, pd.DataFrame], notes: list[str]) -> Dataset:
+    """Return a Dataset, once cameras are known for all images or for none."""
     for where, splits in (("training", ["train"]), ("query and gallery", ["query", "gallery"])):
-        known = pd.concat([tables[split] for split in splits]).camid >= 0
+        known = pd.concat([tables[split] for split in splits])["camid"] >= 0
         if known.any() and not known.all():
             raise ValueError(
                 f"{name}: {known.sum()} of {len(known)} images in {where} have a "
                 "camera; same-camera exclusion needs all or none."
             )
-    if (pd.concat(tables.values()).camid == -1).all():
+    if (pd.concat(tables.values())["camid"] == -1).all():
         notes.append("No camera is known: camid is -1 everywhere.")
-        if all(re.match(MARKET_NAME, os.path.basename(p)) for t in tables.values() for p in t.path):
+        if all(
+            re.match(MARKET_NAME, os.path.basename(p)) for t in tables.values() for p in t["path"]
+        ):
             notes.append(
                 'The file names look like Market-1501\'s: pattern="market1501" would '
                 "read the cameras from them."
@@ -394,27 +414,27 @@ def _dataset(name, root, tables, notes):
     return Dataset(safe, root, **tables, notes=tuple(notes))
 
 
-def _split(table, seed):
+def _split(table: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
     """Half of the identities for training, half for testing; pid -1 and 0 go to the gallery."""
-    people = table[table.pid > 0]
-    identities = min(people.pid.nunique() // 2, len(_matchable(people)))
+    people = table[table["pid"] > 0]
+    identities = min(people["pid"].nunique() // 2, len(_matchable(people)))
     if not identities:
         raise ValueError(
             "too few identities to split: two are needed, and one of them with "
             "images of two cameras (or two images, with no cameras)."
         )
     train, query, gallery = hold_out(people.reset_index(drop=True), identities, seed)
-    rest = table[table.pid <= 0]
+    rest = table[table["pid"] <= 0]
     gallery = pd.concat([gallery, rest], ignore_index=True)
     return {"train": train, "query": query, "gallery": gallery}
 
 
-def _matchable(table):
-    """Identities (sorted) that a query of theirs can be matched for."""
-    people = table[table.pid > 0].groupby("pid")
-    counts = people.camid.nunique() if (table.camid >= 0).all() else people.size()
+def _matchable(table: pd.DataFrame) -> np.ndarray:
+    """Return identities (sorted) that a query of theirs can be matched for."""
+    people = table[table["pid"] > 0].groupby("pid")
+    counts = people["camid"].nunique() if (table["camid"] >= 0).all() else people.size()
     return counts.index[counts > 1].to_numpy()
 
 
-def _slug(name):
+def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
