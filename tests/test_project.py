@@ -80,6 +80,7 @@ ROOMS = {
         "intervals",
         "baselines",
         "rerank",
+        "pairs",
         "verify",
         "scoring",
     ),

@@ -93,6 +93,17 @@ def squared(
     return out
 
 
+def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the Euclidean distances of all pairs, (M, D) and (N, D) to (M, N), summed directly.
+
+    The faster way by a matrix product rounds a row by its place in a block, and equal rows would not
+    tie.
+    """
+    a, b = (torch.from_numpy(np.ascontiguousarray(x, np.float64)) for x in (a, b))
+    # (M, D), (N, D) -> (M, N)
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+
+
 def product_with(
     b: np.ndarray, dtype: type = np.float64
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:

@@ -1,18 +1,14 @@
-"""Same person or not: distances of pairs, ROC, thresholds, and how sure one may be of them.
+"""Same person or not: distances of pairs, ROC, thresholds, and how sure you can be of them.
 
 Retrieval (`evaluation`) asks who of a gallery is nearest; verification asks of two images whether
 they show one person, and answers yes where their distance is at most a threshold. A *genuine* pair
 shows one person, an *impostor* pair two. FMR, the false-match rate, is the share of impostor pairs
 that are accepted; TMR, the true-match rate (also TAR, or recall), the share of genuine pairs.
 
-Pairs are those of the retrieval protocol: a query and a gallery image that the ranking of this
-query keeps. Junk (pid -1) is in no pair; a distractor (pid 0) is somebody else for every query; two
-images of one person by one camera, or one image twice (the same path), make no pair. Strangers by
-one camera do make an impostor pair. A ``camid`` of -1 in every row, or no such column, says that
-cameras are unknown: no pair is left out for its camera, and the tables have the one camera -1.
+`pairs` says which pairs there are.
 
-Pairs of one person are alike, and so are all pairs of two persons, so 50 million pairs of 750
-persons are far fewer independent facts. Intervals here are drawn over persons: a person drawn twice
+Pairs of one person are alike, and so are all pairs of two people, so 50 million pairs of 750
+people are far fewer independent facts. Intervals here are drawn over people: a person drawn twice
 counts twice, a genuine pair counts as often as its person, and an impostor pair as often as the
 product of both. That is the subsets bootstrap (Bolle, Ratha and Pankanti, CVIU 93, 2004) for
 genuine, and the pigeonhole bootstrap (Owen, Annals of Applied Statistics 1, 2007) for impostor
@@ -21,191 +17,14 @@ pairs. They say nothing of other cameras or another training seed.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+
+from reidlib.evaluation.intervals import times_drawn
+from reidlib.evaluation.pairs import Pairs
 
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Pairs:
-    """All pairs of a query set and a gallery: each genuine one, and what decides of the others.
-
-    Attributes:
-        genuine: one row a genuine pair, nearest first: ``query`` and ``gallery`` (row numbers),
-            ``pid``, ``query_camid``, ``gallery_camid``, ``distance`` (Euclidean, float64), and
-            ``below`` and ``up_to``: how many of all impostor pairs are nearer, and at most as far.
-        impostor: the nearest impostor pairs, nearest first: ``query``, ``gallery``, ``query_pid``,
-            ``gallery_pid``, ``query_camid``, ``gallery_camid``, ``distance``. All those with a
-            distance below ``limit`` are here.
-        limit: infinity if all impostor pairs were kept.
-        keep: as asked for.
-        impostors: how many impostor pairs there are, kept or not.
-        cameras: one row a pair of cameras: ``query_camid``, ``gallery_camid``, how many ``genuine``
-            and ``impostor`` pairs they make, and ``AUC`` among them (NaN without both).
-        people: (H,) pid of each person; each distractor image counts as a person, pid 0, at the end.
-        query_person: (Q,) position in ``people``.
-        gallery_person: (G,) the same; -1 for junk.
-    """
-
-    genuine: pd.DataFrame
-    impostor: pd.DataFrame
-    limit: float
-    keep: int
-    impostors: int
-    cameras: pd.DataFrame
-    people: np.ndarray
-    query_person: np.ndarray
-    gallery_person: np.ndarray
-
-    def __repr__(self) -> str:
-        """How many pairs, of how many people."""
-        identified, strangers = (self.people > 0).sum(), (self.people == 0).sum()
-        return (
-            f"{len(self.genuine):,} genuine and {self.impostors:,} impostor pairs of {identified:,} "
-            f"people and {strangers:,} distractors; the nearest {len(self.impostor):,} impostor "
-            "pairs are kept"
-        )
-
-
-def pair_distances(
-    query_emb: Any,
-    query: pd.DataFrame,
-    gallery_emb: Any,
-    gallery: pd.DataFrame,
-    *,
-    exclude_same_camera: bool = True,
-    keep: int = 2_000_000,
-    block_pairs: int = 2**21,
-) -> Pairs:
-    """Measure all pairs of queries and gallery images, and keep what questions need.
-
-    Every impostor pair is counted against every genuine one, so ROC, AUC and equal error rate are
-    exact; the nearest ``keep`` are kept as pairs, so thresholds at false-match rates up to ``keep``
-    by all, and their intervals, are exact too. Distances are summed directly in float64, so equal
-    images tie exactly, and a tie falls on one side for genuine and impostor alike.
-
-    Args:
-        query_emb: (Q, D) floats.
-        query: Q rows with ``pid`` from 1, and ``camid`` and ``path`` if known.
-        gallery_emb: (G, D) floats.
-        gallery: G rows, pids from -1.
-        exclude_same_camera: False makes pairs of one person by one camera, too.
-        keep: impostor pairs to keep, some 80 bytes each while they are gathered.
-        block_pairs: pairs measured at a time, 25 bytes each; the result does not depend on it.
-
-    Raises:
-        ValueError: arrays and tables do not fit each other, embeddings are not finite, a query is
-            junk or distractor, or there is no genuine or no impostor pair at all.
-
-    Example:
-        >>> asked = pd.DataFrame({"pid": [1, 2], "camid": [1, 1]})
-        >>> shown = pd.DataFrame({"pid": [1, 2, 1], "camid": [2, 2, 1]})
-        >>> pairs = pair_distances([[0.0], [5.0]], asked, [[1.0], [2.0], [0.0]], shown)
-        >>> pairs.genuine["distance"].tolist(), pairs.impostor["distance"].tolist()
-        ([1.0, 3.0], [2.0, 4.0, 5.0])
-    """
-    if keep < 1 or block_pairs < 1:
-        raise ValueError(f"keep and block_pairs must be 1 or more: {keep=}, {block_pairs=}")
-    q_emb, q_pids, q_cams, q_paths = _side(query_emb, query, "query")
-    g_emb, g_pids, g_cams, g_paths = _side(gallery_emb, gallery, "gallery")
-    if q_emb.shape[1] != g_emb.shape[1]:
-        raise ValueError(
-            f"query embeddings have {q_emb.shape[1]} dimensions, gallery embeddings "
-            f"{g_emb.shape[1]}: they must come from the same network"
-        )
-    if (q_pids <= 0).any():
-        raise ValueError(
-            f"{(q_pids <= 0).sum()} rows of the query table have a pid of 0 (distractor) or -1 "
-            "(junk) and show nobody known: drop them, and number identities from 1"
-        )
-    by_camera = exclude_same_camera and (q_cams >= 0).any() and (g_cams >= 0).any()
-
-    # --- genuine pairs, person by person
-    rows_of = pd.Series(g_pids).groupby(g_pids).indices  # pid -> gallery rows, ascending
-    found = []
-    for pid, asking in pd.Series(q_pids).groupby(q_pids).indices.items():
-        rows = rows_of.get(pid, np.empty(0, np.int64))
-        is_pair = np.ones((len(asking), len(rows)), bool)
-        if by_camera:
-            is_pair &= q_cams[asking, None] != g_cams[rows]
-        if q_paths is not None and g_paths is not None:
-            is_pair &= (q_paths[asking, None] != g_paths[rows]) | (q_paths[asking, None] == "")
-        i, j = np.nonzero(is_pair)
-        found.append((asking[i], rows[j], _distances(q_emb[asking], g_emb[rows])[i, j]))
-    q_rows, g_rows, distance = (np.concatenate(part) for part in zip(*found, strict=True))
-    if len(distance) == 0:
-        raise ValueError(
-            "there is no genuine pair: no query has a gallery image of the same person"
-            + (" by another camera" if by_camera else "")
-            + ". Do both tables come from one data set?"
-        )
-    order = np.lexsort((g_rows, q_rows, distance))
-    genuine = _table(q_rows[order], g_rows[order], distance[order], q_pids, g_pids, q_cams, g_cams)
-    genuine = genuine.rename(columns={"query_pid": "pid"}).drop(columns="gallery_pid")
-    genuine_distance = genuine["distance"].to_numpy()
-
-    # --- impostor pairs, by pairs of cameras, in blocks
-    below, up_to = np.zeros((2, len(genuine)), np.int64)
-    near, limit, cameras = [], math.inf, []
-    for q_cam in np.unique(q_cams):
-        for g_cam in np.unique(g_cams[g_pids != -1]):
-            asking = np.flatnonzero(q_cams == q_cam)
-            rows = np.flatnonzero((g_cams == g_cam) & (g_pids != -1))
-            here = (genuine["query_camid"] == q_cam) & (genuine["gallery_camid"] == g_cam)
-            here = np.flatnonzero(here)
-            count, nearer = 0, 0.0  # impostor pairs; those nearer than a genuine one, a tie half
-            step = max(1, block_pairs // len(rows))
-            for start in range(0, len(asking), step):
-                part = asking[start : start + step]
-                # (B, D), (n, D) -> (B, n)
-                block = _distances(q_emb[part], g_emb[rows])
-                is_impostor = q_pids[part, None] != g_pids[rows]
-                # (B, n) -> (m,)
-                strangers = np.sort(block[is_impostor])
-                left, right = (
-                    np.searchsorted(strangers, genuine_distance, side) for side in ("left", "right")
-                )
-                below += left
-                up_to += right
-                count += len(strangers)
-                nearer += (left[here] + right[here]).sum() / 2
-                i, j = np.nonzero(is_impostor & (block < limit))
-                near.append((part[i].astype(np.int32), rows[j].astype(np.int32), block[i, j]))
-                if sum(len(n[2]) for n in near) > 2 * keep:
-                    near, limit = _nearest(near, keep, limit)
-            both = len(here) * count
-            auc = 1 - nearer / both if both else np.nan
-            cameras.append((q_cam, g_cam, len(here), count, auc))
-    names = ["query_camid", "gallery_camid", "genuine", "impostor", "AUC"]
-    cameras = pd.DataFrame(cameras, columns=names)
-    if (cameras["impostor"] == 0).all():
-        raise ValueError("there is no impostor pair: query and gallery show one person alone")
-    ((q_rows, g_rows, distance),), limit = _nearest(near, keep, limit)
-    order = np.lexsort((g_rows, q_rows, distance))
-    impostor = _table(q_rows[order], g_rows[order], distance[order], q_pids, g_pids, q_cams, g_cams)
-
-    # --- who is who, for the bootstrap
-    known = np.unique(np.concatenate([q_pids, g_pids[g_pids > 0]]))
-    person = np.full(len(g_pids), -1)
-    person[g_pids > 0] = np.searchsorted(known, g_pids[g_pids > 0])
-    strangers = np.flatnonzero(g_pids == 0)
-    person[strangers] = len(known) + np.arange(len(strangers))
-    return Pairs(
-        genuine=genuine.assign(below=below, up_to=up_to),
-        impostor=impostor,
-        limit=limit,
-        keep=keep,
-        impostors=int(cameras["impostor"].sum()),
-        cameras=cameras,
-        people=np.concatenate([known, np.zeros(len(strangers), np.int64)]),
-        query_person=np.searchsorted(known, q_pids),
-        gallery_person=person,
-    )
 
 
 def roc(pairs: Pairs) -> pd.DataFrame:
@@ -215,8 +34,9 @@ def roc(pairs: Pairs) -> pd.DataFrame:
     are the whole curve: all other thresholds lie on them. A slanted one is a tie of genuine and
     impostor pairs.
 
-    >>> asked, shown = (pd.DataFrame({"pid": p}) for p in ([1], [1, 1, 2]))
-    >>> roc(pair_distances([[0.0]], asked, [[1.0], [3.0], [2.0]], shown))
+    >>> from reidlib.evaluation.pairs import pair_distances
+    >>> query, gallery = (pd.DataFrame({"pid": p}) for p in ([1], [1, 1, 2]))
+    >>> roc(pair_distances([[0.0]], query, [[1.0], [3.0], [2.0]], gallery))
        threshold  FMR  TMR
     0       -inf  0.0  0.0
     1        1.0  0.0  0.5
@@ -412,109 +232,6 @@ def match_probability(prior: float, tmr: float, fmr: float) -> float:
     return true / (true + false) if true + false else math.nan
 
 
-def halves(query: pd.DataFrame, gallery: pd.DataFrame, *, seed: int = 0) -> list[tuple]:
-    """Two halves of a query set and its gallery that share no person.
-
-    For a threshold where no identities were held out: chosen on one half, it can be tried on the
-    other. Distractors are split by image; junk is in neither.
-
-    Returns:
-        For each half the row numbers of its queries and of its gallery images, ascending.
-
-    Raises:
-        ValueError: queries of fewer than two people.
-    """
-    q_pids, g_pids = query["pid"].to_numpy(), gallery["pid"].to_numpy()
-    asked = np.unique(q_pids)
-    if len(asked) < 2:
-        raise ValueError(f"queries of {len(asked)} people cannot be split by person")
-    rng = np.random.default_rng(seed)
-    # People with queries and people without are split apart, so that both halves have of both.
-    others = np.setdiff1d(g_pids[g_pids > 0], asked)
-    first = [rng.permutation(pids)[: len(pids) // 2] for pids in (asked, others)]
-    in_first = np.isin(g_pids, np.concatenate(first))
-    strangers = np.flatnonzero(g_pids == 0)
-    in_first[rng.permutation(strangers)[: len(strangers) // 2]] = True
-    asks_first = np.isin(q_pids, first[0])
-    return [
-        (np.flatnonzero(asks_first == half), np.flatnonzero((in_first == half) & (g_pids != -1)))
-        for half in (True, False)
-    ]
-
-
-# --- measuring
-
-
-def _side(emb: Any, table: pd.DataFrame, name: str) -> tuple:
-    """Check one side: (N, D) float64 tensor, (N,) pids, (N,) camids, (N,) paths or None."""
-    if isinstance(emb, torch.Tensor):
-        emb = emb.detach().cpu()
-    else:
-        emb = torch.from_numpy(np.array(emb, dtype=np.float64))
-    emb = emb.to(torch.float64)
-    if emb.ndim != 2 or len(emb) != len(table) or emb.numel() == 0:
-        raise ValueError(
-            f"{name} embeddings must be (N, D), a row for each of the {len(table)} of the {name} "
-            f"table, and not empty; they are {tuple(emb.shape)}"
-        )
-    if not emb.isfinite().all():
-        raise ValueError(f"{name} embeddings hold NaN or infinity")
-    columns = []
-    for column in ("pid", "camid"):
-        if column not in table and column == "pid":
-            raise ValueError(f"the {name} table has no column 'pid'")
-        values = table[column].to_numpy() if column in table else np.full(len(table), -1)
-        if values.dtype.kind not in "iu":
-            raise ValueError(f"{column} of the {name} table must be whole numbers")
-        columns.append(values.astype(np.int64))
-    pids, camids = columns
-    if (pids < -1).any() or (pids == -1).all():
-        raise ValueError(f"pids of the {name} table must be -1 or more, and not junk (-1) alone")
-    known = camids[pids != -1] >= 0
-    if not known.any():
-        camids = np.full(len(table), -1)
-    elif not known.all():
-        raise ValueError(
-            f"{(~known).sum()} of {len(known)} images of the {name} table have no camera "
-            "(camid below 0): give all cameras, or -1 in every row"
-        )
-    paths = table["path"].to_numpy(dtype=object) if "path" in table else None
-    return emb, pids, camids, paths
-
-
-def _distances(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
-    """Euclidean distances (B, n) of (B, D) and (n, D), summed directly.
-
-    The faster way by a matrix product rounds an image by its place in a block, and equal images
-    would not tie.
-    """
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-
-
-def _nearest(parts: list[tuple], keep: int, limit: float) -> tuple[list[tuple], float]:
-    """The nearest ``keep`` of (query, gallery, distance) parts, as one part, and the limit.
-
-    Only what is nearer than the limit stays, and the limit is the next distance there is: with c
-    pairs kept, the (c+1)th to the (keep+1)th distance of all are equal to it. So a crowd of ties at
-    the limit takes no memory.
-    """
-    query, gallery, distance = (np.concatenate(part) for part in zip(*parts, strict=True))
-    if len(distance) > keep:
-        limit = float(np.partition(distance, keep)[keep])
-        near = distance < limit
-        query, gallery, distance = query[near], gallery[near], distance[near]
-    return [(query, gallery, distance)], limit
-
-
-def _table(q_rows, g_rows, distance, q_pids, g_pids, q_cams, g_cams) -> pd.DataFrame:
-    """Pairs by row numbers, with people and cameras."""
-    columns = {"query": q_rows, "gallery": g_rows}
-    columns |= {"query_pid": q_pids[q_rows], "gallery_pid": g_pids[g_rows]}
-    columns |= {"query_camid": q_cams[q_rows], "gallery_camid": g_cams[g_rows]}
-    columns = {name: column.astype(np.int32) for name, column in columns.items()}
-    return pd.DataFrame(columns | {"distance": distance})
-
-
 # --- thresholds, and draws of persons
 
 
@@ -558,10 +275,7 @@ def _draws(pairs: Pairs, draws: int, seed: int) -> Iterator[np.ndarray]:
         raise ValueError(
             f"an interval needs 1 draw or more from two people or more: {draws=}, people={sizes[0]}"
         )
-    rng = np.random.default_rng(seed)
-    for _ in range(draws):
-        times = [np.bincount(rng.integers(n, size=n), minlength=n) for n in sizes if n]
-        yield np.concatenate(times).astype(float)
+    return (times.astype(float) for times in times_drawn(sizes, draws, seed))
 
 
 def _impostor_weight(pairs: Pairs, weights: np.ndarray) -> float:
