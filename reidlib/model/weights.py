@@ -57,6 +57,22 @@ def save_weights(path: Path, model: torch.nn.Module, recipe: Recipe, *, half: bo
     write_atomically(path, lambda file: file.write_bytes(content))
 
 
+def weights_file(run: str | Path) -> Path:
+    """Return the file of a trained model: of a run, by its name or folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: no such run, or a run without weights.
+    """
+    path = Path(run).expanduser()
+    if not (path.suffix == ".safetensors" and path.is_file()):
+        path = find_run(run) / "weights.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} has no weights.safetensors: its training has not ended."
+        )
+    return path.resolve()
+
+
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> EmbeddingNet:
     """Return a trained network, ready to embed, from a run or from a `weights.safetensors` alone.
 
@@ -71,13 +87,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
         FileNotFoundError: no such run, or a run without weights.
         ValueError: the file is broken or is not one of ours.
     """
-    path = Path(run).expanduser()
-    if not (path.suffix == ".safetensors" and path.is_file()):
-        path = find_run(run) / "weights.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} has no weights.safetensors: its training has not ended."
-        )
+    path = weights_file(run)
     try:
         with safetensors.safe_open(path, "pt") as file:
             recipe = stored_recipe(json.loads((file.metadata() or {})["reidlib_recipe"]))

@@ -3,7 +3,7 @@
 The graph takes resized RGB pixels, float32 from 0 to 255, and holds the normalisation: there is
 nothing to forget or to do twice. What stays outside is decoding and resizing, which ONNX runtimes do
 differently; `FILE.onnx.json` beside the model and the model's own metadata (key `reidlib`) say how.
-With NumPy, Pillow and ONNX Runtime alone:
+With NumPy, Pillow and ONNX Runtime alone, and `network_input` copied from this file:
 
     import json
 
@@ -11,17 +11,11 @@ With NumPy, Pillow and ONNX Runtime alone:
     import onnxruntime
     from PIL import Image, ImageOps
 
-    def network_input(path, height, width):
-        rgb = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # (H, W, 3)
-        # Each channel in 32-bit floating point: 8-bit pictures would be rounded to whole levels.
-        channels = [Image.fromarray(c.astype(np.float32)) for c in np.moveaxis(rgb, 2, 0)]
-        resized = [c.resize((width, height), Image.Resampling.BILINEAR) for c in channels]
-        return np.stack([np.asarray(c) for c in resized])  # (3, height, width)
-
     with open("model.onnx.json", encoding="utf-8") as file:
         card = json.load(file)
     size = card["input"]["shape"][2:]
-    batch = np.stack([network_input(path, *size) for path in paths])  # (B, 3, height, width)
+    opened = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
+    batch = np.stack([network_input(np.asarray(image), *size) for image in opened])
     session = onnxruntime.InferenceSession("model.onnx")
     (emb,) = session.run([card["output"]["name"]], {card["input"]["name"]: batch})  # (B, D)
 """
@@ -31,7 +25,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,14 +37,30 @@ from torch import Tensor, nn
 from reidlib.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from reidlib.model.embed import embed
 from reidlib.model.network import EmbeddingNet
-from reidlib.model.weights import load_model
-from reidlib.recipes import Recipe
-from reidlib.runs import find_run, sha256, write_atomically, write_json
+from reidlib.model.weights import load_model, weights_file
+from reidlib.runs import sha256, write_atomically, write_json
 
 TOLERANCE = 1e-4  # the largest difference of any number of an embedding …
 ROUNDING = 1e-5  # … or this share of the largest one, where float32 itself is no more exact
 OPSET = 18  # what torch's exporter speaks by itself; a newer one would be converted to
 BATCHES = (1, 2, 3)  # sizes that are checked beside the whole set
+PREPARE = {  # how a picture becomes the graph's input, see `network_input`
+    "content": "one person, cropped as a detector would: the graph finds nobody in a scene",
+    "decode": "to 8-bit RGB; apply EXIF orientation; grey, palette and CMYK become RGB, alpha is "
+    "dropped, 16-bit grey keeps its upper 8 bits",
+}
+RESIZE = {
+    "filter": "bilinear (triangle) with antialiasing: when shrinking, its support grows with the "
+    "scale; half-pixel centres; proportions are not kept",
+    "arithmetic": "float32. Pillow: Image.BILINEAR on each channel in mode F; PyTorch: "
+    "interpolate(mode='bilinear', antialias=True). Resizing 8-bit pictures rounds to whole levels (so "
+    "does reidlib where a folder has pictures of several sizes), OpenCV's and ONNX's plain linear "
+    "filters do not antialias: both move embeddings",
+}
+NOTE = (
+    "For research and teaching. Data sets and pretrained weights have licences of their own, and "
+    "people have not agreed to be followed."
+)
 
 
 def export(
@@ -67,7 +76,7 @@ def export(
             default random ones.
 
     Returns:
-        the ONNX file, and what the JSON beside it says. Both files are complete or not written; ones
+        The ONNX file, and what the JSON beside it says. Both files are complete or not written; ones
         that stood there before stay when the export fails.
 
     Raises:
@@ -81,23 +90,19 @@ def export(
             f"To export, {', '.join(missing)} must be installed: python -m pip install "
             f"{' '.join(missing)}"
         )
-    weights, name = _weights(run)
-    out = Path(out).expanduser()
+    weights, out = weights_file(run), Path(out).expanduser()
+    name = weights.parent.name if weights.stem == "weights" else weights.stem
     out = out if out.suffix.lower() == ".onnx" else out / f"{name}.onnx"
     if out.is_dir() or (out.parent.exists() and not out.parent.is_dir()):
         raise ValueError(f"{out} cannot be written: give a folder, or a file ending in .onnx.")
     model = load_model(weights)
-    recipe = model.recipe
-    card = _card(model, recipe, name, sha256(weights))
-    content = _graph(model, recipe, card)
+    card = _card(model, name, sha256(weights))
+    content = _graph(model, card)
     what = "pictures that were given" if images is not None else "random pictures"
-    images = _random_images(recipe) if images is None else images
-    difference, allowed = _checked(content, model, recipe, images)
-    card["parity"] = {
-        "max_abs_difference": difference,
-        "tolerance": allowed,
-        "checked_on": f"{len(images)} {what}",
-    }
+    images = _random_images(model) if images is None else images
+    difference, allowed = _checked(content, model, images)
+    card["parity"] = {"max_abs_difference": difference, "tolerance": allowed}
+    card["parity"]["checked_on"] = f"{len(images)} {what}"
     card["sha256"] = hashlib.sha256(content).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_name(out.name + ".json"), card)
@@ -108,8 +113,9 @@ def export(
 def network_input(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return a picture (H, W, 3) uint8 as the exported graph takes it: (3, height, width) float32.
 
-    NumPy and Pillow alone. Bilinear with antialiasing, in floating point: the very filter of
-    `torch.nn.functional.interpolate(…, mode="bilinear", antialias=True)`.
+    NumPy and Pillow alone. Bilinear with antialiasing: the very filter of
+    `torch.nn.functional.interpolate(…, mode="bilinear", antialias=True)`. Each channel in 32-bit
+    floating point, since 8-bit pictures would be rounded to whole levels.
 
     >>> network_input(np.full((128, 64, 3), 7, np.uint8), 4, 2)[0].tolist()
     [[7.0, 7.0], [7.0, 7.0], [7.0, 7.0], [7.0, 7.0]]
@@ -119,23 +125,13 @@ def network_input(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.asarray(c) for c in resized])
 
 
-def _weights(run: str | Path) -> tuple[Path, str]:
-    """Return the file of a model's weights, and a name for the model."""
-    path = Path(run).expanduser()
-    if not (path.suffix == ".safetensors" and path.is_file()):
-        path = find_run(run) / "weights.safetensors"
-    if not path.is_file():
-        load_model(run)  # says what is wrong
-    path = path.resolve()
-    return path, path.parent.name if path.stem == "weights" else path.stem
-
-
 class _WithNormalisation(nn.Module):
     """The network from pixels in [0, 255], as `Augmentation.plain` normalises them."""
 
-    def __init__(self, model: EmbeddingNet, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, model: EmbeddingNet):
         super().__init__()
         self.model = model
+        mean, std = _normalisation(model)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
@@ -144,82 +140,44 @@ class _WithNormalisation(nn.Module):
         return self.model((images / 255 - self.mean) / self.std)
 
 
-def _normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return (IMAGENET_MEAN, IMAGENET_STD) if recipe.normalise == "imagenet" else ((0,) * 3, (1,) * 3)
+def _normalisation(model: EmbeddingNet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    of_imagenet = model.recipe.normalise == "imagenet"
+    return (IMAGENET_MEAN, IMAGENET_STD) if of_imagenet else ((0.0,) * 3, (1.0,) * 3)
 
 
-def _card(model: EmbeddingNet, recipe: Recipe, name: str, digest: str) -> dict:
+def _card(model: EmbeddingNet, name: str, digest: str) -> dict:
     """Return what a program must know to use the graph, and where it came from."""
-    mean, std = _normalisation(recipe)
+    recipe, (mean, std) = model.recipe, _normalisation(model)
     h, w = recipe.height, recipe.width
+    normalisation = {"inside_the_graph": True, "formula": "(pixel / 255 - mean) / std"}
+    origin = recipe.model_dump(include={"backbone", "last_stride", "head"})
     return {
-        "input": {
-            "name": "images",
-            "shape": ["batch", 3, h, w],
-            "dtype": "float32",
-            "layout": "NCHW",
-            "channels": "RGB",
-            "range": [0, 255],
-        },
+        "input": {"name": "images", "shape": ["batch", 3, h, w], "dtype": "float32"}
+        | {"layout": "NCHW", "channels": "RGB", "range": [0, 255]},
         "output": {"name": "embeddings", "shape": ["batch", model.dim], "dtype": "float32"},
         "distance": "Euclidean; smaller is more alike. Embeddings are not of length 1.",
-        "preprocessing": {
-            "content": "one person, cropped as a detector would: the graph finds nobody in a scene",
-            "decode": "to 8-bit RGB; apply EXIF orientation; grey, palette and CMYK become RGB, alpha "
-            "is dropped, 16-bit grey keeps its upper 8 bits",
-            "resize": {
-                "height": h,
-                "width": w,
-                "filter": "bilinear (triangle) with antialiasing: when shrinking, its support grows "
-                "with the scale; half-pixel centres; proportions are not kept",
-                "arithmetic": "float32. Pillow: Image.BILINEAR on each channel in mode F; PyTorch: "
-                "interpolate(mode='bilinear', antialias=True). Resizing 8-bit pictures rounds to "
-                "whole levels (so does reidlib where a folder has pictures of several sizes), "
-                "OpenCV's and ONNX's plain linear filters do not antialias: both move embeddings",
-            },
-            "normalisation": {
-                "inside_the_graph": True,
-                "formula": "(pixel / 255 - mean) / std",
-                "mean": list(mean),
-                "std": list(std),
-            },
-        },
-        "model": {
-            "run": name,
-            "trained_on": Path(recipe.dataset).name,
-            "variant": recipe.variant,
-            "backbone": recipe.backbone,
-            "last_stride": recipe.last_stride,
-            "head": recipe.head,
-            "weights_sha256": digest,
-        },
+        "preprocessing": PREPARE
+        | {"resize": {"height": h, "width": w} | RESIZE}
+        | {"normalisation": normalisation | {"mean": list(mean), "std": list(std)}},
+        "model": {"run": name, "trained_on": Path(recipe.dataset).name, "variant": recipe.variant}
+        | origin
+        | {"weights_sha256": digest},
         "made_with": {"torch": torch.__version__, "opset": OPSET},
-        "note": "For research and teaching. Data sets and pretrained weights have licences of their "
-        "own, and people have not agreed to be followed.",
+        "note": NOTE,
     }
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Keep the exporter's chatter off standard output and error: results and errors are enough."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _graph(model: EmbeddingNet, recipe: Recipe, card: dict) -> bytes:
+def _graph(model: EmbeddingNet, card: dict) -> bytes:
     """Return the ONNX file."""
     import onnx
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    with _quiet():
+    # The exporter likes to talk; results and errors are enough.
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
-            _WithNormalisation(model, *_normalisation(recipe)).eval(),
+            _WithNormalisation(model).eval(),
             # A batch of 2: sizes of 0 and 1 would be taken for constants.
-            (torch.zeros(2, 3, recipe.height, recipe.width),),
+            (torch.zeros(2, *card["input"]["shape"][1:]),),
             dynamo=True,
             opset_version=OPSET,
             input_names=[card["input"]["name"]],
@@ -227,31 +185,24 @@ def _graph(model: EmbeddingNet, recipe: Recipe, card: dict) -> bytes:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             verbose=False,
         )
-        proto = program.model_proto
     # Stack traces of the exporter: half of a small file, and paths of this machine.
-    graphs = [proto.graph, *proto.functions]
-    for part in [
-        *graphs,
-        *(node for graph in graphs for node in graph.node),
-        *proto.graph.value_info,
-    ]:
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    onnx.helper.set_model_props(proto, {"reidlib": json.dumps(card, ensure_ascii=False)})
+    ClearMetadataAndDocStringPass()(program.model)
+    program.model.metadata_props["reidlib"] = json.dumps(card, ensure_ascii=False)
+    proto = program.model_proto
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
 
 
-def _random_images(recipe: Recipe) -> list[np.ndarray]:
+def _random_images(model: EmbeddingNet) -> list[np.ndarray]:
     """Return pictures of the input's size and of others, smaller and larger."""
     random = np.random.default_rng(0)
-    h, w = recipe.height, recipe.width
+    h, w = model.recipe.height, model.recipe.width
     sizes = [(h, w)] * 4 + [(h // 2, w // 2), (2 * h + 1, 3 * w), (h, 2 * w), (128, 64)]
     return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
 def _checked(
-    content: bytes, model: EmbeddingNet, recipe: Recipe, images: Sequence[np.ndarray]
+    content: bytes, model: EmbeddingNet, images: Sequence[np.ndarray]
 ) -> tuple[float, float]:
     """Return how far the file's embeddings of pictures are from the library's, and how far they may.
 
@@ -262,6 +213,7 @@ def _checked(
 
     if len(images) == 0:
         raise ValueError("There are no pictures to compare model and ONNX file on.")
+    recipe = model.recipe
     expected = np.concatenate([embed(model, i[None], recipe, show_progress=False) for i in images])
     batch = np.stack([network_input(i, recipe.height, recipe.width) for i in images])
     allowed = max(TOLERANCE, ROUNDING * float(np.abs(expected).max()))
