@@ -83,6 +83,7 @@ ROOMS = {
         "pairs",
         "verify",
         "scoring",
+        "thresholds",
     ),
     "look": (
         "figures",
