@@ -9,7 +9,6 @@ import torch
 from reidlib.data.augment import Augmentation
 from reidlib.data.pixels import load_images, load_training_images
 from reidlib.evaluation.baselines import colour_histogram
-from reidlib.model import network
 from reidlib.model.device import autocast, pick_device
 from reidlib.model.embed import VIEWS, embed, embed_views, read_embeddings, write_embeddings
 from reidlib.model.weights import build_model
@@ -61,7 +60,8 @@ def test_bfloat16_is_near_float32():
     assert 0 < np.abs(one - two).max() < 0.1 * np.abs(one).max()
 
 
-@pytest.mark.parametrize("backbone", network.BACKBONES)
+# Every kind of block, at any depth.
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small"])
 def test_bfloat16_is_right_from_64x48_on(backbone):
     # Where it is wrong, memory never written shows: full of NaN here, so that it is seen.
     recipe = make_recipe("demo", backbone=backbone, width=48)

@@ -24,15 +24,26 @@ def features(net, size=(64, 32)):
         return net.backbone(torch.rand(2, 3, *size))
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_last_stride_1_doubles_the_feature_map_and_keeps_the_weights(backbone):
-    two = EmbeddingNet(backbone, last_stride=2).eval()
+@pytest.fixture(scope="module", params=BACKBONES)
+def net(request):
+    """One of each backbone, with statistics and weights as if it had been trained."""
+    net = EmbeddingNet(request.param)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.running_var, module.weight.data):
+                values.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(-0.5, 0.5)
+    return net
+
+
+def test_last_stride_1_doubles_the_feature_map_and_keeps_the_weights(net, request):
+    backbone = request.node.callspec.params["net"]
     one = EmbeddingNet(backbone, last_stride=1).eval()
-    height, width = features(two).shape[2:]
+    height, width = features(net.eval()).shape[2:]
     assert (height, width) == ((4, 2) if backbone == "resnet8" else (2, 1))
     assert features(one).shape[2:] == (2 * height, 2 * width)
-    assert [*one.state_dict()] == [*two.state_dict()]
-    one.load_state_dict(two.state_dict())
+    assert [*one.state_dict()] == [*net.state_dict()]
+    one.load_state_dict(net.state_dict())
     with torch.no_grad():
         assert one(torch.rand(2, 3, 64, 32)).shape == (2, 128)
 
@@ -73,10 +84,11 @@ def test_the_strided_depthwise_gradient_is_pytorchs(kernel, stride, size):
     gradient = torch.rand_like(expected)
     expected = (expected, *torch.autograd.grad(expected, [x, plain.weight], gradient))
     assert all(value.abs().sum() > 0 for value in expected)
-    plain.__class__ = StridedDepthwise
-    out = plain(x)
+    quick = StridedDepthwise.of(plain)
+    assert quick.weight is plain.weight
+    out = quick(x)
     torch.testing.assert_close(
-        (out, *torch.autograd.grad(out, [x, plain.weight], gradient)), expected
+        (out, *torch.autograd.grad(out, [x, quick.weight], gradient)), expected
     )
 
 
@@ -104,15 +116,8 @@ def test_a_mobilenets_gradients_are_torchvisions(backbone):
         assert (sides[0] - sides[1]).norm() <= tolerance * sides[1].norm()
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_folding_batch_norm_changes_no_output(backbone):
-    net = EmbeddingNet(backbone)
-    for module in net.modules():  # statistics and weights as if it had been trained
-        if isinstance(module, nn.BatchNorm2d):
-            for values in (module.running_mean, module.running_var, module.weight.data):
-                values.uniform_(0.5, 1.5)
-            module.bias.data.uniform_(-0.5, 0.5)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
+def test_folding_batch_norm_changes_no_output(net):
+    before = {k: v.clone() for k, v in net.train().state_dict().items()}
     fold = folded(net)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fold.modules())
     assert net.training and not fold.training
@@ -142,26 +147,21 @@ def test_weights_load_from_a_file(tmp_path, backbone, suffix):
 
 
 def test_a_file_that_does_not_fit_says_which_keys(tmp_path):
-    state = torchvision.models.resnet18().state_dict()
-    del state["layer4.1.conv2.weight"]
-    torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"lacks 1 of its .* keys: layer4\.1\.conv2\.weight"):
-        pretrained("resnet18", tmp_path / "a.pth")
+    path, whole = tmp_path / "a.pth", torchvision.models.resnet18().state_dict()
+    key = "layer4.1.conv2.weight"
+    broken = whole["bn1.running_var"].clone()
+    broken[3] = torch.nan
+    for state, message in [
+        ({k: v for k, v in whole.items() if k != key}, rf"lacks 1 of its .* keys: {key}"),
+        (whole | {"layer9.weight": torch.zeros(1)}, "unknown 1 .*layer9.weight"),
+        (whole | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, "other shapes in 1 .*conv1.weight"),
+        (whole | {"bn1.running_var": broken}, "NaN or infinity in 1 .*bn1.running_var"),
+    ]:
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=message):
+            pretrained("resnet18", path)
     with pytest.raises(ValueError, match="do not fit mobilenet_v2: the file lacks"):
-        pretrained("mobilenet_v2", tmp_path / "a.pth")
-    state = torchvision.models.resnet18().state_dict() | {"layer9.weight": torch.zeros(1)}
-    torch.save(state, tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="unknown 1 .*layer9.weight"):
-        pretrained("resnet18", tmp_path / "b.pth")
-    state = torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
-    torch.save(state, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="other shapes in 1 .*conv1.weight"):
-        pretrained("resnet18", tmp_path / "c.pth")
-    state = torchvision.models.resnet18().state_dict()
-    state["bn1.running_var"][3] = torch.nan
-    torch.save(state, tmp_path / "d.pth")
-    with pytest.raises(ValueError, match="NaN or infinity in 1 .*bn1.running_var"):
-        pretrained("resnet18", tmp_path / "d.pth")
+        pretrained("mobilenet_v2", path)
 
 
 class Evil:

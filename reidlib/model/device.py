@@ -48,14 +48,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def bfloat16_is_right(recipe: Recipe, device: torch.device) -> bool:
-    """Return whether the device computes bfloat16 rightly for the recipe's input.
+def bfloat16_problem(recipe: Recipe, device: torch.device) -> str:
+    """Return why bfloat16 would be wrong for the recipe's input on a device; "" where it is right.
 
     On the CPU, bfloat16 convolutions of stride 2 on maps one or two pixels wide are wrong (seen in
     torch 2.14): their gradient, and on processors with AMX their result too, comes from memory that
     was never written, now and then a NaN. Maps three pixels wide, width / 16, are right.
     """
-    return device.type != "cpu" or (recipe.height >= 64 and recipe.width >= 48)
+    if device.type != "cpu" or (recipe.height >= 64 and recipe.width >= 48):
+        return ""
+    return (
+        f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×{recipe.width}: "
+        'use precision = "float32".'
+    )
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
@@ -66,16 +71,13 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     Raises:
         ValueError: bfloat16 was asked for on a CPU with an input too small for it.
     """
-    too_small = not bfloat16_is_right(recipe, device)
-    if recipe.precision == "bfloat16" and too_small:
-        raise ValueError(
-            f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
-            f'{recipe.width}: use precision = "float32".'
-        )
+    problem = bfloat16_problem(recipe, device)
+    if recipe.precision == "bfloat16" and problem:
+        raise ValueError(problem)
     if recipe.precision != "auto":
         return recipe
     # Where nothing is known, float32 is the safe answer.
-    chosen = "bfloat16" if fast_at_bfloat16(device) and not too_small else "float32"
+    chosen = "bfloat16" if fast_at_bfloat16(device) and not problem else "float32"
     return recipe.model_copy(update={"precision": chosen})
 
 

@@ -1,4 +1,4 @@
-"""Images to embeddings: batches, flips, a colour-histogram baseline, and files on disk."""
+"""Images to embeddings: batches, flips and crops, and files on disk."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from reidlib.data.augment import Augmentation
 from reidlib.data.tables import image_list
-from reidlib.model.device import autocast, bfloat16_is_right
+from reidlib.model.device import autocast, bfloat16_problem
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
 from reidlib.runs import write_atomically
@@ -87,11 +87,8 @@ def embed_views(
     # A view, its mirror image, and the size from which it is cut out.
     kinds = [("plain", "mirrored", size), ("crops", "mirrored crops", enlarged)]
     device = next(model.parameters()).device
-    if precision == "bfloat16" and not bfloat16_is_right(recipe, device):
-        raise ValueError(
-            f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×"
-            f'{recipe.width}: use precision = "float32".'
-        )
+    if precision == "bfloat16" and (problem := bfloat16_problem(recipe, device)):
+        raise ValueError(problem)
     batch = batch or (16 if device.type == "cpu" else 128)
     model = folded(model).to(memory_format=torch.channels_last)
     # On CUDA, float32 convolutions would be rounded to TensorFloat32's ten bits.

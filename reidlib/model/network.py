@@ -9,7 +9,7 @@ from collections import OrderedDict
 import torchvision
 from torch import Tensor, nn
 
-from reidlib.model.depthwise import StridedDepthwise, is_strided_depthwise
+from reidlib.model.depthwise import quicken_depthwise
 
 
 def _resnet(model: nn.Module) -> tuple[nn.Module, int]:
@@ -72,6 +72,7 @@ class EmbeddingNet(nn.Module):
     Raises:
         ValueError: unknown backbone, or bad sizes.
 
+    >>> import torch
     >>> net = EmbeddingNet("mobilenet_v3_small").eval()
     >>> net(torch.zeros(2, 3, 64, 32)).shape
     torch.Size([2, 128])
@@ -98,9 +99,7 @@ class EmbeddingNet(nn.Module):
         self.backbone, channels = cut(constructor(weights=None))
         if last_stride == 1:
             _unstride_last_block(self.backbone)
-        for module in self.backbone.modules():
-            if is_strided_depthwise(module):
-                module.__class__ = StridedDepthwise
+        quicken_depthwise(self.backbone)
         self.dim = dim if head else channels
         self.head = (
             nn.Sequential(

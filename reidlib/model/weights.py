@@ -81,7 +81,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
         device: where to put it.
 
     Returns:
-        the network in evaluation mode; its `recipe` attribute says what input it expects.
+        The network in evaluation mode; its `recipe` attribute says what input it expects.
 
     Raises:
         FileNotFoundError: no such run, or a run without weights.
