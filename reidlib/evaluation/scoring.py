@@ -41,6 +41,7 @@ class OpenRun:
         data: the data set.
         query, gallery: the tables (Q rows, G rows).
         query_pixels, gallery_pixels: (Q, H, W, 3) and (G, H, W, 3) uint8.
+        split: `"test"` or `"held_out"`, as in `open_run`.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class OpenRun:
     gallery: pd.DataFrame
     query_pixels: np.ndarray
     gallery_pixels: np.ndarray
+    split: str = "test"
 
     @property
     def recipe(self) -> Recipe:
@@ -62,9 +64,13 @@ class OpenRun:
         return next(self.model.parameters()).device
 
     def about(self, precision: str = "float32") -> dict[str, str]:
-        """Return what embeddings of this run say of themselves: weights, flips and precision."""
-        digest = runs.sha256(self.folder / "weights.safetensors")
-        return {"weights_sha256": digest, "flip": "False", "precision": precision}
+        """Return what embeddings of this run say of themselves: weights, images, flips, precision."""
+        return {
+            "weights_sha256": runs.sha256(self.folder / "weights.safetensors"),
+            "data": fingerprint(self.data),
+            "flip": "False",
+            "precision": precision,
+        }
 
     def embeddings(
         self, *, flip: bool = False, precision: str = "float32", show_progress: bool = True
@@ -145,7 +151,7 @@ def open_run(
     (query_pixels, query), (gallery_pixels, gallery) = (
         load_images(table, model.recipe, show_progress) for table in tables
     )
-    return OpenRun(folder, model, data, query, gallery, query_pixels, gallery_pixels)
+    return OpenRun(folder, model, data, query, gallery, query_pixels, gallery_pixels, split)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -221,11 +227,17 @@ def score_run(
         show_progress: draw bars.
 
     Raises:
-        FileNotFoundError, ValueError: as in `open_run` and `Retrieval`.
+        FileNotFoundError, ValueError: as in `open_run` and `Retrieval`; a run that was opened on
+            people held out, whose scores are not those of the test split.
         RuntimeError: another process is writing this run.
     """
     if not isinstance(run, OpenRun):
         run = open_run(run, dataset, device=device, show_progress=show_progress)
+    if run.split != "test":
+        raise ValueError(
+            f"{run.folder.name} is opened on people held out; what is written are scores of the test "
+            "split. Use its retrieval().evaluate()."
+        )
     options = {"precision": precision, "show_progress": show_progress}
     query_emb, gallery_emb = run.embeddings(**options)
     retrieval = Retrieval(query_emb, run.query, gallery_emb, run.gallery)
@@ -252,10 +264,8 @@ def _write(scored: Scored, precision: str) -> None:
     runs.write_text(folder / PER_QUERY["test"], table.to_csv(index=False))
 
     file, subject = folder / "metrics.json", {"evaluated_on": data.name}
-    subject |= {
-        "test_data": fingerprint(data),
-        "weights_sha256": scored.run.about()["weights_sha256"],
-    }
+    about = scored.run.about(precision)
+    subject |= {"test_data": about["data"], "weights_sha256": about["weights_sha256"]}
     before = runs.read_json(file) if file.exists() else {}
     # What was scored of other images or weights does not stand beside these scores.
     stale = any(before.get(key, value) != value for key, value in subject.items())
