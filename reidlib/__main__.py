@@ -248,10 +248,8 @@ def embed(args) -> int:
 )
 def search(args) -> int:
     """Print the gallery images nearest to pictures of somebody as CSV."""
-    from reidlib.data.tables import ignored_files
     from reidlib.look import search as searching
     from reidlib.model.device import pick_device
-    from reidlib.model.embed import read_embeddings
     from reidlib.model.weights import load_model
     from reidlib.runs import write_text
 
@@ -261,30 +259,19 @@ def search(args) -> int:
             raise ValueError(f"{file} is a folder: give the name of a file.")
     if args.picture and Path(args.picture).suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise ValueError(f"{args.picture} must end in .jpg or .png.")
-    query = searching.picture_table(args.query)
-    if Path(args.gallery).suffix.lower() in (".h5", ".hdf5"):
-        gallery = read_embeddings(args.gallery)
-        asked = {"query": query}
-    else:
-        gallery = searching.picture_table(args.gallery)
-        asked = {"query": query, "gallery": gallery}
+    query, gallery = searching.picture_table(args.query), searching.read_gallery(args.gallery)
+    tables = {"query": query, "gallery": gallery}
     model = load_model(args.model, pick_device(args.device))
     recipe = model.recipe
     if args.unreadable:
         recipe = recipe.model_copy(update={"unreadable": args.unreadable})
-    for source in dict.fromkeys(getattr(args, name) for name in asked):
-        if note := ignored_files(source):
-            say(note)
-    for name, table in asked.items():
-        if warning := searching.shape_warning(table, recipe):
-            say(f"Warning, {name}: {warning}")
+    for remark in searching.remarks(vars(args), tables, recipe):
+        say(remark)
     retrieval, found = searching.search(
         model, query, gallery, recipe, topk=args.top, flip=args.flip
     )
-    for name, table in asked.items():
-        lost = set(table["path"]) - set(getattr(retrieval, name)["path"])
-        if lost:
-            say(f"Unreadable, left out of the {name}: {', '.join(map(repr, sorted(lost)))}.")
+    for remark in searching.left_out(tables, retrieval):
+        say(remark)
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
     lists = "ranked list" if len(retrieval.query) == 1 else "ranked lists"

@@ -22,12 +22,14 @@ from reidlib.data.pixels import (
 )
 from reidlib.look.photographs import one_line, search_lists
 from reidlib.look.search import (
-    domain_shift,
+    nearness,
+    nearness_in_words,
     picture_table,
     search,
     search_csv,
     shape_warning,
-    spread,
+    uncovered,
+    uncovered_in_words,
 )
 from reidlib.model.embed import embed, write_embeddings
 from reidlib.model.weights import build_model, save_weights
@@ -308,44 +310,31 @@ def test_a_picture_of_the_lists(model, photos):
 # --- is the model at home?
 
 
-def test_domain_shift_is_the_slow_loop():
-    random = np.random.default_rng(0)
-    reference, pid = random.normal(size=(90, 4)), np.arange(90) % 6 - 1  # junk and distractors, too
-    mine, who = random.normal(size=(70, 4)), np.arange(70) % 9
-    near, usual = domain_shift(mine, reference, pid, sample=1000)
-    kept = pid != -1
-    expected = [min(np.linalg.norm(m - r) for r in reference[kept]) for m in mine]
-    np.testing.assert_allclose(near, expected)
-    expected = [
-        min(np.linalg.norm(a - b) for b, q in zip(reference, pid, strict=True) if q not in (p, -1))
-        for a, p in zip(reference, pid, strict=True)
-        if p > 0
-    ]
-    np.testing.assert_allclose(np.sort(usual), np.sort(expected))
-    known, _ = domain_shift(mine, reference, pid, pid=who)
-    expected = [
-        min(np.linalg.norm(m - r) for r, q in zip(reference, pid, strict=True) if q not in (w, -1))
-        for m, w in zip(mine, who, strict=True)
-    ]
-    np.testing.assert_allclose(known, expected)
-    assert len(domain_shift(mine, reference, pid, sample=7)[1]) == 7
-    assert (domain_shift(mine + 50, reference, pid)[0] > usual.max()).all()
-    with pytest.raises(ValueError, match="two identities"):
-        domain_shift(mine, reference, np.ones(90, int))
-    with pytest.raises(ValueError, match="of 3 and of 4 numbers"):
-        domain_shift(mine[:, :3], reference, pid)
+def test_distances_without_labels(model, photos):
+    table = picture_table(photos)
+    retrieval, found = quietly(model, table[:3], table, RECIPE, topk=None)
+    first, second, others = nearness(retrieval, found, queries=2)
+    assert len(first) == len(second) == 2 and len(others) == 2 * (len(table) - 2)
+    ranked = found[found["rank"].notna()].groupby("query")["distance"]
+    assert {*first} <= {*ranked.nth(0)} and {*second} <= {*ranked.nth(1)} and (first > 0).all()
+    assert f"{np.median(others):.3g} for the gallery" in nearness_in_words(first, second, others)
+    assert "nothing to compare" in nearness_in_words(first, second[:0], others)
 
 
-def test_spread():
-    points = np.random.default_rng(0).normal(size=(20, 3))
-    pairs = [np.linalg.norm(points[i] - points[j]) for i in range(20) for j in range(i)]
-    assert spread(points) == pytest.approx(np.sort(pairs)[(len(pairs) - 1) // 2])
-    assert spread(3 * points, sample=5) > 0
-    with pytest.raises(ValueError, match="two pictures"):
-        spread(points[:1])
-
-
-# --- the command
+def test_labels_are_uncovered_afterwards(model, photos):
+    table = picture_table(photos)
+    table["pid"] = 1 + np.arange(len(table)) % 3
+    known = table.assign(camid=1)
+    _, found = quietly(model, table[:3], table, RECIPE)
+    told = uncovered(found, known)
+    pid = known.set_index("path")["pid"]
+    top = found[found["rank"] == 1]
+    same = [pid[a] == pid[b] for a, b in zip(top["query_path"], top["path"], strict=True)]
+    assert told["same person"].tolist() == told["same camera"].tolist() == same
+    everyone = told.assign(**{"same person": True, "same camera": True})
+    assert "3 of 3 first images" in uncovered_in_words(everyone)
+    assert "looks better than the scores" in uncovered_in_words(everyone)
+    assert uncovered_in_words(told.assign(**{"same camera": False})).endswith("cannot.")
 
 
 def test_search_of_one_picture_prints_csv_alone(run, photos, capsys):

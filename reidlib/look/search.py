@@ -1,19 +1,20 @@
 """Search among pictures that nobody has labelled: one picture or a folder, against any gallery."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from reidlib.data.pixels import image_sizes, load_images, read_image
-from reidlib.data.tables import image_list
+from reidlib.data.tables import ignored_files, image_list
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.model.embed import embed
+from reidlib.model.embed import embed, read_embeddings
 from reidlib.recipes import Recipe
+from reidlib.words import some
 
 
 def picture_table(source: str | Path) -> pd.DataFrame:
@@ -50,12 +51,48 @@ def shape_warning(table: pd.DataFrame, recipe: Recipe) -> str:
     ]
     if not odd:
         return ""
-    named = ", ".join(odd[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
     return (
         f"{len(odd)} of {len(table)} images not in the shape of a crop of one standing person (width×"
-        f"height): {named}. The network looks for nobody in a scene, it squeezes all of it into "
+        f"height): {some(odd)}. The network looks for nobody in a scene, it squeezes all of it into "
         f"{recipe.width}×{recipe.height} pixels: cut the people out first."
     )
+
+
+def read_gallery(source: str | Path) -> pd.DataFrame | tuple[np.ndarray, pd.DataFrame]:
+    """Return what `search` ranks: the embeddings in an HDF5 file and their table, else pictures.
+
+    Raises:
+        FileNotFoundError, ValueError: as `picture_table` and `read_embeddings`.
+    """
+    stored = Path(source).suffix.lower() in (".h5", ".hdf5")
+    return read_embeddings(source) if stored else picture_table(source)
+
+
+def remarks(sources: Mapping[str, str], tables: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Return sentences on what is passed over in folders, and on pictures of an odd shape.
+
+    Args:
+        sources: what was given, by "query" and "gallery".
+        tables: what was read from it; embeddings have no pictures to look at.
+        recipe: the model's.
+    """
+    pictures = {n: t for n, t in tables.items() if isinstance(t, pd.DataFrame) and sources.get(n)}
+    said = [ignored_files(source) for source in dict.fromkeys(sources[n] for n in pictures)]
+    for name, table in pictures.items():
+        if warning := shape_warning(table, recipe):
+            said.append(f"Warning, {name}: {warning}")
+    return [sentence for sentence in said if sentence]
+
+
+def left_out(tables: Mapping[str, Any], retrieval: Retrieval) -> list[str]:
+    """Return a sentence on each side of which unreadable pictures were left out."""
+    said = []
+    for name, table in tables.items():
+        if isinstance(table, pd.DataFrame):
+            lost = sorted({*table["path"]} - {*getattr(retrieval, name)["path"]})
+            names = ", ".join(map(repr, lost))
+            said += [f"Unreadable, left out of the {name}: {names}."] * bool(lost)
+    return said
 
 
 def search(
@@ -108,12 +145,12 @@ def search(
             "The gallery holds nothing but the query itself: there is nothing to rank."
         )
     found.insert(1, "query_path", query["path"].to_numpy()[found["query"]])
-    asked = query["pid"].to_numpy()[found["query"]]
+    queried = query["pid"].to_numpy()[found["query"]]
     found["pid"], found["camid"] = (
         gallery[column].to_numpy()[found["gallery"]] for column in ("pid", "camid")
     )
-    known = (asked > 0) & (found["pid"] >= 0) & found["rank"].notna()
-    found.loc[known, "status"] = np.where(found["pid"] == asked, "match", "wrong")[known]
+    known = (queried > 0) & (found["pid"] >= 0) & found["rank"].notna()
+    found.loc[known, "status"] = np.where(found["pid"] == queried, "match", "wrong")[known]
     return retrieval, found
 
 
@@ -168,85 +205,72 @@ def _check_origin(
         )
 
 
-def domain_shift(
-    emb: np.ndarray,
-    reference_emb: np.ndarray,
-    reference_pid: Sequence[int] | np.ndarray,
-    *,
-    pid: Sequence[int] | np.ndarray | None = None,
-    sample: int = 500,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tell how far pictures lie from images like those that a model knows.
-
-    A person whom the model never met has only strangers around. So the measure is the distance to
-    the nearest stranger: if the pictures were like the reference images, and of other people, both
-    results would be alike. Where pictures lie further out, the model has left what it knows. Where
-    they do not, it may have left it all the same: what a network does not know it may also map into
-    the midst of all others. So this is a weak test, and noise passes it; look at `spread`, too.
+def nearness(retrieval: Retrieval, found: pd.DataFrame, queries: int = 50, seed: int = 0):
+    """Return what can be read of distances without labels.
 
     Args:
-        emb: (N, D) the pictures' embeddings.
-        reference_emb: (G, D) of labelled images, such as a run's own gallery.
-        reference_pid: (G,) who they are; junk (-1) is left out.
-        pid: (N,) who is in the pictures, if some of them are in the reference, too: their own images
-            there are passed over.
-        sample: how many reference images to measure.
-        seed: of that sample.
+        retrieval, found: what `search` returned.
+        queries: how many queries to look at, drawn with `seed`.
 
     Returns:
-        (N,) distances of the pictures to their nearest reference image, and (sample,) distances of
-        reference images to their nearest one of another identity.
-
-    Raises:
-        ValueError: fewer than two identities in the reference, or embeddings of other lengths.
+        Distances at rank 1, (n,), at rank 2, (m,), and of all images but the first, of all queries
+        together. The query itself, where the gallery holds it, is in none.
     """
-    reference_emb, known = np.asarray(reference_emb), np.asarray(reference_pid)
-    if emb.shape[1] != reference_emb.shape[1]:
-        raise ValueError(
-            f"Embeddings of {emb.shape[1]} and of {reference_emb.shape[1]} numbers do not compare."
-        )
-    reference_emb, known = reference_emb[known != -1], known[known != -1]
-    people = np.flatnonzero(known > 0)
-    if len(np.unique(known[people])) < 2:
-        raise ValueError("The reference needs labelled images of two identities or more.")
-    random = np.random.default_rng(seed)
-    drawn = random.choice(people, min(sample, len(people)), replace=False)
-
-    there = torch.from_numpy(reference_emb.astype(np.float64))
-
-    def nearest(emb: np.ndarray, own: np.ndarray) -> np.ndarray:
-        found = []
-        for start in range(0, len(emb), 64):
-            rows = slice(start, start + 64)
-            here = torch.from_numpy(emb[rows].astype(np.float64))
-            # (64, G), summed directly: the dot-product form loses digits near 0
-            distances = torch.cdist(
-                here, there, compute_mode="donot_use_mm_for_euclid_dist"
-            ).numpy()
-            distances[own[rows, None] == known] = np.inf
-            found.append(distances.min(axis=1))
-        return np.concatenate(found)
-
-    own = np.full(len(emb), -1) if pid is None else np.asarray(pid)
-    return nearest(emb, own), nearest(reference_emb[drawn], known[drawn])
+    itself = found[found["status"] == "query itself"].groupby("query")["gallery"].agg(list)
+    drawn = np.random.default_rng(seed).permutation(len(retrieval.query))[:queries]
+    lists = [
+        np.sort(np.delete(retrieval.distances(row), itself.get(row, []))) for row in np.sort(drawn)
+    ]
+    first = np.array([distances[0] for distances in lists if len(distances)])
+    second = np.array([distances[1] for distances in lists if len(distances) > 1])
+    return first, second, np.concatenate([distances[1:] for distances in lists])
 
 
-def spread(emb: np.ndarray, sample: int = 500, seed: int = 0) -> float:
-    """Return the median distance between two of the pictures, of a random sample of them.
+def nearness_in_words(first: np.ndarray, second: np.ndarray, others: np.ndarray) -> str:
+    """Say what `nearness` returned."""
+    if not len(second):
+        return "The gallery has one image for each query, so there is nothing to compare it with."
+    gap = float(np.median(second / np.maximum(first[: len(second)], 1e-12)))
+    return (
+        f"At rank 1 the distance is {np.median(first):.3g} in the median of {len(first)} queries, at rank 2 "
+        f"{gap:.2f} times that, and {np.median(others):.3g} for the gallery as a whole. A first image "
+        "that is "
+        "hardly nearer than the second was picked from many that look alike. One that stands alone is "
+        "either the person, or a near copy of the same picture."
+    )
 
-    Compared with the spread of the images that a model knows, it tells how well the model can tell
-    pictures apart. Strange pictures crowd together; but so do pictures of few people.
 
-    Raises:
-        ValueError: fewer than two pictures.
+def uncovered(found: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each query's first image, told by labels that the search did not see.
 
-    >>> spread(np.array([[0.0, 0.0], [3.0, 4.0]]))
-    5.0
+    Args:
+        found: what `search` returned.
+        known: labels of all pictures: `path`, `pid` and `camid`.
+
+    Returns:
+        `query` and `rank 1` (file names), `distance`, `same person` and `same camera` (booleans).
     """
-    if len(emb) < 2:
-        raise ValueError("Spread takes two pictures or more.")
-    rows = np.random.default_rng(seed).permutation(len(emb))[:sample]
-    some = torch.from_numpy(emb[rows].astype(np.float64))
-    # pdist, too, sums directly
-    return float(torch.nn.functional.pdist(some).median())
+    truth = known.drop_duplicates("path").set_index("path")
+    top = found[found["rank"] == 1]
+    query, first = truth.loc[top["query_path"]], truth.loc[top["path"]]
+    person = query["pid"].to_numpy() == first["pid"].to_numpy()
+    camera = (query["camid"].to_numpy() == first["camid"].to_numpy()) & (query["camid"] >= 0)
+    names = {"query": top["query_path"], "rank 1": top["path"]}
+    table = pd.DataFrame({key: [*map(os.path.basename, paths)] for key, paths in names.items()})
+    columns = {"same person": person, "same camera": person & camera.to_numpy()}
+    return table.assign(distance=top["distance"].to_numpy(), **columns)
+
+
+def uncovered_in_words(table: pd.DataFrame) -> str:
+    """Say what `uncovered` returned."""
+    right, camera = table["same person"].sum(), table["same camera"].sum()
+    said = f"{right} of {len(table)} first images show the same person; {camera} of these come from the "
+    said += (
+        "query's own camera. The evaluation leaves such images out, for they are nearly the same "
+    )
+    said += "picture. A search without labels cannot"
+    return (
+        f"{said}, so **it looks better than the scores of 04_evaluate, and is not**."
+        if camera
+        else f"{said}."
+    )
