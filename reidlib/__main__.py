@@ -156,21 +156,7 @@ def scores(args) -> int:
     """Print a table of scores in per cent, of runs that were scored before."""
     from reidlib.workbook.scores import scores_table
 
-    found = scores_table(args.runs, baselines=args.baselines, against=args.against)
-    print(found.table.to_string(float_format="{:.2f}".format, na_rep="-"))
-    print("\nPer cent; higher is better. mAP: mean average precision over all matches of a query;")
-    print(
-        "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
-    )
-    if found.gains is not None:
-        print(
-            f"\nmAP over that of {args.against}, points, paired over the people of the queries. It is"
-            "\nabout these very networks: how far another seed moves them is not in the interval.\n"
-        )
-        form = dict.fromkeys(found.gains.columns, "{:+.2f}".format) | {"p": "{:.2g}".format}
-        print(found.gains.to_string(formatters=form))
-    if found.notes:
-        print("\n" + "\n".join(found.notes))
+    print(scores_table(args.runs, baselines=args.baselines, against=args.against))
     return 0
 
 

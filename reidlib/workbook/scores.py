@@ -1,8 +1,9 @@
 """The scores of runs in one table, and what each gained over another, from the files of the runs."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -12,20 +13,41 @@ from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.paths import outputs_dir
 from reidlib.runs import find_run, read_json
 
+EXPLAINED = (
+    "Per cent; higher is better. mAP: mean average precision over all matches of a query;\n"
+    "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
+)
 
-class RunScores(NamedTuple):
-    """What `scores_table` found.
+
+@dataclass(frozen=True, repr=False, eq=False)
+class RunScores:
+    """What `scores_table` found; printed, it explains itself.
 
     Attributes:
         table: per cent; a row for each run and for what belongs to it, a column for each score.
         notes: a sentence or two on each run: how many queries, where its ranked lists are.
-        gains: mAP over that of another run, in points, with columns `gain`, `95 % from`, `to` and
-            `p`; a row for each run and split. None if no other run was given.
+        against: the run that the others are compared with, or None.
+        gains: mAP over that of `against`, in points, with columns `gain`, `95 % from`, `to` and `p`;
+            a row for each run and split. None if there is no such run.
     """
 
     table: pd.DataFrame
     notes: list[str]
-    gains: pd.DataFrame | None
+    against: Path | None = None
+    gains: pd.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        """The table, what its columns are, the gains, the notes."""
+        parts = [self.table.to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
+        if self.gains is not None:
+            form = dict.fromkeys(self.gains.columns, "{:+.2f}".format) | {"p": "{:.2g}".format}
+            parts.append(
+                f"mAP over that of {self.against.name}, points, paired over the people of the queries. "
+                "It is about\nthese very networks: how far another seed moves them is not in the "
+                "interval."
+            )
+            parts.append(self.gains.to_string(formatters=form))
+        return "\n\n".join([*parts, "\n".join(self.notes)]).rstrip()
 
 
 def scores_table(
@@ -57,7 +79,9 @@ def scores_table(
         notes += _notes(folder, metrics)
     labels, scores = zip(*rows, strict=True)
     table = 100 * pd.DataFrame(scores, index=labels).reindex(columns=list(SCORES)).astype(float)
-    return RunScores(table, notes, _gains(folders, find_run(against)) if against else None)
+    if against is None:
+        return RunScores(table, notes)
+    return RunScores(table, notes, find_run(against), _gains(folders, find_run(against)))
 
 
 def _rows(
