@@ -165,10 +165,10 @@ def test_a_file_that_does_not_fit_says_which_keys(tmp_path):
 
 
 class Evil:
-    """Runs a command when it is unpickled."""
+    """Ends the program when it is unpickled."""
 
     def __reduce__(self):
-        return (eval, ("open('/tmp/reidlib_was_here', 'w')",))
+        return exec, ("raise SystemExit",)
 
 
 def test_nothing_but_tensors_is_unpickled(tmp_path):
