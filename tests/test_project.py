@@ -90,6 +90,8 @@ ROOMS = {
         "photographs",
         "search",
         "suspects",
+        "copies",
+        "maps",
         "why",
         "pages",
         "embedding_map",

@@ -17,7 +17,9 @@ from reidlib.data.pixels import read_image
 from reidlib.data.tables import load
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import photographs, suspects, why
+from reidlib.look.copies import duplicates, duplicates_in_words
 from reidlib.look.embedding_map import linked_map
+from reidlib.look.maps import activation_maps, network_input, occlusion_maps
 from reidlib.model.weights import build_model
 from reidlib.recipes import make_recipe
 
@@ -192,7 +194,7 @@ def test_a_wrong_query_goes_to_the_evidence_with_the_largest_proven_lift(monkeyp
     table = rates_table()
     names = dict.fromkeys(("both", "hat", "beard"), "")
     monkeypatch.setattr(why.base_rates, "__defaults__", (tuple(names),))
-    cause = pd.Series(why._causes(table))
+    cause = pd.Series(why.name_causes(table))
     wrong = table["wrong"]
     assert (cause[wrong & table["hat"]] == "hat").all()
     assert (cause[wrong & ~table["hat"] & table["both"]] == "both").all()
@@ -249,7 +251,7 @@ def test_occlusion_finds_the_one_place_that_counts():
     pixels[:, :16, 16:, 0] = 255  # red, which the mean colour is not
     model = Corner().train()
     targets = np.array([[[1.0], [0.0]], [[1.0], [0.0]]])  # (2, 2, 1): what is red, what is not
-    maps = why.occlusion_maps(model, pixels, targets, RECIPE, cells=(8, 4), batch=7)
+    maps = occlusion_maps(model, pixels, targets, RECIPE, cells=(8, 4), batch=7)
     assert maps.shape == (2, 2, 8, 4) and model.training
     # the corner is cells 0 to 1 × 2 to 3; a patch hides two cells, so one more row and column show it
     assert (maps[:, 0, :2, 2:] > 0).all() and (maps[:, 1, :2, 2:] < 0).all()
@@ -273,9 +275,9 @@ def test_occlusion_finds_the_one_place_that_counts():
                     expected[row, column] += change.item() / 4
     np.testing.assert_allclose(maps[0, 0], expected, atol=1e-6)
     with pytest.raises(ValueError, match="need targets of shape"):
-        why.occlusion_maps(model, pixels, targets[0], RECIPE)
+        occlusion_maps(model, pixels, targets[0], RECIPE)
     with pytest.raises(ValueError, match="cells must be"):
-        why.occlusion_maps(model, pixels, targets, RECIPE, cells=(65, 4))
+        occlusion_maps(model, pixels, targets, RECIPE, cells=(65, 4))
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_small"])
@@ -284,14 +286,14 @@ def test_activation_maps_are_those_of_the_deepest_layer_that_is_fine_enough(back
     model = build_model(recipe).train()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 32, 3), dtype=np.uint8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    maps = why.activation_maps(model, pixels, recipe)
+    maps = activation_maps(model, pixels, recipe)
     assert maps.shape == (3, 8, 4) and model.training
     after = model.state_dict()
     assert all(
         torch.equal(after[name], value) for name, value in before.items()
     )  # of BatchNorm too
     model.eval()
-    features = why._inputs(model, pixels, recipe)
+    features = network_input(model, pixels, recipe)
     layers = getattr(model.backbone, "features", model.backbone)
     shapes = []
     with torch.no_grad():
@@ -302,11 +304,11 @@ def test_activation_maps_are_those_of_the_deepest_layer_that_is_fine_enough(back
                 expected = (features**2).sum(1)
     np.testing.assert_allclose(maps, expected.numpy(), rtol=1e-4, atol=1e-6)
     assert shapes[-1] == 2, "the last map has two rows: too few to see anything"
-    assert why.activation_maps(model, pixels, recipe, rows=1).shape[1] == 2
+    assert activation_maps(model, pixels, recipe, rows=1).shape[1] == 2
     with pytest.raises(ValueError, match="give fewer"):
-        why.activation_maps(model, pixels, recipe, rows=65)
+        activation_maps(model, pixels, recipe, rows=65)
     with pytest.raises(ValueError, match="no images"):
-        why.activation_maps(model, pixels[:0], recipe)
+        activation_maps(model, pixels[:0], recipe)
 
 
 def test_overlay():
@@ -339,7 +341,7 @@ def test_planted_copies_are_found_and_nothing_else(data_root):
     tables = [t.assign(split=s) for s, t in data.splits.items()]
     pixels = [np.stack([read_image(p) for p in t["path"]]) for t in tables]
     everything = pd.concat(tables, ignore_index=True)
-    assert len(suspects.duplicates(pixels, everything)) == 0
+    assert len(duplicates(pixels, everything)) == 0
     first = {"train": 0, "query": len(train), "gallery": len(train) + len(query)}
 
     def row(split, i):
@@ -374,7 +376,7 @@ def test_planted_copies_are_found_and_nothing_else(data_root):
     plant(at, reencoded(image, 80), "none", "same picture", pid=5)
     labels, images = zip(*extra, strict=True)
     table = pd.concat([everything, pd.DataFrame(labels)], ignore_index=True)
-    found = suspects.duplicates([*pixels, np.stack(images)], table)
+    found = duplicates([*pixels, np.stack(images)], table)
     assert list(found.columns) == [*suspects.SUSPECT_COLUMNS, "harm"]
     by_image = found.set_index("image")
     assert {*by_image.index} == {*planted} and by_image.index.is_unique
@@ -393,19 +395,19 @@ def test_copies_of_flat_pictures_and_of_several_sizes():
     grey = np.full((1, 64, 32, 3), 7, np.uint8)
     large = np.stack([small[0].repeat(4, 0).repeat(4, 1)])
     table = pd.DataFrame({"pid": np.arange(1, 8)})
-    found = suspects.duplicates([black, small, grey, large], table)
+    found = duplicates([black, small, grey, large], table)
     # flat pictures are copies only where the pixels are the same; of three, each goes with the first
     assert sorted(zip(found["other"], found["image"], strict=True)) == [(0, 1), (0, 2), (3, 6)]
     assert (found["harm"] == "two identities").all() and (found["camid"] == -1).all()
     smooth = small.repeat(4, 1).repeat(4, 2)
     symmetric = np.concatenate([smooth, smooth[:, :, ::-1]], axis=2)[:1]
     symmetric = np.concatenate([symmetric, reencoded(symmetric[0], 95)[None]])
-    found = suspects.duplicates(symmetric, table.head(2))
+    found = duplicates(symmetric, table.head(2))
     assert found["kind"].tolist() == ["same picture"], "its own mirror image is one pair, not two"
-    assert len(suspects.duplicates(black[:1], table.head(1))) == 0
-    assert len(suspects.duplicates(black[:0], table.head(0))) == 0
+    assert len(duplicates(black[:1], table.head(1))) == 0
+    assert len(duplicates(black[:0], table.head(0))) == 0
     with pytest.raises(ValueError, match="do not fit"):
-        suspects.duplicates(black, table)
+        duplicates(black, table)
 
 
 # --- wrong labels
@@ -703,3 +705,64 @@ def test_linked_map_in_a_browser(chromium, tmp_path):
     chromium.find_element(By.CSS_SELECTOR, "#by option[value='']").click()
     assert fill(5) == plain and not chromium.find_elements(By.CSS_SELECTOR, "#key > span")
     assert complaints(chromium) == []
+
+
+# --- in words
+
+
+def causes_of(wrong, right):
+    """A table as `causes` returns it, of some wrong and right queries; hats are worn by the wrong."""
+    total = wrong + right
+    is_wrong = np.arange(total) < wrong
+    columns = {"pid": np.arange(1, total + 1), "matches": 1, "wrong": is_wrong, "AP": 0.5}
+    columns |= {"hat": is_wrong, "cause": np.where(is_wrong, "unexplained", "")}
+    return pd.DataFrame(columns)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "wanted"),
+    [(20, 20, "**hat** (hat): 100% of the wrong"), (0, 9, "No evidence"), (9, 0, "No evidence")],
+)
+def test_lifts_in_words(wrong, right, wanted):
+    table = causes_of(wrong, right)
+    said = why.lifts_in_words(why.base_rates(table, ["hat"]), table)
+    assert wanted in said
+    assert ("stay unexplained" in said) == ("**hat**" in said)
+
+
+def test_cameras_and_confusions_in_words():
+    pairs = pd.DataFrame(
+        {"camid": [1, 2], "match_camid": [2, 1], "matches": 4, "behind": [0.5, 0.25]}
+    )
+    assert "From camera 1 to camera 2, 50% of 4 matches" in why.cameras_in_words(pairs)
+    assert "cannot be compared" in why.cameras_in_words(pairs[:1])
+    row = {"pid": 3, "other_pid": 7, "intrusions": 5, "queries": 2, "mutual": True}
+    said = why.confusions_in_words(pd.DataFrame([row, row | {"intrusions": 1}]))
+    assert "Identities 3 and 7" in said and "both ways" in said and "from 1 of 2 pairs" in said
+    assert "No list has" in why.confusions_in_words(pd.DataFrame([row])[:0])
+
+
+@pytest.mark.parametrize(
+    ("swings", "wrong", "wanted"),
+    [
+        ([0, 2], 5, "In 1 of these 2"),
+        ([0, 0], 5, "In none of these 2"),
+        ([2, 2], 0, "No query is wrong"),
+    ],
+)
+def test_places_in_words(swings, wrong, wanted):
+    assert why.places_in_words(np.array([1, 1]), np.array(swings), wrong).startswith(wanted)
+
+
+def test_suspects_in_words():
+    copies = pd.DataFrame({"harm": ["none", "two identities"]})
+    assert duplicates_in_words(copies, 1000).startswith(
+        "2 pairs of copies among 1,000 images, 1 of"
+    )
+    trial = {"planted": 20, "recall": 0.5, "right_pid": 0.9, "others": 3}
+    assert "50% were found, 90% of these" in suspects.trust_in_words(trial, 4)
+    assert "the true identity" not in suspects.trust_in_words(trial | {"recall": 0.0}, 4)
+    rates = pd.Series({"wrong": 3, "share_wrong": 0.3, "share_right": 0.1, "low": 1.5})
+    assert "may be laid on the data" in suspects.blame_in_words(rates, 10, 20)
+    assert "do not explain" in suspects.blame_in_words(rates.replace(1.5, 0.5), 10, 20)
+    assert "nothing to compare" in suspects.blame_in_words(rates, 20, 20)

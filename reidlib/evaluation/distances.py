@@ -211,3 +211,9 @@ def nearest_of_block(
     # (B,) and (k,) -> (B, k)
     chosen = order[first[:, None] + np.arange(k)]
     return column[chosen], exact[chosen]
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return one distance over another, where 0 / 0 is 1: two that are both nothing are alike."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((above == 0) & (below == 0), 1.0, np.divide(above, below))

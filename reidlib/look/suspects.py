@@ -1,17 +1,15 @@
-"""Suspects: images that may be copies of each other, and labels that may be wrong.
+"""Suspects: labels that may be wrong.
 
-`duplicates`, `label_errors` and `identity_errors` name suspects with their evidence, to be looked at
-by a person; `recall_of_planted` says how far to trust them. All return one form, `SUSPECT_COLUMNS`.
+`label_errors` and `identity_errors` here, and `copies.duplicates`, name suspects with their evidence,
+to be looked at by a person; `recall_of_planted` says how far to trust them. All return one form,
+`SUSPECT_COLUMNS`.
 """
-
-import hashlib
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.cluster.hierarchy import fcluster, linkage
-from torch import nn
+
+from reidlib.evaluation.distances import between, nearest, ratio
 
 SUSPECT_COLUMNS = (
     *("kind", "score", "image", "path", "pid", "camid", "other", "other_path", "other_pid"),
@@ -20,116 +18,6 @@ SUSPECT_COLUMNS = (
 
 LEAST = 1.5  # the smallest score of a wrong label: its own are half as far again as others
 NEIGHBOURS = 50  # how many nearest images are looked at for other identities
-
-
-def duplicates(
-    pixels: np.ndarray | Sequence[np.ndarray], table: pd.DataFrame, least: float = 0.97
-) -> pd.DataFrame:
-    """Pairs of rows that show one photograph: the same pixels, the same picture, or its mirror image.
-
-    Two pictures are one photograph where grey thumbnails of 32×16 correlate by ``least`` or more,
-    whatever their brightness and contrast. Among 2,500 training images of Market-1501 and as many of
-    the embedded data, no two different pictures reach 0.96 (one of them mirrored: 0.90), and no JPEG
-    copy, down to quality 15 or half the size, falls below 0.975. Another crop of the same frame is
-    found where it is nearly the same; so is what stands still before a fixed camera.
-
-    Args:
-        pixels: (N, H, W, 3) uint8; or several such arrays, of the splits one after another, which
-            may differ in size.
-        table: N rows; a column ``split`` (train, query, gallery), if it has one, is looked at.
-
-    Returns:
-        A row for each pair, the worst first, with the columns `SUSPECT_COLUMNS` (``score`` is the
-        correlation, ``image`` the later row) and ``harm``: "two identities", "train and test",
-        "two cameras" (of one identity), "query and gallery" (cameras unknown; where they are known,
-        the protocol leaves such a match out), or "none".
-        Of more than two images with the same pixels each is paired with the first.
-
-    Raises:
-        ValueError: lengths differ.
-    """
-    parts = [pixels] if isinstance(pixels, np.ndarray) else list(pixels)
-    if (n := sum(map(len, parts))) != len(table):
-        raise ValueError(f"{n} images do not fit a table of {len(table)} rows.")
-    pairs = _same_pixels(image for part in parts for image in part)
-    first = np.setdiff1d(np.arange(n), [later for later, *_ in pairs])
-    pairs += _same_picture(parts, first, least)
-    image, other, kind, score = zip(*pairs, strict=True) if pairs else ((),) * 4
-    out = _suspects(table, kind, score, image, other, ["" for _ in kind])
-    split = table["split"].to_numpy() if "split" in table else np.full(len(table), "")
-    sides = np.stack([split[out["image"]], split[out["other"]]]) if len(out) else np.empty((2, 0))
-    nobody = (out["pid"] == -1) | (out["other_pid"] == -1)
-    out["harm"] = np.select(
-        [
-            (out["pid"] != out["other_pid"]) & ~nobody,
-            ((sides == "train").sum(axis=0) == 1),
-            (out["camid"] != out["other_camid"]) & ~nobody,
-            (sides[0] != sides[1]) & (out["camid"] == -1) & ~nobody,
-        ],
-        ["two identities", "train and test", "two cameras", "query and gallery"],
-        "none",
-    )
-    places = [f" ({a} and {b})" if a != b else "" for a, b in sides.T]
-    out["evidence"] = [
-        f"{k}{place}, correlation {s:.3f}"
-        for k, place, s in zip(out["kind"], places, out["score"], strict=True)
-    ]
-    order = ["two identities", "train and test", "two cameras", "query and gallery", "none"]
-    out["harm"] = pd.Categorical(out["harm"], order)
-    out = out.sort_values(["harm", "score"], ascending=[True, False], kind="stable")
-    return out.astype({"harm": object}).reset_index(drop=True)
-
-
-def _same_pixels(images: Iterable[np.ndarray]) -> list[tuple[int, int, str, float]]:
-    """Pair each image with the first that has the same pixels, if there is one before it."""
-    first, pairs = {}, []
-    for row, image in enumerate(images):
-        digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
-        if first.setdefault(digest, row) != row:
-            pairs.append((row, first[digest], "same pixels", 1.0))
-    return pairs
-
-
-def _same_picture(parts, rows, least) -> list[tuple[int, int, str, float]]:
-    """Pair images whose thumbnails agree, upright or mirrored: a coarse look, then a finer one."""
-    if len(rows) < 2:
-        return []
-    coarse, fine = (
-        np.concatenate([_thumbnails(part, size) for part in parts])[rows]
-        for size in ((16, 8), (32, 16))
-    )
-    pairs = []
-    for kind, side in (("same picture", slice(None)), ("mirrored", slice(None, None, -1))):
-        flat = coarse[:, :, side].reshape(len(rows), -1)
-        upright = coarse.reshape(len(rows), -1)
-        for start in range(0, len(rows), 1024):
-            # (B, 128) @ (128, N) -> (B, N); a thumbnail loses detail, so the coarse look is laxer
-            near = flat[start : start + 1024] @ upright[start:].T >= least - 0.03
-            found = np.argwhere(near) + start
-            for a, b in found[found[:, 0] < found[:, 1]]:
-                score = float((fine[a][:, side] * fine[b]).sum())
-                if score >= least:
-                    pairs.append((int(rows[b]), int(rows[a]), kind, min(score, 1.0)))
-    # a picture that is its own mirror image is named once
-    return list({pair[:2]: pair for pair in reversed(pairs)}.values())
-
-
-def _thumbnails(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Grey thumbnails (N, h, w), each of mean 0 and norm 1; zero where a picture is flat."""
-    out = np.empty((len(pixels), *size), np.float32)
-    for start in range(0, len(pixels), 1024):
-        block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 1024]))
-        grey = block.float().mean(dim=3)  # (B, H, W, 3) -> (B, H, W)
-        out[start : start + 1024] = nn.functional.adaptive_avg_pool2d(grey[:, None], size)[:, 0]
-    out -= out.mean(axis=(1, 2), keepdims=True)
-    norm = np.sqrt(np.square(out).sum(axis=(1, 2), keepdims=True))
-    return np.where(norm > 1e-3 * np.sqrt(size[0] * size[1]), out / np.maximum(norm, 1e-9), 0)
-
-
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Return above / below, where 0 / 0 is 1: two things that are both nowhere are alike."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((above == 0) & (below == 0), 1.0, np.divide(above, below))
 
 
 def label_errors(
@@ -155,8 +43,8 @@ def label_errors(
         neighbours: how many nearest images are looked at for other identities.
 
     Returns:
-        Suspects, the highest score first, with the columns `SUSPECT_COLUMNS`: ``kind`` is "wrong
-        identity?" or "no distractor?", ``other`` the nearest image of the suggested identity.
+        Suspects, the highest score first, with the columns `SUSPECT_COLUMNS`: `kind` is "wrong
+        identity?" or "no distractor?", `other` the nearest image of the suggested identity.
 
     Raises:
         ValueError: lengths differ.
@@ -164,7 +52,7 @@ def label_errors(
     emb, pids = _checked(emb, table)
     rows = np.flatnonzero(pids != -1)
     if len(rows) < 3 or (pids > 0).sum() < 2:
-        return _suspects(table, [], [], [], [], [])
+        return suspect_table(table, [], [], [], [], [])
     near, far = nearest_images(emb[rows], min(neighbours, len(rows) - 1))
     return _label_errors(emb, table, least, rows, rows[near], far)
 
@@ -205,7 +93,7 @@ def _label_errors(emb, table, least, rows, near, far) -> pd.DataFrame:
             own[picked], other[picked], suggested[picked], votes, own_pid[picked], strict=True
         )
     ]
-    out = _suspects(table, kind, score[picked], rows[picked], witness, evidence)
+    out = suspect_table(table, kind, score[picked], rows[picked], witness, evidence)
     return out.assign(suggested_pid=pd.array(suggested[picked], "Int64"))
 
 
@@ -221,21 +109,10 @@ def nearest_images(emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     emb = np.asarray(emb, dtype=np.float64)
     if emb.ndim != 2 or not 1 <= k < len(emb):
         raise ValueError(f"There are no {k} other images for each row of embeddings {emb.shape}.")
-    emb = emb - emb.mean(axis=0)  # far from the origin, the product would lose its digits
-    norms = np.square(emb).sum(axis=1)
-    near = np.empty((len(emb), k), np.int64)
-    step = max(1, 2**24 // len(emb))
-    for start in range(0, len(emb), step):
-        block = norms - 2 * emb[start : start + step] @ emb.T  # (B, n)
-        line = np.arange(len(block))
-        block[line, start + line] = np.inf  # itself
-        near[start : start + step] = np.argpartition(block, k - 1, axis=1)[:, :k]
-    far = np.empty(near.shape)
-    for start in range(0, len(emb), 1024):  # direct sums, so that copies are at exactly 0
-        part = slice(start, start + 1024)
-        far[part] = np.sqrt(np.square(emb[part, None] - emb[near[part]]).sum(axis=2))
-    order = np.argsort(far, axis=1, kind="stable")
-    return np.take_along_axis(near, order, 1), np.take_along_axis(far, order, 1)
+    rows, squared = nearest(emb, emb, k + 1)  # (N, k + 1)
+    itself = rows == np.arange(len(emb))[:, None]
+    itself[~itself.any(axis=1), -1] = True  # behind k copies: any of them may go
+    return rows[~itself].reshape(-1, k), np.sqrt(squared[~itself]).reshape(-1, k)
 
 
 def _second_own(emb: np.ndarray, pids: np.ndarray) -> np.ndarray:
@@ -244,14 +121,9 @@ def _second_own(emb: np.ndarray, pids: np.ndarray) -> np.ndarray:
     out = np.full(len(emb), np.nan)
     for pid, rows in pd.Series(pids).groupby(pids).indices.items():
         if pid > 0 and len(rows) > 1:
-            far = np.sort(_distances(emb[rows], emb[rows]), axis=1)  # column 0 is itself
+            far = np.sort(between(emb[rows], emb[rows]), axis=1)  # column 0 is itself
             out[rows] = far[:, min(2, len(rows) - 1)]
     return out
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Euclidean distances (n, m), by direct sums."""
-    return np.sqrt(np.stack([np.square(b - row).sum(axis=1) for row in a]))
 
 
 def identity_errors(
@@ -273,9 +145,9 @@ def identity_errors(
     images: near 1, images of the two are as near to each other as images of one.
 
     Returns:
-        Suspects with the columns `SUSPECT_COLUMNS`, each kind with its highest score first. ``image``
-        and ``other`` are the images in the middle of the two parts or identities; of two parts
-        ``image`` is of the smaller one, ``suggested_pid`` the identity nearest to it.
+        Suspects with the columns `SUSPECT_COLUMNS`, each kind with its highest score first. `image`
+        and `other` are the images in the middle of the two parts or identities; of two parts
+        `image` is of the smaller one, `suggested_pid` the identity nearest to it.
 
     Raises:
         ValueError: lengths differ.
@@ -283,7 +155,7 @@ def identity_errors(
     emb, pids = _checked(emb, table)
     groups = {pid: rows for pid, rows in pd.Series(pids).groupby(pids).indices.items() if pid > 0}
     if len(groups) < 3:  # with nobody else to compare with, nothing can be said
-        return _suspects(table, [], [], [], [], [])
+        return suspect_table(table, [], [], [], [], [])
     ids = np.array([*groups])
     centres = np.stack([emb[rows].mean(axis=0) for rows in groups.values()])
     variance = np.array(
@@ -307,32 +179,32 @@ def _two_people(emb, groups, ids, centres, table, least) -> pd.DataFrame:
             continue
         small, large = sorted((rows[part], rows[~part]), key=len)
         middles = np.stack([emb[small].mean(axis=0), emb[large].mean(axis=0)])
-        far = _distances(middles, centres)  # (2, identities)
+        far = between(middles, centres)  # (2, identities)
         far[:, k] = np.inf
         apart = np.linalg.norm(middles[0] - middles[1])
         score = float(ratio(apart, np.sqrt(far.min(axis=1).prod())))
         if score >= least:
-            nearest = ids[far[0].argmin()]
+            next_to = ids[far[0].argmin()]
             evidence = (
                 f"{len(small)} images{_seen_by(table, small)} lie {apart:.3g} from the other "
                 f"{len(large)}{_seen_by(table, large)} of identity {pid}, and {far[0].min():.3g} "
-                f"from identity {nearest}"
+                f"from identity {next_to}"
             )
             at = [_middle(emb, side) for side in (small, large)]
-            found.append(("two people in one pid?", score, *at, evidence, nearest))
+            found.append(("two people in one pid?", score, *at, evidence, next_to))
     return _found(table, found)
 
 
 def _one_person(emb, groups, ids, centres, variance, table, least) -> pd.DataFrame:
     sizes = np.array([len(rows) for rows in groups.values()])
     # root mean squares of distances between images of two identities, and within one
-    apart = np.sqrt(_distances(centres, centres) ** 2 + variance[:, None] + variance)
+    apart = np.sqrt(between(centres, centres) ** 2 + variance[:, None] + variance)
     spread = np.sqrt(2 * variance * sizes / np.maximum(sizes - 1, 1))
     np.fill_diagonal(apart, np.inf)
-    nearest = apart.argmin(axis=1)
+    partner = apart.argmin(axis=1)
     found = []
-    for a, b in enumerate(nearest):
-        if a < b and nearest[b] == a:
+    for a, b in enumerate(partner):
+        if a < b and partner[b] == a:
             wide = max(spread[a], spread[b])
             score = float(ratio(wide, apart[a, b]))
             if score >= least:
@@ -352,7 +224,7 @@ def _found(table, found) -> pd.DataFrame:
     kind, score, image, other, evidence, suggested = (
         zip(*found, strict=True) if found else ((),) * 6
     )
-    out = _suspects(table, kind, score, image, other, evidence)
+    out = suspect_table(table, kind, score, image, other, evidence)
     return out.assign(suggested_pid=pd.array(list(suggested), "Int64"))
 
 
@@ -378,7 +250,7 @@ def _checked(emb: np.ndarray, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
     return emb, table["pid"].to_numpy(np.int64)
 
 
-def _suspects(table, kind, score, image, other, evidence) -> pd.DataFrame:
+def suspect_table(table, kind, score, image, other, evidence) -> pd.DataFrame:
     """The one form of all suspects: `SUSPECT_COLUMNS`."""
     out = pd.DataFrame({"kind": np.array(kind, object), "score": np.array(score, float)})
     for name, rows in (("", image), ("other_", other)):
@@ -406,8 +278,8 @@ def recall_of_planted(
         repeats: how many times, each with other images.
 
     Returns:
-        ``planted`` (in all), ``recall`` (share of them that is named), ``right_pid`` (share of
-        those named where the suggested identity is the true one) and ``others`` (how many other
+        `planted` (in all), `recall` (share of them that is named), `right_pid` (share of
+        those named where the suggested identity is the true one) and `others` (how many other
         images are named, in the mean of the repeats: false alarms, and errors that were there).
 
     Raises:
@@ -441,3 +313,39 @@ def recall_of_planted(
         "right_pid": right / named if named else float("nan"),
         "others": others / repeats,
     }
+
+
+# --- in words
+
+
+def trust_in_words(trial: dict[str, float], named: int) -> str:
+    """Say how far to trust `label_errors`: what `recall_of_planted` returned, and how many it names."""
+    said = f"Of {trial['planted']:.0f} wrong labels planted at random, {trial['recall']:.0%} were found"
+    said += (
+        f", {trial['right_pid']:.0%} of these with the true identity. " if trial["recall"] else ". "
+    )
+    return said + (
+        f"Beside them {trial['others']:.0f} other images were named each time; as the data stand, it is "
+        f"{named}. Each of those is an error of a label, or a picture that is hard for the network."
+    )
+
+
+def blame_in_words(rates: pd.Series, wrong: int, scorable: int) -> str:
+    """Say whether suspect data goes together with failure.
+
+    Args:
+        rates: the row of `why.base_rates` for the evidence "the query or its stranger is a suspect".
+        wrong, scorable: how many queries are wrong, of how many that have a match.
+    """
+    if not 0 < wrong < scorable:
+        return "All queries are wrong, or none is: there is nothing to compare suspects with."
+    said = (
+        f"In {rates['wrong']:.0f} of {wrong:,} wrong queries ({rates['share_wrong']:.0%}) the query or its "
+        f"nearest stranger is a suspect, and in {rates['share_right']:.0%} of the right ones. "
+    )
+    if rates["low"] > 1:
+        return said + (
+            "Such failures may be laid on the data; not all will be, for what is hard for the network looks "
+            "like a wrong label. The others are the network's, or hard for anybody."
+        )
+    return said + "That is not surely more often: these suspects do not explain the failures."

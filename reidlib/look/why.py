@@ -1,11 +1,8 @@
-"""Why is the network wrong? Causes that the data can show, and maps of what it looked at.
+"""Why is the network wrong? Which queries fail, and what do they share?
 
-- **Which queries fail, and what do they share?** `causes`, `base_rates`, `camera_pairs`,
-  `confusions`. What they show goes together with failure; that it brings it about is not proven. So
-  each kind of evidence is measured on the right queries too, and counts by its lift alone.
-- **What did the network look at?** `activation_maps`, `occlusion_maps`.
-
-Whether the labels are to blame is asked in `suspects`.
+What is shown here goes together with failure; that it brings it about is not proven. So each kind of
+evidence is measured on the right queries too, and counts by its lift alone. `maps` shows what the
+network looked at; `suspects` asks whether the labels are to blame.
 """
 
 from collections.abc import Sequence
@@ -13,15 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
 
-from reidlib.data.augment import Augmentation
+from reidlib.evaluation.distances import ratio
+from reidlib.evaluation.intervals import percentiles, times_drawn
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look.suspects import ratio
-from reidlib.recipes import Recipe
-
-# --- which queries fail, and what they share
 
 EVIDENCE = {
     "few_matches": "at most half as many matches as the median query",
@@ -42,31 +34,31 @@ def causes(retrieval: Retrieval, colours: tuple[Any, Any] | None = None) -> pd.D
 
     Args:
         retrieval: queries and gallery.
-        colours: (Q, C) and (G, C) colour histograms, as `embedding.colour_histogram` makes them;
+        colours: (Q, C) and (G, C) colour histograms, as `baselines.colour_histogram` makes them;
             without them nothing is said of colours.
 
     Returns:
-        One row a query: ``query`` (row number), ``path`` if known, ``pid``, ``camid``, ``matches``,
-        ``AP``, ``first_rank``, and
-        - ``wrong``: the first match is not at rank 1;
-        - ``match``, ``stranger``: gallery rows of the nearest of either (``<NA>``: there is none);
-          ``stranger_pid``, ``stranger_camid``;
-        - ``strangers_above``, ``distractors_above``, ``own_camera_above``: how many strangers stand
+        One row a query: `query` (row number), `path` if known, `pid`, `camid`, `matches`,
+        `AP`, `first_rank`, and
+        - `wrong`: the first match is not at rank 1;
+        - `match`, `stranger`: gallery rows of the nearest of either (`<NA>`: there is none);
+          `stranger_pid`, `stranger_camid`;
+        - `strangers_above`, `distractors_above`, `own_camera_above`: how many strangers stand
           above the first match, and how many of these are distractors, or of the query's camera;
-        - ``colour_ratio``: colour distance to the nearest stranger, over that to the match which is
-          nearest in colour (NaN without ``colours``);
-        - ``camera_difficulty``: over the pairs of its camera with those of its matches, the mean share
-          of matches behind the nearest stranger, other persons' alone (as in `camera_pairs`);
-        - ``own_camera_distance``: to the nearest picture of the person by the query's own camera, which
+        - `colour_ratio`: colour distance to the nearest stranger, over that to the match which is
+          nearest in colour (NaN without `colours`);
+        - `camera_difficulty`: over the pairs of its camera with those of its matches, the mean share
+          of matches behind the nearest stranger, other people' alone (as in `camera_pairs`);
+        - `own_camera_distance`: to the nearest picture of the person by the query's own camera, which
           the protocol leaves out: nothing but the picture itself can make this one far;
         - a column of booleans for each of `EVIDENCE`. Several may be true. What cannot be known is
           false in every row: cameras that are unknown, colours that were not given;
-        - ``cause``: of a wrong query, the evidence with the largest lift (see `base_rates`), among
+        - `cause`: of a wrong query, the evidence with the largest lift (see `base_rates`), among
           those whose interval lies above 1; "unexplained" where there is none; "" of a right one,
           and "no match" where the gallery holds none.
 
     Raises:
-        ValueError: no query has a match, or ``colours`` do not fit the tables.
+        ValueError: no query has a match, or `colours` do not fit the tables.
     """
     table = retrieval.evaluate().per_query.drop(columns=["AP_market", "INP"])
     listed = _lists(retrieval, table)
@@ -94,7 +86,7 @@ def causes(retrieval: Retrieval, colours: tuple[Any, Any] | None = None) -> pd.D
         ("odd_picture", "own_camera_distance"),
     ):
         table[name] = table[column] > table[column].quantile(UPPER)  # false where it is not known
-    table["cause"] = _causes(table)
+    table["cause"] = name_causes(table)
     return table
 
 
@@ -162,7 +154,7 @@ def _colour_ratios(listed, table, colours) -> np.ndarray:
 
 
 def _camera_difficulty(pairs: pd.DataFrame, queries: int) -> np.ndarray:
-    """Mean over a query's matches of how hard their pair of cameras is for other persons, (Q,).
+    """Mean over a query's matches of how hard their pair of cameras is for other people, (Q,).
 
     Without the person's own queries: else a failure would be evidence of itself.
     """
@@ -192,8 +184,8 @@ def _own_camera_distances(retrieval: Retrieval, table: pd.DataFrame) -> np.ndarr
     return out
 
 
-def _causes(table: pd.DataFrame) -> np.ndarray:
-    """Name each query's cause: see `causes`."""
+def name_causes(table: pd.DataFrame) -> np.ndarray:
+    """Return each query's cause, (Q,), from the other columns of what `causes` returns."""
     out = np.where(table["wrong"], "unexplained", "").astype(object)
     out[table["matches"] == 0] = "no match"
     rates = base_rates(table)
@@ -215,7 +207,7 @@ def base_rates(
 
     The lift is the first share over the second, with half a query added to either side of either
     count, so that it is finite: ((a + ½) / (n + 1)) / ((b + ½) / (m + 1)) for a of n wrong and b of
-    m right queries. Its interval is the percentile bootstrap over persons, whose queries are alike.
+    m right queries. Its interval is the percentile bootstrap over people, whose queries are alike.
     A lift above 1 is an association: what else goes with the evidence, goes into it.
 
     Args:
@@ -223,10 +215,10 @@ def base_rates(
         evidence: names of such columns.
 
     Returns:
-        A row for each kind of evidence: ``wrong``, ``right`` (queries that show it), ``share_wrong``
-        and ``share_right`` (of all wrong, of all right queries), ``lift``, ``low`` and ``high``
-        (NaN where there are no wrong queries, no right ones, or one person alone), ``mAP_with``
-        and ``mAP_without`` (mean AP of the queries with and without it, right and wrong).
+        A row for each kind of evidence: `wrong`, `right` (queries that show it), `share_wrong`
+        and `share_right` (of all wrong, of all right queries), `lift`, `low` and `high`
+        (NaN where there are no wrong queries, no right ones, or one person alone), `mAP_with`
+        and `mAP_without` (mean AP of the queries with and without it, right and wrong).
 
     >>> table = pd.DataFrame({"pid": [1, 2, 3, 4], "matches": 1, "wrong": [True, True, False, False],
     ...                       "AP": [0.5, 0.2, 1, 1], "hat": [True, True, True, False]})
@@ -252,12 +244,10 @@ def base_rates(
     totals = by_person.sum(axis=0)
     lift = np.full((3, len(evidence)), np.nan)
     if totals[:2].min() > 0 and len(by_person) > 1:
-        times = np.random.default_rng(seed).multinomial(
-            len(by_person), np.full(len(by_person), 1 / len(by_person)), size=repeats
-        )
-        drawn = lifts(times @ by_person)  # (R, persons) @ (persons, 2 + 2E) -> (R, E)
+        # (people,) @ (people, 2 + 2E) -> (2 + 2E,), in each of R draws
+        drawn = [times @ by_person for times in times_drawn(len(by_person), repeats, seed)]
         lift[0] = lifts(totals)
-        lift[1:] = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        lift[1:] = percentiles(lifts(np.stack(drawn)), level)
     a, b = totals[2 : 2 + len(evidence)], totals[2 + len(evidence) :]
     with np.errstate(invalid="ignore"):
         shares = a / totals[0], b / totals[1]
@@ -282,8 +272,8 @@ def camera_pairs(retrieval: Retrieval) -> pd.DataFrame:
     """How hard it is to find a person of one camera in another: a row for each pair of cameras.
 
     Returns:
-        ``camid`` (the query's), ``match_camid``, ``matches`` (how many, over all queries) and
-        ``behind``: the share of them that stand behind the query's nearest stranger. Empty where
+        `camid` (the query's), `match_camid`, `matches` (how many, over all queries) and
+        `behind`: the share of them that stand behind the query's nearest stranger. Empty where
         cameras are unknown.
 
     Raises:
@@ -297,7 +287,7 @@ def camera_pairs(retrieval: Retrieval) -> pd.DataFrame:
 
 
 def _by_camera(listed: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """One row a match of known cameras: ``query``, ``pid``, ``camid``, ``match_camid``, ``behind``
+    """One row a match of known cameras: `query`, `pid`, `camid`, `match_camid`, `behind`
     (1.0 where it stands behind the query's nearest stranger)."""
     first_wrong = listed[listed["status"] == "wrong"].groupby("query")["rank"].min()
     matches = listed[(listed["status"] == "match") & (listed["camid"] >= 0)]
@@ -316,10 +306,10 @@ def confusions(retrieval: Retrieval) -> pd.DataFrame:
     who are not one identity, are left out.
 
     Returns:
-        A row for each pair of identities, most confused first: ``pid`` < ``other_pid``,
-        ``intrusions`` (wrong images of either in lists of the other), ``queries`` (lists that have
-        some), ``mutual`` (both ways), and the nearest of them: ``query``, ``gallery`` (row numbers)
-        and ``distance``.
+        A row for each pair of identities, most confused first: `pid` < `other_pid`,
+        `intrusions` (wrong images of either in lists of the other), `queries` (lists that have
+        some), `mutual` (both ways), and the nearest of them: `query`, `gallery` (row numbers)
+        and `distance`.
 
     Raises:
         ValueError: no query has a match.
@@ -328,9 +318,10 @@ def confusions(retrieval: Retrieval) -> pd.DataFrame:
     listed = _lists(retrieval, table)
     within = listed["rank"] <= listed["query"].map(table["matches"])
     wrong = listed[within & (listed["status"] == "wrong") & (listed["pid"] > 0)]
-    asked = table["pid"].to_numpy()[wrong["query"]]
+    queried = table["pid"].to_numpy()[wrong["query"]]
     found = wrong["pid"].to_numpy()
-    wrong = wrong.assign(pid=np.minimum(asked, found), other_pid=np.maximum(asked, found), by=asked)
+    wrong = wrong.assign(pid=np.minimum(queried, found), other_pid=np.maximum(queried, found))
+    wrong["by"] = queried
     groups = wrong.sort_values("distance", kind="stable").groupby(["pid", "other_pid"])
     out = groups.agg(
         intrusions=("query", "size"),
@@ -345,127 +336,83 @@ def confusions(retrieval: Retrieval) -> pd.DataFrame:
     return out.astype({"mutual": bool}).reset_index(drop=True)
 
 
-# --- what the network looked at
+# --- in words
 
 
-@torch.inference_mode()
-def activation_maps(
-    model: nn.Module, pixels: np.ndarray, recipe: Recipe, rows: int = 8
-) -> np.ndarray:
-    """Where the backbone's features are strong: the sum of their squares over channels.
-
-    This is F²_sum of "Paying more attention to attention" (Zagoruyko and Komodakis, ICLR 2017,
-    arXiv 1612.03928, section 3.1). A strong feature need not matter for the embedding: for what
-    makes two images similar see `occlusion_maps`. The map is that of the deepest layer that still
-    has ``rows`` rows: the last one of a network with an input of 256×128, an earlier one below
-    that, where the last would have four places or two.
+def lifts_in_words(rates: pd.DataFrame, causes: pd.DataFrame) -> str:
+    """Say which evidence wrong queries show more often than right ones.
 
     Args:
-        model: an `EmbeddingNet`; its backbone is a sequence of layers.
-        pixels: (N, H, W, 3) uint8.
-        recipe: says the size and the normalisation of the input.
-        rows: the fewest rows of a map.
-
-    Returns:
-        (N, h, w) float32, as they come: not normalised, so that images can be compared.
-
-    Raises:
-        ValueError: no images, or no layer has so many rows.
+        rates: from `base_rates`, of evidence that some query shows.
+        causes: what `causes` returned.
     """
-    if len(pixels) == 0:
-        raise ValueError("There are no images to make maps of.")
-    was_training = model.training
-    model.eval()
-    features = _inputs(model, pixels, recipe)
-    kept = None
-    # MobileNets hold their layers one level deeper.
-    for layer in getattr(model.backbone, "features", model.backbone):
-        features = layer(features)  # (N, C, h, w)
-        if features.shape[2] < rows:
-            break
-        kept = features
-    model.train(was_training)
-    if kept is None:
-        raise ValueError(f"No layer has a map of {rows} rows or more: give fewer.")
-    return kept.float().square().sum(dim=1).cpu().numpy()  # (N, C, h, w) -> (N, h, w)
+    scorable = causes[causes["matches"] > 0]
+    wrong = scorable[scorable["wrong"]]
+    proven = rates[rates["low"] > 1].sort_values("lift", ascending=False)
+    if not len(proven):
+        return (
+            f"No evidence is surely more frequent among the {len(wrong):,} wrong queries than among the "
+            f"{len(scorable) - len(wrong):,} right ones: every interval reaches 1, or none could be drawn. "
+            "Either these are not the reasons, or there are too few queries to tell."
+        )
+    name, first = proven.index[0], proven.iloc[0]
+    return (
+        f"Wrong queries show {len(proven)} of {len(rates)} kinds of evidence more often than right ones. The "
+        f"strongest is **{name}** ({EVIDENCE.get(name, name)}): {first['share_wrong']:.0%} of the "
+        "wrong queries "
+        f"show it and {first['share_right']:.0%} of the right ones, a lift of {first['lift']:.1f} "
+        f"[{first['low']:.1f}, {first['high']:.1f}]. {(wrong['cause'] == 'unexplained').sum():,} of "
+        f"{len(wrong):,} wrong queries show no such evidence and stay unexplained."
+    )
 
 
-@torch.inference_mode()
-def occlusion_maps(
-    model: nn.Module,
-    pixels: np.ndarray,
-    targets: np.ndarray,
-    recipe: Recipe,
-    cells: tuple[int, int] = (16, 8),
-    batch: int = 256,
-) -> np.ndarray:
-    """Which places of an image make it similar to a given other: hide each, and measure.
+def cameras_in_words(by_camera: pd.DataFrame) -> str:
+    """Say between which cameras it is hardest and easiest, given what `camera_pairs` returned."""
+    if len(by_camera) < 2:
+        return "Cameras are unknown, or there is one pair alone, so they cannot be compared."
+    hard, easy = (
+        by_camera.loc[i] for i in (by_camera["behind"].idxmax(), by_camera["behind"].idxmin())
+    )
+    return (
+        f"From camera {hard['camid']:.0f} to camera {hard['match_camid']:.0f}, {hard['behind']:.0%} of "
+        f"{hard['matches']:.0f} matches stand behind a stranger; from {easy['camid']:.0f} to "
+        f"{easy['match_camid']:.0f}, {easy['behind']:.0%} of {easy['matches']:.0f}."
+    )
 
-    A patch of the image's own mean colour, two cells high and wide, moves over the image cell by
-    cell. Where the distance to the target grows, the hidden place had made the two similar; where it
-    shrinks, it had told them apart. (The sliding patch is that of Zeiler and Fergus, ECCV 2014,
-    section 4.2; there the score of a class is measured, here a distance.) It is an experiment on the
-    network as it is, whatever its architecture, and the unit is that of the distance. What
-    several places show together (two shoes), hiding one of them does not reveal.
+
+def confusions_in_words(confused: pd.DataFrame) -> str:
+    """Say who is mixed up most, given what `confusions` returned."""
+    if not len(confused):
+        return "No list has a stranger where a match should stand."
+    row, counts = confused.iloc[0], confused["intrusions"]
+    half = 1 + int((counts.cumsum() < counts.sum() / 2).sum())
+    return (
+        f"Identities {row['pid']} and {row['other_pid']} are mixed up most: {row['intrusions']} "
+        "intrusions in "
+        f"{row['queries']} lists, {'both ways' if row['mutual'] else 'one way'}. Half of all "
+        f"{counts.sum():,} "
+        f"intrusions come from {half:,} of {len(confused):,} pairs."
+    )
+
+
+def places_in_words(gaps: np.ndarray, swings: np.ndarray, wrong: int) -> str:
+    """Say whether one hidden place would have changed an answer.
 
     Args:
-        model: the network.
-        pixels: (N, H, W, 3) uint8.
-        targets: (N, T, D), for each image the embeddings to which distances are measured.
-        recipe: says the size and the normalisation of the input.
-        cells: rows and columns of the map.
-        batch: images at a time.
-
-    Returns:
-        (N, T, rows, columns) float32: growth of the Euclidean distance, a mean over the four
-        patches that hide the cell.
-
-    Raises:
-        ValueError: shapes that do not fit, or more cells than the input has pixels.
+        gaps: (n,) how much nearer the stranger is than the match.
+        swings: (n,) what the best place, hidden, is worth of that gap.
+        wrong: how many queries are wrong at all.
     """
-    targets = np.asarray(targets)
-    if len(pixels) == 0 or targets.ndim != 3 or len(targets) != len(pixels):
-        raise ValueError(
-            f"{len(pixels)} images need targets of shape ({len(pixels)}, T, D), not {targets.shape}."
+    decided = int((swings > gaps).sum())
+    if not wrong:
+        return "No query is wrong, so these are the least sure ones."
+    if decided == 0:
+        return (
+            f"In none of these {len(gaps)} queries is one small place, hidden, worth the whole gap between "
+            "stranger and match: the mistake is spread over the picture, and no single detail is to blame."
         )
-    if not (1 <= cells[0] <= recipe.height and 1 <= cells[1] <= recipe.width):
-        raise ValueError(
-            f"cells must be 1 to {recipe.height} rows and 1 to {recipe.width} columns."
-        )
-    was_training = model.training
-    model.eval()
-    images = _inputs(model, pixels, recipe)
-    aims = torch.from_numpy(targets).to(images.device, torch.float32)  # (N, T, D)
-    hidden = _patches(images.shape[2:], cells).to(images.device)  # (P, h, w), true where hidden
-    maps = []
-    for image, aim in zip(images, aims, strict=True):
-        mean = image.mean(dim=(1, 2), keepdim=True)  # (3, 1, 1)
-        emb = [model(image[None]).float()]
-        for part in hidden.split(batch):
-            emb.append(model(torch.where(part[:, None], mean, image)).float())  # (B, 3, h, w)
-        # (1 + P, 1, D) − (T, D) -> (1 + P, T); the first row is the whole image
-        distance = (torch.cat(emb)[:, None] - aim).norm(dim=2)
-        growth = (distance[1:] - distance[0]).T.unflatten(1, (cells[0] + 1, cells[1] + 1))
-        # (T, rows + 1, columns + 1) -> (T, rows, columns): the four patches over each cell
-        corners = (growth[:, a : cells[0] + a, b : cells[1] + b] for a in (0, 1) for b in (0, 1))
-        maps.append(sum(corners) / 4)
-    model.train(was_training)
-    return torch.stack(maps).cpu().numpy()
-
-
-def _inputs(model: nn.Module, pixels: np.ndarray, recipe: Recipe) -> Tensor:
-    """Return (N, 3, h, w) input of the network, on its device."""
-    device = next(model.parameters()).device
-    plain = Augmentation((recipe.height, recipe.width), normalise=recipe.normalise).plain
-    return plain(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
-
-
-def _patches(size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """Masks (P, h, w), P = (rows + 1)(columns + 1): patch (i, j) hides cells i − 1, i × j − 1, j."""
-    sides = []
-    for length, n in zip(size, cells, strict=True):
-        cell = torch.arange(length) * n // length  # (length,) the cell of each pixel
-        at = torch.arange(n + 1)[:, None]  # (n + 1, 1)
-        sides.append((cell == at - 1) | (cell == at))  # (n + 1, length)
-    masks = sides[0][:, None, :, None] & sides[1][None, :, None, :]
-    return masks.flatten(0, 1)
+    return (
+        f"In {decided} of these {len(gaps)} queries one small place, hidden, is worth more than the "
+        "whole gap "
+        "between stranger and match. Where none is, the mistake is spread over the picture."
+    )
