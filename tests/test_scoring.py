@@ -16,7 +16,7 @@ from reidlib.evaluation import scoring
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
 from reidlib.evaluation.scoring import PER_QUERY, open_run, score_run
-from reidlib.model.embed import embed, read_about, read_embeddings
+from reidlib.model.embed import embed, embed_views, read_about, read_embeddings
 from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.recipes import make_recipe
 
@@ -40,11 +40,15 @@ def embedded(monkeypatch):
     """How many images were embedded, a number for each call."""
     calls = []
 
-    def counting(model, pixels, *args, **options):
-        calls.append(len(pixels))
-        return embed(model, pixels, *args, **options)
+    def counting(function):
+        def counted(model, pixels, *args, **options):
+            calls.append(len(pixels))
+            return function(model, pixels, *args, **options)
 
-    monkeypatch.setattr(scoring, "embed", counting)
+        return counted
+
+    for function in (embed, embed_views):
+        monkeypatch.setattr(scoring, function.__name__, counting(function))
     return calls
 
 
@@ -190,6 +194,9 @@ def test_flips_are_added_and_replace_nothing(folder):
     metrics, written = metrics_of(folder), json.loads(before["metrics.json"])
     assert metrics == written | {"with_flips": scored.with_flips.scores}
     query, gallery = scored.run.embeddings(flip=True, show_progress=False)
+    model, pixels = scored.run.model, scored.run.query_pixels
+    both = embed(model, pixels, RECIPE, flip=True, show_progress=False)
+    np.testing.assert_array_equal(query, both)
     flipped = evaluate(query, scored.run.query, gallery, scored.run.gallery)
     assert flipped.scores == scored.with_flips.scores
     after = files_of(folder)

@@ -22,7 +22,13 @@ from reidlib.evaluation.intervals import confidence_interval
 from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.device import pick_device
-from reidlib.model.embed import embed, read_about, read_embeddings, write_embeddings
+from reidlib.model.embed import (
+    embed,
+    embed_views,
+    read_about,
+    read_embeddings,
+    write_embeddings,
+)
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import load_model
 from reidlib.recipes import Recipe
@@ -85,14 +91,20 @@ class OpenRun:
             precision: as in `embed`.
             show_progress: draw bars.
         """
-        kept = None if flip else self._kept(precision)
-        if kept is not None:
-            return kept
-        options = {"flip": flip, "precision": precision, "show_progress": show_progress}
-        return tuple(
-            embed(self.model, pixels, self.recipe, **options)
-            for pixels in (self.query_pixels, self.gallery_pixels)
-        )
+        options = {"precision": precision, "show_progress": show_progress}
+        plain = self._kept(precision)
+        if plain is None:
+            sides = (self.query_pixels, self.gallery_pixels)
+            plain = tuple(embed(self.model, pixels, self.recipe, **options) for pixels in sides)
+        return self._with_mirrored(plain, **options) if flip else plain
+
+    def _with_mirrored(self, plain: tuple[np.ndarray, ...], **options) -> tuple[np.ndarray, ...]:
+        """Return the mean of these embeddings and those of the mirror images, as `embed` has it."""
+        found = []
+        for emb, pixels in zip(plain, (self.query_pixels, self.gallery_pixels), strict=True):
+            views = embed_views(self.model, pixels, self.recipe, ("mirrored",), **options)
+            found.append((emb + views["mirrored"]) / 2)
+        return tuple(found)
 
     def retrieval(self, **options) -> Retrieval:
         """Return the queries against the gallery; the options are those of `embeddings`."""
@@ -243,7 +255,10 @@ def score_run(
     retrieval = Retrieval(query_emb, run.query, gallery_emb, run.gallery)
     evaluation = retrieval.evaluate()
     compared, notes = score_baselines(run, **options) if baselines else ({}, [])
-    flipped = run.retrieval(flip=True, **options).evaluate() if flip else None
+    flipped = None
+    if flip:
+        query_flipped, gallery_flipped = run._with_mirrored((query_emb, gallery_emb), **options)
+        flipped = Retrieval(query_flipped, run.query, gallery_flipped, run.gallery).evaluate()
     intervals = confidence_interval(evaluation.per_query, seed=seed)
     scored = Scored(run, retrieval, evaluation, intervals, compared, flipped, tuple(notes))
     with runs.lock(run.folder):
