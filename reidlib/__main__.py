@@ -5,7 +5,6 @@ that is told in a line or two (REID_DEBUG=1 shows where), 2: a wrong command lin
 """
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -406,8 +405,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser = commands[args.command]
         options = [o for action in parser._actions for o in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
-        parser.error(f"unknown {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        from reidlib.words import did_you_mean
+
+        parser.error(f"unknown {unknown[0]!r}{did_you_mean(unknown[0].split('=')[0], options)}")
     try:
         return args.function(args)
     except KeyboardInterrupt:

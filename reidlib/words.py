@@ -1,5 +1,6 @@
 """Words for people: long lists cut short, and sentences shown in a notebook."""
 
+import difflib
 from collections.abc import Iterable
 
 from reidlib.progress import in_notebook
@@ -14,6 +15,16 @@ def some(items: Iterable, most: int = 5) -> str:
     items = [str(item) for item in items]
     more = len(items) - most
     return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return how a sentence on an unknown name ends: with the known one that is nearest, if one is near.
+
+    >>> did_you_mean("marign", ["margin", "lr"]), did_you_mean("x", ["margin", "lr"])
+    ("; did you mean 'margin'?", '.')
+    """
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def say(*paragraphs: str, bullets: bool = False) -> None:

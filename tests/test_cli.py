@@ -72,8 +72,8 @@ def test_load_model_is_there_when_it_is_asked_for():
     [
         ("", "required: COMMAND"),
         ("fly", "invalid choice: 'fly'"),
-        ("train --marign 0.2", "unknown --marign; did you mean --margin?"),
-        ("train --marg 0.2", "unknown --marg; did you mean --margin?"),  # no abbreviations
+        ("train --marign 0.2", "unknown '--marign'; did you mean '--margin'?"),
+        ("train --marg 0.2", "unknown '--marg'; did you mean '--margin'?"),  # no abbreviations
         ("evaluate --query q.h5", "required: --gallery"),
         ("search --model m --gallery g --query q --top 0", "must be 1 or more"),
         ("export --model m", "required: --out"),

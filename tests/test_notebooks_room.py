@@ -72,6 +72,7 @@ def test_parameters_are_read_with_their_types(tmp_path):
         "anything = None\n"
         "odd: Unknown = 1\n"
         "evil: open('evil', 'w') = 1\n"
+        "choice: Literal[A, B] = 1\n"
     )
     found = read_parameters(write(tmp_path / "a.ipynb", parameters=source))
     assert {name: p.annotation for name, p in found.items()} == {
@@ -83,6 +84,7 @@ def test_parameters_are_read_with_their_types(tmp_path):
         "anything": Any,
         "odd": int,
         "evil": int,
+        "choice": int,
     }
     assert found["seeds"].default == [0, 1]
 

@@ -5,7 +5,6 @@ Papermill passes parameters that no notebook knows; `run` and `check_parameters`
 """
 
 import ast
-import difflib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from IPython import get_ipython
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.progress import in_notebook
 from reidlib.typed import in_words, typed
+from reidlib.words import did_you_mean
 from reidlib.workbook.headless import RESULT, execute
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill injects
@@ -133,7 +133,7 @@ def _parameter(annotation: ast.expr | None, value: ast.expr | None) -> Parameter
             default = ast.literal_eval(value)
     try:
         kind = _annotation(annotation)
-    except KeyError:  # none, or something imported
+    except (KeyError, ValueError, TypeError):  # none, or something imported
         # A bare `steps = None` does not say what it takes.
         return Parameter(Any if default is None else type(default), default)
     return Parameter(kind | None if default is None else kind, default)
@@ -175,12 +175,9 @@ def _fitting(name: str, value: Any, parameter: Parameter, notebook: str) -> Any:
 
 
 def _unknown(names: list[str], known: list[str]) -> str:
-    parts = []
-    for name in names:
-        close = difflib.get_close_matches(name, known, 1)
-        parts.append(f"{name!r}" + (f"; did you mean {close[0]!r}" if close else ""))
-    end = "?" if "did you mean" in parts[-1] else "."
-    return f"There is no parameter {', no '.join(parts)}{end} There are: {', '.join(known)}."
+    """Say which names are no parameters, and which there are."""
+    said = [f"There is no parameter {name!r}{did_you_mean(name, known)}" for name in names]
+    return " ".join([*said, f"There are: {', '.join(known)}."])
 
 
 # --- running
@@ -204,11 +201,9 @@ def find_notebook(name: str | Path) -> Path:
         raise ValueError(f"{name} could be {' or '.join(path.stem for path in found)}.")
     if not found:
         known = [path.stem for path in sorted(folder.glob("*.ipynb"))]
-        close = difflib.get_close_matches(stem, known, 1)
         raise FileNotFoundError(
-            f"There is no notebook {str(name)!r}"
-            + (f"; did you mean {close[0]!r}?" if close else ".")
-            + f" In {folder} there are: {', '.join(known) or 'none'}."
+            f"There is no notebook {str(name)!r}{did_you_mean(stem, known)} "
+            f"In {folder} there are: {', '.join(known) or 'none'}."
         )
     return found[0]
 
