@@ -274,22 +274,32 @@ def test_evaluate_alone_on_standard_output(model, tmp_path, data_root):
     assert done.stderr
 
 
-def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
-    def make(name, metrics, picture=False):
-        folder = tmp_path / "outputs" / name
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(Recipe().model_dump_json())
-        if metrics:
-            (folder / "metrics.json").write_text(json.dumps(metrics))
-        if picture:
-            (folder / "ranked_lists.jpg").touch()
+def run_folder(tmp_path, name, **files):
+    """A run of nothing but settings and these files: JSON, or tables of average precisions."""
+    folder = tmp_path / "outputs" / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(Recipe().model_dump_json())
+    for file, content in files.items():
+        if file == "metrics":
+            (folder / "metrics.json").write_text(json.dumps(content))
+        else:
+            content.to_csv(folder / f"{file}.csv", index=False)
+    return folder
 
+
+def of_queries(aps, pids=(1, 1, 2, 3)):
+    table = pd.DataFrame({"query": range(4), "pid": pids, "matches": 2, "first_rank": 1})
+    return table.assign(AP=aps, AP_market=aps, INP=aps)
+
+
+def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
     counts = {"queries": 40, "queries_without_match": 1}
     ours = {"mAP": 0.5, "mAP_market": 0.4875, "top1": 0.625, "mINP": 0.25} | counts
     base = {"untrained": {"mAP": 0.125}, "colour_histogram": {"mAP": 0.75}}
-    make("a_run", ours | {"baselines": base}, picture=True)
-    make("b_run", {"held_out": {}})
-    make("c_run", None)
+    picture = run_folder(tmp_path, "a_run", metrics=ours | {"baselines": base}) / "ranked_lists.jpg"
+    picture.touch()
+    run_folder(tmp_path, "b_run", metrics={"held_out": {}})
+    run_folder(tmp_path, "c_run")
     assert main(["scores"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"]
@@ -298,7 +308,7 @@ def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
     text = "\n".join(lines)
     assert "40 queries, 1 of them without a match" in text and "colour" not in text
     assert "score b_run" in text and "score c_run" in text and "score a_run" not in text
-    assert str(tmp_path / "outputs/a_run/ranked_lists.jpg") in text
+    assert str(picture) in text
 
     assert main(["scores", "--baselines", "a_run"]) == 0
     text = capsys.readouterr().out
@@ -311,19 +321,11 @@ def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
 
 
 def test_scores_against_another_run_on_the_same_queries(tmp_path, capsys):
-    def make(name, file, aps, pids=(1, 1, 2, 3)):
-        folder = tmp_path / "outputs" / name
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(Recipe().model_dump_json())
-        table = pd.DataFrame({"query": range(4), "pid": pids, "matches": 2, "AP": aps})
-        table = table.assign(AP_market=aps, INP=aps, first_rank=1)
-        table.to_csv(folder / file, index=False)
-        return table
-
-    better = make("better", "per_query_held_out.csv", [0.9, 0.8, 0.7, 0.6])
-    base = make("base", "per_query_held_out.csv", [0.8, 0.6, 0.7, 0.3])
-    make("other_people", "per_query_held_out.csv", [0.8, 0.6, 0.7, 0.3], pids=(1, 2, 2, 3))
-    make("on_test", "per_query.csv", [0.8, 0.6, 0.7, 0.3])
+    better, base = of_queries([0.9, 0.8, 0.7, 0.6]), of_queries([0.8, 0.6, 0.7, 0.3])
+    others = of_queries([0.8, 0.6, 0.7, 0.3], pids=(1, 2, 2, 3))
+    for name, table in (("better", better), ("base", base), ("other_people", others)):
+        run_folder(tmp_path, name, per_query_held_out=table)
+    run_folder(tmp_path, "on_test", per_query=base)
     assert main(["scores", "--against", "base"]) == 0
     lines = capsys.readouterr().out.splitlines()
     held_out = [line.split() for line in lines if line.startswith("  on people held out")]
