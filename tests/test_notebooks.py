@@ -4,9 +4,12 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin
 
 import nbformat
 import pandas as pd
@@ -16,6 +19,8 @@ from reidlib import runs
 from reidlib.evaluation.retrieval import evaluate
 from reidlib.model.embed import read_embeddings
 from reidlib.paths import ROOT
+from reidlib.recipes import Recipe
+from reidlib.workbook.notebooks import read_parameters
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = shlex.split((ROOT / "tests" / "small_parameters.txt").read_text())
@@ -44,6 +49,40 @@ def test_sources_are_stripped_and_portable(path):
         "### Exercises",
     ):
         assert heading in text
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_cells_are_short_and_programs_live_in_the_library(path):
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    lines = [
+        len([s for s in cell.source.splitlines() if s.strip() and not s.strip().startswith("#")])
+        for cell in cells
+        if "parameters" not in cell.metadata.get("tags", [])
+    ]
+    assert max(lines) <= 25 and statistics.median(lines) <= 8, lines
+    source = "\n".join(cell.source for cell in cells)
+    assert "globals()" not in source and "Markdown(" not in source  # `say` shows sentences
+
+
+def plain_types(annotation):
+    """The plain types that an annotation allows."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return {type(value) for value in args}
+    if origin is Annotated:
+        return plain_types(args[0])
+    return set().union(*map(plain_types, args)) if args else {annotation}
+
+
+@pytest.mark.parametrize("name", ["03_train", "05_compare_margins"])
+def test_settings_of_a_notebook_are_those_of_the_recipe(name):
+    """Papermill wants them typed in the notebook; so they are held to the recipe, the one source."""
+    parameters = read_parameters(ROOT / "notebooks" / f"{name}.ipynb")
+    settings = Recipe.model_fields.keys()
+    assert name != "03_train" or settings <= parameters.keys()
+    for setting in settings & parameters.keys():
+        wanted = plain_types(Recipe.model_fields[setting].annotation)
+        assert plain_types(parameters[setting].annotation) == wanted | {NoneType}, setting
 
 
 def execute(arguments, folder, outputs, data):
