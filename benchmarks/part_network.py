@@ -37,10 +37,6 @@ def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50")
     augment = Augmentation((height, height // 2), enlarge=1.125)
     where = f"{height}x{height // 2}"
 
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     def stepper(precision, layout, compiled=False, ours=True):
         model = build_model(recipe, pretrained=False).to(device, memory_format=layout).train()
         for module in model.modules():
@@ -58,17 +54,12 @@ def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50")
             with autocast(device, precision):
                 emb = run(ready)
             emb.float().sum().backward()
-            wait()
 
         def loss():
             emb = ready_emb.detach().requires_grad_()
             result = batch_hard(emb, pids, "soft").loss
             result.item()
             result.backward()
-
-        def update():
-            optimiser.step()
-            wait()
 
         def step():
             batch = read()
@@ -78,13 +69,18 @@ def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50")
             optimiser.zero_grad(set_to_none=True)
             result.backward()
             optimiser.step()
-            wait()
 
         def rest():
             read()
             loss()
 
-        return {"step": step, "network": network, "optimiser": update, "input": read, "rest": rest}
+        return {
+            "step": step,
+            "network": network,
+            "optimiser": optimiser.step,
+            "input": read,
+            "rest": rest,
+        }
 
     if backbone != "resnet50":
         return {
@@ -105,7 +101,6 @@ def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50")
             square @ square
         part = square[: round(n * (products % 1))]
         part @ square
-        wait()
 
     found = {f"ours, step at {where}, {kind}, channels last": ours["step"]}
     found[f"share of {where}: network"] = ours["network"]

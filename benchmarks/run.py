@@ -23,6 +23,7 @@ from time import perf_counter
 import pandas as pd
 import torch
 
+from reidlib.model.device import race
 from reidlib.paths import outputs_dir
 
 PARTS = ("evaluation", "losses", "images", "network", "reranking")
@@ -36,20 +37,6 @@ def part_of(name: str):
     contender -> limits for "seconds" and "MB", and for "x ours" a "least" or a "most".
     """
     return importlib.import_module(f"part_{name}")
-
-
-def race(contenders: dict, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each, in turn, after a round to warm up. Whoever has run for `seconds` in all drops
-    out, but not before its second round.
-    """
-    times = {name: [] for name in contenders}
-    for this in range(rounds + 1):
-        for name, run in contenders.items():
-            if this <= 2 or sum(times[name]) < seconds:
-                start = perf_counter()
-                run()
-                times[name].append(perf_counter() - start)
-    return {name: of_one[1:] for name, of_one in times.items()}
 
 
 def peak(part: str, name: str, size: float) -> float:

@@ -38,13 +38,6 @@ def test_quick_run_of_a_part(tmp_path):
     assert rows["ours, batch-all"]["x ours"] == 1 < rows["masked B x B x B"]["x ours"]
 
 
-def test_contenders_run_in_turn_and_the_slow_ones_drop_out(bench):
-    ran = []
-    times = bench.race({name: lambda name=name: ran.append(name) for name in "ab"}, 3, 0)
-    assert ran[:6] == list("ababab")  # a round to warm up and two that count
-    assert {name: len(of_one) for name, of_one in times.items()} == {"a": 2, "b": 2}
-
-
 def test_goals_can_be_missed(bench):
     row = {"seconds": 0.6, "MB": math.nan, "x ours": 5.0}
     assert bench.judged(row, {"seconds": 0.5, "MB": 100}) == "at most 0.5 s: MISSED"

@@ -9,7 +9,7 @@ import torch
 from reidlib.data.augment import Augmentation
 from reidlib.data.pixels import load_images, load_training_images
 from reidlib.evaluation.baselines import colour_histogram
-from reidlib.model.device import autocast, pick_device
+from reidlib.model.device import autocast, pick_device, race
 from reidlib.model.embed import VIEWS, embed, embed_views, read_embeddings, write_embeddings
 from reidlib.model.weights import build_model
 from reidlib.recipes import make_recipe
@@ -89,6 +89,14 @@ def test_devices():
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(ValueError, match="no device 'gpu9'"):
         pick_device("gpu9")
+
+
+def test_contenders_run_in_turn_and_the_slow_ones_drop_out():
+    ran = []
+    times = race({name: lambda name=name: ran.append(name) for name in "ab"}, 3, 0)
+    assert ran == list("ababab")  # a round to warm up and two that count
+    assert {name: len(of_one) for name, of_one in times.items()} == {"a": 2, "b": 2}
+    assert len(race({"a": lambda: None}, 3)["a"]) == 3
 
 
 def test_images_of_many_sizes_are_brought_to_the_recipes(tmp_path):

@@ -1,8 +1,11 @@
-"""Which device, and in which precision."""
+"""Which device, in which precision, and how long something takes there."""
 
+import math
 import os
 import platform
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -88,3 +91,38 @@ def fast_at_bfloat16(device: torch.device) -> bool | None:
     # Public from torch 2.14 on; the two names are those of x86 processors.
     can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return can["avx512_bf16"] or can["amx_bf16"] if "avx512_bf16" in can else None
+
+
+# --- how long it takes
+
+
+def wait() -> None:
+    """Wait for the graphics card, which works on while Python goes on."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def race(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Time some functions in turn, round after round, after a round to warm up.
+
+    In turn, so that other work on the machine meets all of them: compare them within a round.
+
+    Args:
+        contenders: functions, by name.
+        rounds: that count.
+        seconds: whoever has run for so long in all drops out, but not before its second round.
+
+    Returns:
+        By name, the seconds of each round.
+    """
+    times = {name: [] for name in contenders}
+    for this in range(rounds + 1):
+        for name, run in contenders.items():
+            if this <= 2 or sum(times[name]) < seconds:
+                start = perf_counter()
+                run()
+                wait()
+                times[name].append(perf_counter() - start)
+    return {name: of_one[1:] for name, of_one in times.items()}
