@@ -158,6 +158,10 @@ RECIPES = {
 RETIRED = {"small": 0.0}
 
 
+# What only watches a training: two runs that differ in these alone learn the same.
+WATCHING = ("log_every", "checkpoint_every", "evaluate_every")
+
+
 def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
     """Return a named recipe with some settings changed.
 

@@ -100,7 +100,10 @@ ROOMS = {
         "board",
     ),
     "training": ("losses", "checkpoint", "watched", "checks", "health", "journal", "loop"),
-    "workbook": ("export", "headless", "notebooks", "compare", "scores", "release"),
+    "workbook": (
+        *("export", "headless", "notebooks", "scores", "release"),
+        *("compare", "variants", "results", "verdicts", "gains"),
+    ),
 }
 FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems]
 

@@ -178,8 +178,13 @@ def train(
 
 def _existing(plan: Plan, resume: Resume) -> dict | None:
     """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
-    # The manifest is written last: without it the run was killed before its first step.
     if not (plan.folder / "manifest.json").exists():
+        # The manifest is written before the first step, so without it nothing was trained.
+        if resume != "restart" and any(plan.folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{plan.folder} holds weights and no manifest.json, so nobody can say how they were "
+                "trained. Give another tag, or move that folder away."
+            )
         return None
     if resume == "never":
         raise FileExistsError(f"The run {plan.folder} exists. Give another tag.")
