@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from reidlib.data import files
 from reidlib.data import tables as ds
-from reidlib.data.check import check, drop_unreadable
+from reidlib.data.check import MARKET_COUNTS, check, drop_unreadable
 from reidlib.data.pixels import read_image
 
-MARKET = Path(__file__).resolve().parent.parent / "data" / ds.MARKET_FOLDER
+MARKET = Path(__file__).resolve().parent.parent / "data" / files.MARKET_FOLDER
 needs_market = pytest.mark.skipif(
     not (MARKET / "bounding_box_train").is_dir(), reason=f"Market-1501 is not at {MARKET}"
 )
@@ -87,7 +88,7 @@ def test_real_market_is_complete():
     report = check(data, decode=False)
     assert report.ok and not (report.problems.severity == "warning").any(), str(report)
     counts = report.counts
-    assert counts.images.to_dict() == ds.MARKET_COUNTS
+    assert counts.images.to_dict() == MARKET_COUNTS
     assert counts.identities.to_dict() == {"train": 751, "query": 750, "gallery": 750}
     assert counts.junk["gallery"] == 3819 and counts.distractors["gallery"] == 2798
     assert (counts.cameras == 6).all()
@@ -114,15 +115,15 @@ def test_real_market_holds_out_matchable_identities():
 @pytest.mark.parametrize("layout", ["data folder", "nested", "path", "parent", "zip", "zip path"])
 def test_market_is_found_wherever_people_put_it(layout, data, tmp_path):
     place = {
-        "data folder": data / ds.MARKET_FOLDER,
-        "nested": data / "market1501" / ds.MARKET_FOLDER,
+        "data folder": data / files.MARKET_FOLDER,
+        "nested": data / "market1501" / files.MARKET_FOLDER,
         "path": tmp_path / "Market-1501",
-        "parent": tmp_path / "disk" / ds.MARKET_FOLDER,
-    }.get(layout, tmp_path / "source" / ds.MARKET_FOLDER)
+        "parent": tmp_path / "disk" / files.MARKET_FOLDER,
+    }.get(layout, tmp_path / "source" / files.MARKET_FOLDER)
     small_market(place)
     dataset = "market1501"
     if layout.startswith("zip"):
-        archive = (data if layout == "zip" else tmp_path) / f"{ds.MARKET_FOLDER}.zip"
+        archive = (data if layout == "zip" else tmp_path) / f"{files.MARKET_FOLDER}.zip"
         with zipfile.ZipFile(archive, "w") as z:
             z.writestr("__MACOSX/bounding_box_train/._x.jpg", b"resource fork")
             for path in sorted(place.rglob("*")):
@@ -142,7 +143,7 @@ def test_market_is_found_wherever_people_put_it(layout, data, tmp_path):
 
 
 def test_market_missing_says_where_to_put_it(data):
-    small_market(data / f".{ds.MARKET_FOLDER}.77.part")  # another process is unpacking
+    small_market(data / f".{files.MARKET_FOLDER}.77.part")  # another process is unpacking
     with pytest.raises(FileNotFoundError, match=f"looked in {data}.*Liang Zheng.*Kaggle"):
         ds.load()
     with pytest.raises(FileNotFoundError, match='no \'nowhere\'.*"market1501" and "synthetic"'):
@@ -240,7 +241,7 @@ def test_zip_with_a_link_is_refused(data):
 @pytest.mark.parametrize("damage", ["short", "flipped", "text"])
 def test_broken_zip_is_named_and_leaves_nothing(damage, data):
     small_market(data.parent / "source")
-    archive = data / f"{ds.MARKET_FOLDER}.zip"
+    archive = data / f"{files.MARKET_FOLDER}.zip"
     with zipfile.ZipFile(archive, "w") as z:
         for path in sorted((data.parent / "source").rglob("*.jpg")):
             z.write(path, path.relative_to(data.parent))
@@ -574,7 +575,7 @@ def test_check_names_unreadable_images_and_drops_them(data):
 
 
 def test_check_compares_market_with_its_counts(data):
-    small_market(data / ds.MARKET_FOLDER)
+    small_market(data / files.MARKET_FOLDER)
     report = check(ds.load())
     assert report.ok  # a warning: a part of Market-1501 is still a data set
     found(report, "warning: gallery has 5 images, Market-1501 has 19,732")

@@ -15,6 +15,7 @@ import pandas as pd
 from reidlib.paths import data_dir
 from reidlib.words import some
 
+MARKET_FOLDER = "Market-1501-v15.09.15"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SPLIT_FOLDERS = {
     "train": ("bounding_box_train", "train"),
@@ -38,8 +39,38 @@ def existing(source: str | Path) -> Path:
     )
 
 
+# --- where the images are
+
+
+def is_market1501(path: Path) -> bool:
+    """Say whether a folder or a zip is named like Market-1501, however that is spelt."""
+    return re.sub(r"[^a-z0-9]", "", path.name.lower()).startswith("market1501")
+
+
+def find_market1501() -> Path:
+    """Return the folder of Market-1501 in the data folder, unpacked where there is only its zip.
+
+    Raises:
+        FileNotFoundError: there is neither; says where to get it.
+    """
+    places = [p for p in data_dir().glob("[!.]*") if is_market1501(p)]
+    places.sort(key=lambda p: (not p.name.startswith(MARKET_FOLDER), p.name))
+    for place in places:
+        if place.is_dir() and find_market(place):
+            return place
+    for place in places:
+        if place.suffix.lower() == ".zip" and place.is_file():
+            return unpack(place)
+    raise FileNotFoundError(
+        f"Market-1501 is not here: looked in {data_dir()} for the folder {MARKET_FOLDER} "
+        "(with bounding_box_train in it) and for Market-1501*.zip. Get it from the "
+        "Market-1501 project page of its author, Liang Zheng, or from a copy on Kaggle, "
+        'and put the folder or the zip there; or use dataset="synthetic".'
+    )
+
+
 def find_market(root: Path) -> Path | None:
-    """Return the folder with bounding_box_train in it: `root` or one or two levels below; else None."""
+    """Return the folder with bounding_box_train in it: `root` or up to two levels below; or None."""
     for level in ("", "*/", "*/*/"):
         hits = sorted(p.parent for p in root.glob(level + "bounding_box_train") if p.is_dir())
         hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
@@ -48,6 +79,25 @@ def find_market(root: Path) -> Path | None:
         if hits:
             return Path(os.path.abspath(hits[0]))
     return None
+
+
+def find_splits(root: Path) -> dict[str, Path]:
+    """Return the folders of train, query and gallery; empty where a folder has none of them.
+
+    Raises:
+        FileNotFoundError: it has some of them.
+    """
+    found = {
+        split: next((root / name for name in names if (root / name).is_dir()), None)
+        for split, names in SPLIT_FOLDERS.items()
+    }
+    missing = [split for split, place in found.items() if place is None]
+    if missing and len(missing) < len(found):
+        wanted = ", ".join(f"{s} ({' or '.join(SPLIT_FOLDERS[s])})" for s in missing)
+        raise FileNotFoundError(
+            f"{root} lacks a folder for {wanted}: unpack it again, or give the right folder."
+        )
+    return {} if missing else found
 
 
 def find_lists(root: Path) -> dict[str, Path]:
@@ -95,6 +145,9 @@ def unpack(archive: Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+# --- folders and lists
 
 
 def walk(place: Path) -> tuple[list[str], list[str]]:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from reidlib.data.people import BAGS, TOPS, Colour, Pen, look, paint_person, pick, random_of, shade
+from reidlib.paths import data_dir
 
 VERSION = 1  # of the pictures: raise it with every change that alters a drawn pixel
 ZOOM = 4  # drawn so many times larger, then averaged down: smooth edges without any other means
@@ -307,6 +308,26 @@ def draw_dataset(
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    return root
+
+
+def built_in_data() -> Path:
+    """Return the folder of the built-in data, drawn into the data folder when it is not there.
+
+    Any size that was drawn there before is taken as it is.
+
+    Raises:
+        ValueError: another version of the library drew it.
+    """
+    root = data_dir() / "synthetic"
+    if not root.exists():
+        draw_dataset(root)
+    marker = root / "dataset.json"
+    if not marker.is_file() or json.loads(marker.read_text()).get("version") != VERSION:
+        raise ValueError(
+            f"{root} was not drawn by this version of reidlib: remove that folder, and it is drawn "
+            "again."
+        )
     return root
 
 
