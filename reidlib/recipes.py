@@ -137,7 +137,7 @@ RECIPES = {
     ),
     # arXiv 1703.07737, sections 4.3 and 4.4: every default above.
     "trinet": Recipe(),
-    # Small enough to learn the embedded data from random weights on one CPU core in a minute.
+    # Small enough to learn the built-in data from random weights on one CPU core in a minute.
     "demo": Recipe(
         dataset="synthetic",
         backbone="resnet8",

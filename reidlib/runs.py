@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import Recipe, stored_recipe
 
-EXAMPLE = "synthetic_batchhard_softplus_example"  # the committed run on the embedded data
+EXAMPLE = "synthetic_batchhard_softplus_example"  # the committed run on the built-in data
 
 
 def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:

@@ -17,7 +17,7 @@ from reidlib.data.pixels import (
     load_training_images,
     read_image,
 )
-from reidlib.data.tables import load
+from reidlib.data.tables import fingerprint, load
 from reidlib.paths import cache_dir
 from reidlib.recipes import make_recipe
 
@@ -124,6 +124,19 @@ def test_a_second_start_opens_no_image(table, tmp_path, monkeypatch):
     Image.new("RGB", (30, 50), "red").save(table["path"][0])
     pixels, _ = load_images(table, recipe, show_progress=False)
     assert pixels.shape[1:3] == (recipe.height, recipe.width) and opened
+
+
+def test_the_size_of_what_cannot_be_read_is_looked_for_again(table, monkeypatch):
+    arguments = (table, (9, 9), None, fingerprint(table, mtime=True))
+    Image.new("RGB", (30, 50), "red").save(table["path"][0])
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Image,
+            "open",
+            lambda path, real=Image.open: real(path) if "0.png" not in path else 1 / 0,
+        )
+        assert common_size(*arguments) is None
+    assert common_size(*arguments) == (9, 9)
 
 
 def test_images_of_other_sizes_need_a_size(table, tmp_path):

@@ -1,4 +1,4 @@
-"""Batches of uint8 pixels to batches of network input, at random for training."""
+"""Augmentation: the same few operations on a whole batch, on whatever device it lies."""
 
 import numpy as np
 import torch
@@ -6,13 +6,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Augmentation:
-    """Batches of uint8 pixels to batches of network input, at random for training.
+    """Turns batches of uint8 pixels into batches of network input, at random for training.
 
     In this order: resize to `enlarge` times the input, random crop to the input, random flip,
     normalisation, random erasing. Resized pixels are rounded to whole numbers, as Pillow's and so
@@ -50,16 +48,17 @@ class Augmentation:
         self.flip, self.erasing, self.normalise = flip, erasing, normalise
         self.generator = torch.Generator().manual_seed(seed)
 
-    def plain(self, pixels: Tensor) -> Tensor:
-        """Return (B, 3, h, w) resized and normalised, with nothing random."""
-        return self._normalised(_resized(pixels, self.size))
-
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return (B, 3, h, w) with random crop, flip and erasing."""
         images = self._normalised(self._resized_crop_and_flip(pixels).permute(0, 3, 1, 2))
         return self._erased(images) if self.erasing else images
 
+    def plain(self, pixels: Tensor) -> Tensor:
+        """Return (B, 3, h, w) resized and normalised, with nothing random."""
+        return self._normalised(_resized(pixels, self.size))
+
     def _uniform(self, n: int) -> Tensor:
+        """Draw (n,) numbers in [0, 1)."""
         return torch.rand(n, generator=self.generator)
 
     def _resized_crop_and_flip(self, pixels: Tensor) -> Tensor:
@@ -119,10 +118,8 @@ class Augmentation:
         y, x = torch.arange(h), torch.arange(w)
         inside_y = (y >= top[:, None]) & (y < (top + height)[:, None])  # (B, h)
         inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, w)
-        # (B, 1, h, w): true where a pixel is erased
-        mask = (inside_y[:, None, :, None] & inside_x[:, None, None, :]) & chosen[
-            :, None, None, None
-        ]
+        inside_y &= chosen[:, None]
+        mask = inside_y[:, None, :, None] & inside_x[:, None, None, :]  # (B, 1, h, w): true: erased
         fill = 0.0 if self.normalise == "imagenet" else 0.5
         return images.masked_fill(mask.to(images.device), fill)
 

@@ -164,13 +164,21 @@ def walk(place: Path) -> tuple[list[str], list[str]]:
     return sorted(images), [note] if strays else []
 
 
-def read_folder(place: Path, pattern: str | None) -> tuple[pd.DataFrame, list[str]]:
-    """Return rows (path, pid, camid as text) of one split, and notes."""
+def read_folder(
+    place: Path, pattern: str | None, labelled: bool = True
+) -> tuple[pd.DataFrame, list[str]]:
+    """Return rows (path, pid, camid as text) of one split, and notes.
+
+    Args:
+        place: the folder.
+        pattern: over file names, or None.
+        labelled: where the pattern does not say the pid, the sub-folder does; else it is -1.
+    """
     names, notes = walk(place)
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    groups = groups_of(names, pattern, place) if pattern else {}
-    if "pid" not in groups:
+    groups = _groups_of(names, pattern, place)
+    if "pid" not in groups and labelled:
         loose = [n for n in names if "/" not in n]
         if len(loose) == len(names):
             raise ValueError(
@@ -180,10 +188,10 @@ def read_folder(place: Path, pattern: str | None) -> tuple[pd.DataFrame, list[st
         if loose:
             notes.append(f"In {place.name}/ ignored, in no identity's folder: {some(loose)}.")
         names = [n for n in names if "/" in n]
-        groups = groups_of(names, pattern, place) if pattern else {}
+        groups = _groups_of(names, pattern, place)
         groups["pid"] = [n.split("/")[0] for n in names]
-    paths, camid = [str(place / n) for n in names], groups.get("camid", "-1")
-    return pd.DataFrame({"path": paths, "pid": groups["pid"], "camid": camid}), notes
+    paths = [str(place / name) for name in names]
+    return pd.DataFrame({"path": paths, "pid": "-1", "camid": "-1"} | groups), notes
 
 
 def read_list(
@@ -193,7 +201,15 @@ def read_list(
     must_exist: bool = True,
     labelled: bool = True,
 ) -> pd.DataFrame:
-    """Return rows (path, pid, camid as text) of one CSV list; `labelled`: it must name the pids."""
+    """Return rows (path, pid, camid as text) of one CSV list.
+
+    Args:
+        source: the list.
+        image_root: where relative paths start; None: in the list's own folder.
+        pattern: over file names, or None; says the camera where no column does.
+        must_exist: the images must be there.
+        labelled: a header must name the column `pid`; else it is -1 without it.
+    """
     source = existing(source)
     base = existing(image_root) if image_root else source.parent
     with open(source, newline="", encoding="utf-8-sig") as file:
@@ -216,8 +232,7 @@ def read_list(
     if "pid" not in rows:
         rows["pid"] = "-1"
     if "camid" not in rows:
-        names = list(rows["path"])
-        rows["camid"] = groups_of(names, pattern, source)["camid"] if pattern else "-1"
+        rows["camid"] = _groups_of([*rows["path"]], pattern, source).get("camid", "-1")
     rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
     lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
     if lost:
@@ -228,20 +243,17 @@ def read_list(
     return rows[["path", "pid", "camid"]]
 
 
-def compiled(pattern: str) -> re.Pattern:
-    """Return the regular expression of a pattern, which must have a group `pid` or `camid`."""
+def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, list[str]]:
+    """Return what the pattern's groups catch in each file name: group -> list of text."""
+    if not pattern:
+        return {}
     try:
         regex = re.compile(MARKET_NAME if pattern == "market1501" else pattern)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r} is no regular expression: {error}.") from error
-    if not {"pid", "camid"} & set(regex.groupindex):
+    wanted = {"pid", "camid"} & set(regex.groupindex)
+    if not wanted:
         raise ValueError(f"pattern {pattern!r} has neither a group (?P<pid>…) nor (?P<camid>…).")
-    return regex
-
-
-def groups_of(names: list[str], pattern: str, place: Path) -> dict[str, list[str]]:
-    """Return what the pattern's groups catch in each file name: group -> list of text."""
-    regex = compiled(pattern)
     caught = [regex.search(name.rsplit("/", 1)[-1]) for name in names]
     wrong = [
         n for n, m in zip(names, caught, strict=True) if not m or None in m.groupdict().values()
@@ -252,9 +264,7 @@ def groups_of(names: list[str], pattern: str, place: Path) -> dict[str, list[str
             f"{regex.pattern}: {some(wrong)}. Rename or remove them, or give "
             "another pattern."
         )
-    return {"camid": ["-1"] * len(names)} | {
-        group: [m[group] for m in caught] for group in regex.groupindex
-    }
+    return {group: [m[group] for m in caught] for group in wanted}
 
 
 def _hidden(parts: Iterable[str]) -> bool:

@@ -113,18 +113,11 @@ class Pen:
     """Paints parts of one body on a canvas: it knows yaw, place, size and the camera's height."""
 
     def __init__(
-        self,
-        draw: ImageDraw,
-        camera: Any,
-        yaw: float,
-        centre: float,
-        crown: float,
-        scale: float,
-        stretch: float = 1.38,
+        self, draw: ImageDraw, camera: Any, yaw: float, centre: float, crown: float, scale: float
     ):
         self.draw, self.camera, self.light = draw, camera, camera.light
         self.cos, self.sin = math.cos(yaw), math.sin(yaw)
-        self.centre, self.crown, self.scale, self.stretch = centre, crown, scale, stretch
+        self.centre, self.crown, self.scale, self.stretch = centre, crown, scale, 1.38
 
     def screen(self, across: float, y: float, depth: float) -> Pixel:
         """Place a point `across` the view, `depth` towards the camera, at height y."""
@@ -198,13 +191,8 @@ class Pen:
             return self.screen(across, ys[i], depth)
 
         for turn in (-2 * math.pi, 0.0, 2 * math.pi):
-            ends = [
-                [
-                    min(RIGHT_ANGLE, max(-RIGHT_ANGLE, mid + turn + slant * i / 4 + sign * half))
-                    for sign in (-1, 1)
-                ]
-                for i in range(5)
-            ]
+            middles = [mid + turn + slant * i / 4 for i in range(5)]
+            ends = [[_facing(middle - half), _facing(middle + half)] for middle in middles]
             if any(lo < hi for lo, hi in ends):
                 (a, b), (c, d) = ends[0], ends[4]
                 outline = [point(0, a + (b - a) * s) for s in (0, 0.25, 0.5, 0.75)]
@@ -231,6 +219,11 @@ class Pen:
         self.draw.line((left + r / 2, mid, right - r / 2, mid), dark, thick)
 
 
+def _facing(angle: float) -> float:
+    """Return the nearest angle that faces us."""
+    return min(RIGHT_ANGLE, max(-RIGHT_ANGLE, angle))
+
+
 RIGHT_ANGLE = math.pi / 2
 _HALF = [math.pi * (i / 6 - 0.5) for i in range(7)]
 
@@ -246,31 +239,21 @@ def paint_person(pen: Pen, who: Look, phase: float) -> None:
     """Paint one person, parts from far to near; `phase` is that of the step, in radians."""
     swing = 0.36 * math.sin(phase)
     pen.crown += 45 * (1 - math.cos(swing)) * pen.scale  # a stride lowers the body
-    parts = [(0.0, lambda: _paint_torso(pen, who)), (40.0, lambda: _paint_head(pen, who))]
+    parts = [(0.0, partial(_paint_torso, pen, who)), (40.0, partial(_paint_head, pen, who))]
     for side in (-1, 1):
-        parts.append(
-            (
-                -50 + pen.depth(side * 4, 20 * swing * side),
-                lambda s=side: _paint_leg(pen, who, s, swing * s),
-            )
-        )
-        parts.append(
-            (pen.depth(side * 9, 0) + 0.5, lambda s=side: _paint_arm(pen, who, s, -1.2 * swing * s))
-        )
+        leg = partial(_paint_leg, pen, who, side, swing * side)
+        parts.append((-50 + pen.depth(side * 4, 20 * swing * side), leg))
+        arm = partial(_paint_arm, pen, who, side, -1.2 * swing * side)
+        parts.append((pen.depth(side * 9, 0) + 0.5, arm))
     if who.hair_style in ("long", "ponytail"):  # over the torso only where we see the back
-        parts.append((41.0 if pen.cos < 0.25 else -0.5, lambda: _paint_mane(pen, who)))
+        parts.append((41.0 if pen.cos < 0.25 else -0.5, partial(_paint_mane, pen, who)))
     if who.bag == "backpack":
-        parts.append(
-            (
-                pen.depth(0, -8),
-                lambda: pen.box((0, 31, -9.0), (6.4 * who.build, 11, 3.6), who.bag_colour),
-            )
-        )
+        bag = partial(pen.box, (0, 31, -9.0), (6.4 * who.build, 11, 3.6), who.bag_colour)
+        parts.append((pen.depth(0, -8), bag))
     if who.bag == "shoulder":
         x = who.bag_side * 9.5 * who.build
-        parts.append(
-            (pen.depth(x, 0) + 1.5, lambda: pen.box((x, 50, 0), (2.6, 6.0, 5.6), who.bag_colour))
-        )
+        bag = partial(pen.box, (x, 50, 0), (2.6, 6.0, 5.6), who.bag_colour)
+        parts.append((pen.depth(x, 0) + 1.5, bag))
     for _, paint in sorted(parts, key=lambda part: part[0]):
         paint()
 
@@ -328,15 +311,8 @@ def _paint_torso(pen: Pen, who: Look) -> None:
     b, waist = who.build, (6.9 if who.female else 8.2)
     hem = {"dress": 68.0, "coat": 66.0, "tank": 50.0}.get(who.cut, 52.0)
     flare = 11.5 if who.cut == "dress" else 9.6
-    widths = [
-        (14.5, 3.6),
-        (16.5, 7.0 * b),
-        (19.5, 9.4 * b),
-        (24, 9.6 * b),
-        (40, waist * b),
-        (49, 8.6 * b),
-        (68, flare * b),
-    ]
+    widths = [(14.5, 3.6), (16.5, 7.0 * b), (19.5, 9.4 * b), (24, 9.6 * b)]
+    widths += [(40, waist * b), (49, 8.6 * b), (68, flare * b)]
     around, front = math.pi, pen.front()
     patch = partial(pen.patch, widths)
 

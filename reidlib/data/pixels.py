@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def _load(
     recipe: Recipe,
     show_progress: bool,
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Load images in their own size, or in `otherwise` where that will not do."""
+    """Load images in the size that all of them have, or in `otherwise` where that will not do."""
     data = fingerprint(table, mtime=True) if len(table) else ""
     size = common_size(table, otherwise, largest, data)
     return load_pixels(table, size, recipe.unreadable, show_progress, data)
@@ -99,19 +99,102 @@ def load_pixels(
     key = {"data": data, "size": size, "skip": unreadable == "skip"}
     key = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
     file, kept_file = cache_dir() / f"{key}.npy", cache_dir() / f"{key}.kept.npy"
-    cached = _read_cache(file, kept_file)
-    if cached is None:
+    if not (cached := _read_cache(file, kept_file)):
         _decode_all(table["path"].tolist(), size, unreadable, file, kept_file, show_progress)
         cached = _read_cache(file, kept_file)
     pixels, kept = cached
     return pixels, table.iloc[kept].reset_index(drop=True)
 
 
-def _read_cache(file: Path, kept_file: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Map a cache file into memory; None where it is missing or cut short, to be made again."""
+# --- one image
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Decode one image file to (H, W, 3) uint8 RGB: the only decoder of the library.
+
+    EXIF orientation is applied; grey, palette and CMYK become RGB; alpha is dropped; 16-bit grey
+    keeps its upper 8 bits.
+
+    Raises:
+        ValueError: it cannot be read; names the file and the cause.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} are no photograph; save as 8 bit")
+            elif image.mode in ("P", "PA"):
+                image = image.convert("RGBA")  # a transparent palette warns on its way to RGB
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+    except Exception as error:  # Pillow raises a dozen unrelated types on damaged files
+        cause = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its own text names the path once more
+            cause = "no image format that Pillow knows"
+        elif isinstance(error, FileNotFoundError):
+            cause = "there is no such file"
+        raise ValueError(f"cannot read the image {path}: {cause}") from error
+    return pixels
+
+
+# --- the size of many
+
+
+def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Return (height, width) of image files as `read_image` gives them; None for unreadable ones.
+
+    Read from the files' headers, without decoding.
+    """
+
+    def header(path: str) -> tuple[int, int] | None:
+        try:
+            with Image.open(path) as image:
+                # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
+                lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                return image.size if lying else image.size[::-1]
+        except Exception:  # Pillow raises a dozen unrelated types; `load_pixels` names the file
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(header, paths))
+
+
+def common_size(
+    table: pd.DataFrame, otherwise: tuple[int, int], largest: int | None = None, data: str = ""
+) -> tuple[int, int] | None:
+    """Return the size to decode images to: None, their own, where all have one, else `otherwise`.
+
+    Args:
+        table: one row an image.
+        otherwise: (height, width) for images of several sizes.
+        largest: pixels of an image that may keep its size.
+        data: `fingerprint(table, mtime=True)`: the sizes are kept under it, beside the pixels, so
+            that no header is read at a second start.
+    """
+    file = cache_dir() / f"{data[:24]}.sizes.npy"
+    cached = _read_cache(file) if data else None
+    if cached:
+        (sizes,) = cached
+    else:
+        found = set(image_sizes(table["path"]))
+        sizes = np.array(sorted(found - {None}), np.int64).reshape(-1, 2)  # (height, width) each
+        if data and None not in found:  # what cannot be read today may be there tomorrow
+            with _beside(file) as (temporary,):
+                np.save(temporary, sizes)
+                os.replace(temporary, file)
+    huge = largest is not None and bool((sizes.prod(axis=1) > largest).any())
+    return None if len(sizes) <= 1 and not huge else otherwise
+
+
+# --- the cache
+
+
+def _read_cache(*files: Path) -> list[np.ndarray] | None:
+    """Map cache files into memory; None where one is missing or cut short, to be made again."""
     try:
         # Copy on write: torch wants memory that it could write to.
-        return np.load(file, mmap_mode="c"), np.load(kept_file)
+        return [np.load(file, mmap_mode="c") for file in files]
     except (OSError, ValueError, EOFError):
         return None
 
@@ -214,79 +297,3 @@ def _first_size(paths: list[str]) -> tuple[int, int]:
     if len(paths) > 1:
         raise ValueError(f"None of the {len(paths)} images can be read. The first: {errors[0]}")
     raise ValueError(errors[0])
-
-
-def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:
-    """Return (height, width) of image files as `read_image` gives them; None for unreadable ones.
-
-    Read from the files' headers, without decoding.
-    """
-
-    def header(path: str) -> tuple[int, int] | None:
-        try:
-            with Image.open(path) as image:
-                # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
-                lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-                return image.size if lying else image.size[::-1]
-        except Exception:  # Pillow raises a dozen unrelated types; `load_pixels` names the file
-            return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(header, paths))
-
-
-def common_size(
-    table: pd.DataFrame,
-    otherwise: tuple[int, int],
-    largest: int | None = None,
-    data: str = "",
-) -> tuple[int, int] | None:
-    """Return None where all images have one size, of up to `largest` pixels if that is given; else
-    the size to decode them to.
-
-    Args:
-        table: one row an image.
-        otherwise: (height, width) to decode images of several sizes to.
-        largest: pixels of an image that may keep its size.
-        data: `fingerprint(table, mtime=True)`: sizes are kept under it, and no header is read twice.
-    """
-    file = cache_dir() / f"{data[:24]}.sizes.npy"
-    sizes = None
-    if data and file.is_file():
-        with suppress(OSError, ValueError, EOFError):
-            sizes = np.load(file)  # (N, 2)
-    if sizes is None:
-        found = sorted(set(image_sizes(table["path"])) - {None})
-        sizes = np.array(found, np.int64).reshape(-1, 2)
-        if data:
-            with _beside(file) as (temporary,):
-                np.save(temporary, sizes)
-                os.replace(temporary, file)
-    huge = largest is not None and bool((sizes.prod(axis=1) > largest).any())
-    return None if len(sizes) <= 1 and not huge else otherwise
-
-
-def read_image(path) -> np.ndarray:
-    """Decode one image file to (H, W, 3) uint8 RGB: the only decoder of the library.
-
-    EXIF orientation is applied; grey, palette and CMYK become RGB; alpha is dropped; 16-bit grey
-    keeps its upper 8 bits. Raises ValueError with the file and the cause.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"pixels of mode {image.mode} are no photograph; save as 8 bit")
-            elif image.mode in ("P", "PA"):
-                image = image.convert("RGBA")  # a transparent palette warns on its way to RGB
-            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
-    except Exception as error:  # Pillow raises a dozen unrelated types on damaged files
-        cause = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its own text names the path once more
-            cause = "no image format that Pillow knows"
-        elif isinstance(error, FileNotFoundError):
-            cause = "there is no such file"
-        raise ValueError(f"cannot read the image {path}: {cause}") from error
-    return pixels

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class PKSampler:
@@ -36,7 +37,9 @@ class PKSampler:
     (1, [3, 4, 5])
     """
 
-    def __init__(self, pids, p: int = 18, k: int = 4, epoch: str = "identities", seed: int = 0):
+    def __init__(
+        self, pids: ArrayLike, p: int = 18, k: int = 4, epoch: str = "identities", seed: int = 0
+    ):
         pids = np.asarray(pids)
         if pids.ndim != 1 or len(pids) == 0:
             raise ValueError(f"The sampler needs a list of identities, got shape {pids.shape}.")
@@ -49,10 +52,9 @@ class PKSampler:
                 f"{int((pids < 0).sum())} rows are junk (pid below 0): take them out before training."
             )
         self.p, self.k, self.epoch = p, k, epoch
-        # rows of each identity, in order of pid: a list of int64 arrays
         order = np.argsort(pids, kind="stable")
         starts = np.flatnonzero(np.diff(pids[order])) + 1
-        self._rows = np.split(order, starts)
+        self._rows = np.split(order, starts)  # of each identity, in order of pid: int64 arrays
         if len(self._rows) < p:
             advice = "lower P, or hold out fewer identities"
             if len(self._rows) < 2:
@@ -98,7 +100,21 @@ class PKSampler:
         self._started = state["started"]
 
     def _draw_epoch(self) -> list[np.ndarray]:
-        """Deal the identities' groups of K rows into batches of P different identities."""
+        """Deal the identities' groups of K rows into batches of P different identities.
+
+        This is the idea, as a loop, for an epoch that shows every identity once:
+
+            identities = random.permutation(np.unique(pids))
+            for start in range(0, len(identities) - p + 1, p):
+                batch = []
+                for pid in identities[start : start + p]:
+                    rows = np.flatnonzero(pids == pid)
+                    batch.extend(np.resize(random.permutation(rows), k))
+                yield np.array(batch)
+
+        Two things come on top. Identities may have several groups to give (`epoch = "images"`), and
+        never two in one batch. The last batch is filled up, where the loop drops it.
+        """
         counts = np.ones(len(self._rows), dtype=np.int64)
         if self.epoch == "images":
             counts = np.array([-(-len(rows) // self.k) for rows in self._rows])
@@ -122,11 +138,10 @@ class PKSampler:
         """Return n groups of K rows of one identity that show its rows as evenly as can be."""
         if len(rows) < self.k:  # repeat evenly: whole rounds, then a part of one
             rounds = -(-self.k // len(rows))
-            draws = [
+            return [
                 np.concatenate([self._random.permutation(rows) for _ in range(rounds)])[: self.k]
                 for _ in range(n)
             ]
-            return draws
         shuffled = self._random.permutation(rows)
         groups = [shuffled[i * self.k : (i + 1) * self.k] for i in range(n)]
         missing = self.k - len(groups[-1])

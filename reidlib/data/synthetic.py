@@ -22,8 +22,6 @@ from reidlib.paths import data_dir
 
 VERSION = 1  # of the pictures: raise it with every change that alters a drawn pixel
 ZOOM = 4  # drawn so many times larger, then averaged down: smooth edges without any other means
-
-
 VIEWS = {"front": 0.0, "right": 90.0, "back": 180.0, "left": -90.0}  # degrees of yaw
 
 

@@ -220,14 +220,8 @@ def image_list(
     path = files.existing(source)
     if path.is_file():
         rows = files.read_list(path, image_root, pattern, must_exist, labelled=False)
-    elif pattern and "pid" in files.compiled(pattern).groupindex:
-        rows, _ = files.read_folder(path, pattern)
     else:
-        names, _ = files.walk(path)
-        cams = files.groups_of(names, pattern, path)["camid"] if pattern else "-1"
-        rows = pd.DataFrame({"path": [str(path / n) for n in names], "pid": "-1", "camid": cams})
-    if not len(rows):
-        raise ValueError(f"{path} holds no images.")
+        rows, _ = files.read_folder(path, pattern, labelled=False)
     table = _number({"": rows})[0][""]
     if "label" in table:
         raise ValueError(
