@@ -1,22 +1,19 @@
 """A comparison makes what is missing, picks up what is there, and loses nothing."""
 
-import threading
-import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from reidlib import runs
-from reidlib.data.tables import load
-from reidlib.evaluation.retrieval import evaluate
-from reidlib.model.embed import read_embeddings, write_embeddings
+from reidlib.data.tables import fingerprint, hold_out, load
+from reidlib.evaluation.scoring import score_run
 from reidlib.paths import outputs_dir
 from reidlib.recipes import make_recipe
-from reidlib.training.loop import reproduce_command, train
+from reidlib.training import loop
 from reidlib.workbook import compare
-from reidlib.workbook.compare import Made, Row, complete, embedded, find, nearest
+from reidlib.workbook.compare import Made, Row, complete, find, nearest
 
 SMALL = dict(height=32, width=16, p=4, k=2, steps=3, precision="float32", hold_out=3)
 
@@ -26,57 +23,51 @@ def row(tag="a", **changes):
 
 
 class Fake:
-    """Stands for the headless notebooks: writes what they leave, and remembers what was asked."""
+    """Stands for training and scoring: writes what they leave, and remembers what was done."""
 
     def __init__(self):
-        self.asked, self.problems, self.at_once, self.most = [], {}, 0, 0
-        self.lock, self.seconds = threading.Lock(), 0.0
+        self.ran, self.problems = [], {}
 
-    def __call__(self, jobs, notebook, folder, parameters):
-        with self.lock:
-            self.asked.append((notebook, folder.name, parameters))
-            self.at_once += 1
-            self.most = max(self.most, self.at_once)
-        time.sleep(self.seconds)
-        with self.lock:
-            self.at_once -= 1
-        problem = self.problems.get((notebook, folder.name), "")
+    def fail(self, what, name):
+        problem = self.problems.get((what, name))
         if isinstance(problem, list):
-            problem = problem.pop(0) if problem else ""
-        if isinstance(problem, BaseException):
-            raise problem
+            problem = problem.pop(0) if problem else None
         if problem:
-            return problem
-        folder.mkdir(exist_ok=True, parents=True)
-        if notebook == "03_train":
-            settings = {k: v for k, v in parameters.items() if k not in ("recipe", "tag", "resume")}
-            recipe = make_recipe("trinet", **settings)
-            runs.write_json(folder / "config.json", recipe.model_dump())
-            data = compare._train_data(recipe.dataset, recipe.hold_out)
-            runs.write_json(folder / "manifest.json", {"status": "finished", "train_data": data})
-            runs.write_text(folder / "per_query_held_out.csv", "query\n")
-        else:
-            scores = {"evaluated_on": "synthetic", "flip": False, "precision": "float32"}
-            runs.update_json(folder / "metrics.json", **scores)
-            runs.write_text(folder / "per_query.csv", "query\n")
-        return ""
+            raise problem
 
-    @property
-    def ran(self):
-        return [(notebook, name) for notebook, name, _ in self.asked]
+    def train(self, recipe, tag, **_):
+        folder = outputs_dir() / runs.run_name("synthetic", recipe, tag)
+        self.ran.append(("train", folder.name))
+        self.fail("train", folder.name)
+        folder.mkdir(exist_ok=True, parents=True)
+        runs.write_json(folder / "config.json", recipe.model_dump())
+        data = fingerprint(hold_out(load("synthetic").train, recipe.hold_out, seed=0)[0])
+        runs.write_json(folder / "manifest.json", {"status": "finished", "train_data": data})
+        runs.write_text(folder / "per_query_held_out.csv", "query\n")
+        return folder
+
+    def score(self, folder, **options):
+        self.ran.append(("score", folder.name))
+        assert options == {"baselines": False, "device": "cpu", "show_progress": False}
+        self.fail("score", folder.name)
+        scores = {"evaluated_on": "synthetic", "flip": False, "precision": "float32"}
+        runs.update_json(folder / "metrics.json", **scores)
+        runs.write_text(folder / "per_query.csv", "query\n")
+        return SimpleNamespace(retrieval=None, evaluation=None)
 
 
 @pytest.fixture
 def fake(monkeypatch):
     fake = Fake()
-    monkeypatch.setattr(compare._Notebooks, "_run", lambda *arguments: fake(*arguments))
-    compare._data.cache_clear()
-    compare._train_data.cache_clear()
+    monkeypatch.setattr(compare.loop, "train", fake.train)
+    monkeypatch.setattr(compare, "score_run", fake.score)
+    monkeypatch.setattr(compare.board, "write_evaluation", lambda *_: None)
+    compare.forget_data()
     return fake
 
 
 def done(rows, split="test", **options):
-    return complete(rows, split, device="cpu", show_progress=False, **options)
+    return complete(rows, split, device="cpu", show_progress=False, **{"jobs": 1} | options)
 
 
 A, SOFT = "synthetic_batchhard_a", "synthetic_batchhard_softplus_a"
@@ -84,8 +75,8 @@ A, SOFT = "synthetic_batchhard_a", "synthetic_batchhard_softplus_a"
 
 def test_each_row_is_trained_and_scored_once_and_found_again(fake):
     rows = {"hinge": row(margin=0.2), "soft": row(), "soft again": row()}
-    made = done(rows, jobs=1)
-    both = [("03_train", A), ("04_evaluate", A), ("03_train", SOFT), ("04_evaluate", SOFT)]
+    made = done(rows)
+    both = [("train", A), ("score", A), ("train", SOFT), ("score", SOFT)]
     assert fake.ran == both
     assert made["soft"] == made["soft again"] == Made(outputs_dir() / SOFT, "", True)
     assert list(made) == list(rows)
@@ -94,36 +85,16 @@ def test_each_row_is_trained_and_scored_once_and_found_again(fake):
     assert again["hinge"] == Made(outputs_dir() / A, "", False)
 
 
-def test_the_notebook_gets_every_setting_of_the_row(fake):
-    wanted = row(margin=0.2, loss="batch_all", mean="valid", reduction="sum", weights="none")
-    done({"it": wanted})
-    notebook, name, given = fake.asked[0]
-    assert (notebook, name, given["tag"]) == ("03_train", "synthetic_batchall_a", "a")
-    config = runs.read_recipe(outputs_dir() / name)
-    assert config == wanted.recipe and "--reduction sum" in reproduce_command(config)
-    # 04_evaluate scores in its own precision, not in that of training.
-    assert set(fake.asked[1][2]) == {"run", "baselines", "lists", "html_queries"}
-
-
-def test_a_row_whose_settings_changed_is_trained_again_and_no_other(fake):
-    done({"one": row("one"), "two": row("two")}, jobs=1)
-    fake.asked.clear()
-    done({"one": row("one"), "two": row("two", steps=4)}, jobs=1)
-    name = "synthetic_batchhard_softplus_two"
-    assert fake.ran == [("03_train", name), ("04_evaluate", name)]
-    assert fake.asked[0][2]["resume"] == "restart"
-
-
 def test_what_only_watches_the_training_is_no_other_row(fake):
     done({"one": row()})
-    fake.asked.clear()
+    fake.ran.clear()
     done({"one": row(log_every=7, checkpoint_every=9, evaluate_every=11)})
     assert fake.ran == []
 
 
 def test_a_run_of_another_name_is_picked_up_by_its_settings(fake):
     done({"one": row("elsewhere")})
-    fake.asked.clear()
+    fake.ran.clear()
     made = done({"one": row("here")})
     assert made["one"].folder.name == "synthetic_batchhard_softplus_elsewhere"
     assert fake.ran == []
@@ -146,43 +117,33 @@ def test_a_run_of_another_name_is_picked_up_by_its_settings(fake):
 def test_unfinished_foreign_and_broken_runs_are_not_taken(fake, file, content):
     folder = done({"one": row()})["one"].folder
     runs.update_json(folder / file, **content)
-    compare._data.cache_clear()
+    compare.forget_data()
     assert find(row()) is None
-    fake.asked.clear()
+    fake.ran.clear()
     done({"one": row()})
-    assert fake.ran[0] == ("03_train", SOFT)
-    assert fake.asked[0][2]["resume"] == ("auto" if "status" in content else "restart")
-
-
-def test_an_unfinished_run_goes_on_only_where_training_would(fake):
-    """03_train refuses to go on with other settings of any kind, those that only watch too."""
-    folder = done({"one": row()})["one"].folder
-    runs.update_json(folder / "manifest.json", status="running")
-    fake.asked.clear()
-    done({"one": row(checkpoint_every=7)})
-    assert fake.asked[0][2]["resume"] == "restart"
+    assert fake.ran[0] == ("train", SOFT)  # which goes on, or refuses: see below
 
 
 def test_a_file_of_weights_goes_by_its_name(fake):
     done({"one": row(weights="here/w.safetensors")})
-    fake.asked.clear()
+    fake.ran.clear()
     done({"one": row(weights="/there/w.safetensors")})
     assert fake.ran == []
     done({"one": row(weights="here/v.safetensors")})
-    assert fake.ran[0] == ("03_train", SOFT)
+    assert fake.ran[0] == ("train", SOFT)
 
 
 def test_without_training_rows_say_which_run_is_nearest(fake):
     done({"soft": row(), "hinge": row(margin=0.2)})
     (outputs_dir() / SOFT / "per_query.csv").unlink()
-    fake.asked.clear()
+    fake.ran.clear()
     rows = {
         "soft": row(),
         "far": row("b", margin=0.2, lr=1e-2, seed=4),
         "random": row(loss="random"),
     }
     made = done(rows, train=False)
-    assert made["soft"].folder.name == SOFT and fake.ran == [("04_evaluate", SOFT)]
+    assert made["soft"].folder.name == SOFT and fake.ran == [("score", SOFT)]
     assert made["far"].problem == (
         "No run with these settings is there. "
         f"The nearest is {A}: lr = 0.001, not 0.01; seed = 0, not 4."
@@ -201,76 +162,67 @@ def test_without_training_rows_say_which_run_is_nearest(fake):
 )
 def test_scores_of_another_kind_are_made_again_without_training(fake, change):
     folder = done({"one": row()})["one"].folder
-    fake.asked.clear()
+    fake.ran.clear()
     runs.update_json(folder / "metrics.json", **change)
     made = done({"one": row()})
-    assert fake.ran == [("04_evaluate", SOFT)] and made["one"].trained
+    assert fake.ran == [("score", SOFT)] and made["one"].trained
 
 
 def test_held_out_scores_leave_the_test_split_alone(fake):
     done({"one": row()}, "held_out")
-    assert fake.ran == [("03_train", SOFT)]
+    assert fake.ran == [("train", SOFT)]
     with pytest.raises(ValueError, match=r"one: it has no held-out scores, since hold_out is 0"):
         done({"one": row(hold_out=0)}, "held_out")
 
 
 def test_a_row_that_fails_leaves_the_others_alone(fake):
-    fake.problems["03_train", A] = "The loss became NaN."
+    fake.problems["train", A] = RuntimeError("The loss became NaN.")
     made = done({"bad": row(margin=0.2), "good": row()})
     assert made["bad"] == Made(None, "The loss became NaN.")
     assert made["good"].folder.name == SOFT
     with pytest.raises(RuntimeError, match="No row could be made.*The loss became NaN"):
         done({"bad": row(margin=0.2)})
     fake.problems.clear()
-    fake.problems["04_evaluate", A] = "no memory"
+    fake.problems["score", A] = MemoryError("no memory")
     assert done({"bad": row(margin=0.2), "good": row()})["bad"].problem == "no memory"
 
 
 def test_a_run_that_another_process_trains_is_waited_for(fake, monkeypatch):
     """As the trainings that a killed comparison has left behind."""
-    busy = "Another process is writing it. Wait for it."
-    folder, waits = outputs_dir() / SOFT, []
-    with runs.lock(folder):
-        assert compare._busy(folder)
-    assert not compare._busy(folder)
-    monkeypatch.setattr(compare, "_busy", lambda folder: len(waits) % 4 != 3)
-    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=waits.append))
+    busy = RuntimeError("Another process is writing it. Wait for it.")
+    folder, held = outputs_dir() / SOFT, ExitStack()
+    waits = []
+
+    def sleep(seconds, finish=False):
+        waits.append(seconds)
+        if len(waits) == 3:
+            held.close()  # the other process ends
+            if finish:
+                runs.update_json(folder / "manifest.json", status="finished")
+
     # The other one was killed, too: the row is trained here.
-    fake.problems["03_train", SOFT] = [busy]
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=sleep))
+    fake.problems["train", SOFT] = [busy]
+    held.enter_context(runs.lock(folder))
     assert done({"one": row()})["one"].folder == folder
-    assert fake.ran == 2 * [("03_train", SOFT)] + [("04_evaluate", SOFT)] and len(waits) == 3
+    assert fake.ran == 2 * [("train", SOFT)] + [("score", SOFT)] and len(waits) == 3
     # It came to its end: nothing is left to train.
     runs.update_json(folder / "manifest.json", status="running")
     (folder / "per_query.csv").unlink()
-    fake.asked.clear()
-
-    def finish(seconds):
-        waits.append(seconds)
-        runs.update_json(folder / "manifest.json", status="finished")
-
-    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=finish))
-    fake.problems["03_train", SOFT] = [busy]
+    fake.ran.clear()
     waits.clear()
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=lambda s: sleep(s, finish=True)))
+    fake.problems["train", SOFT] = [busy]
+    held.enter_context(runs.lock(folder))
     assert done({"one": row()})["one"].folder == folder
-    assert fake.ran == [("03_train", SOFT), ("04_evaluate", SOFT)] and len(waits) == 3
-
-
-def test_jobs_is_how_many_run_at_once(fake):
-    fake.seconds = 0.05
-    rows = {str(i): row(f"r{i}") for i in range(4)}
-    done(rows, jobs=2)
-    assert fake.most == 2
-    fake.most = 0
-    done({str(i): row(f"s{i}", seed=1) for i in range(3)}, jobs=1)
-    assert fake.most == 1
+    assert fake.ran == [("train", SOFT), ("score", SOFT)] and len(waits) == 3
 
 
 def test_an_interrupt_stops_what_is_not_begun(fake):
-    fake.problems["03_train", SOFT.replace("_a", "_r0")] = KeyboardInterrupt()
-    fake.seconds = 0.05
+    fake.problems["train", SOFT.replace("_a", "_r0")] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        done({str(i): row(f"r{i}", seed=i) for i in range(6)}, jobs=1)
-    assert len(fake.ran) <= 4, "of 12"
+        done({str(i): row(f"r{i}", seed=i) for i in range(6)})
+    assert len(fake.ran) == 1, "of 12"
 
 
 def test_errors(fake):
@@ -283,29 +235,43 @@ def test_errors(fake):
     assert fake.ran == []
 
 
-def test_the_real_notebooks_are_run_and_their_problems_told(tmp_path):
-    """One row that cannot train, for real: too many identities for the data set."""
-    with pytest.raises(RuntimeError, match=r"(?s)No row could be made.*03_train, cell.*identities"):
-        done({"one": row(p=1000)})
-    assert (outputs_dir() / "notebooks" / SOFT / "03_train.failed.ipynb").is_file()
+# --- for real
 
 
-def test_embeddings_are_read_where_they_are_and_made_where_not(tmp_path):
-    recipe = make_recipe("demo", **(SMALL | dict(hold_out=5)))
-    folder = train(recipe, "a", device="cpu", show_progress=False)
-    query_emb, query, gallery_emb, gallery = embedded(folder)
-    data = load("synthetic")
-    assert len(query_emb) == len(query) == len(data.query)
-    assert len(gallery_emb) == len(gallery) == len(data.gallery)
-    kept = folder / "embeddings_query.h5"
-    assert np.array_equal(read_embeddings(kept)[0], query_emb)
-    write_embeddings(kept, 2 * query_emb, query)
-    assert np.array_equal(embedded(folder)[0], 2 * query_emb), "read, not made again"
-    flipped = embedded(folder, flip=True)[0]
-    assert not np.allclose(flipped, query_emb, atol=1e-6)
-    assert np.array_equal(read_embeddings(kept)[0], 2 * query_emb), "flips are not kept"
-    # The held-out scores of training come from these very embeddings.
-    held = evaluate(*embedded(folder, "held_out"))
-    table = pd.read_csv(folder / "per_query_held_out.csv")
-    np.testing.assert_allclose(held.per_query["AP"], table["AP"], atol=1e-9)
-    assert held.per_query["pid"].nunique() == 5
+def test_rows_are_trained_scored_and_found_again_in_processes_of_their_own():
+    rows = {"hinge": row(margin=0.2), "soft": row(), "too many": row("b", p=1000)}
+    made = done(rows, jobs=2)
+    assert made["too many"].folder is None and "P = 1000 identities" in made["too many"].problem
+    for name in ("hinge", "soft"):
+        assert made[name].trained and runs.read_recipe(made[name].folder) == rows[name].recipe
+        scored = score_run(made[name].folder, baselines=False, device="cpu", show_progress=False)
+        table = pd.read_csv(made[name].folder / "per_query.csv")
+        assert table["AP"].mean() == pytest.approx(scored.scores["mAP"], abs=1e-12)
+    again = done({name: rows[name] for name in ("hinge", "soft")})
+    assert not any(m.trained for m in again.values())
+    assert [m.folder for m in again.values()] == [made[name].folder for name in again]
+
+    # Other settings under the same tag: the run that is there stays as it is, and is named.
+    weights = made["soft"].folder / "weights.safetensors"
+    before = weights.read_bytes()
+    told = done({"other": row(steps=4), "hinge": rows["hinge"]})["other"]
+    assert told.folder is None and "steps: 3 there, 4 now" in told.problem
+    (made["soft"].folder / "manifest.json").unlink()
+    told = done({"other": row(), "hinge": rows["hinge"]})["other"]
+    assert "weights and no manifest.json" in told.problem
+    assert weights.read_bytes() == before
+
+
+def test_a_row_that_was_stopped_goes_on():
+    it = row(steps=6, checkpoint_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            done({"it": it})
+    folder = outputs_dir() / SOFT
+    assert (folder / "checkpoint.pt").exists() and not (folder / "weights.safetensors").exists()
+    assert done({"it": it})["it"] == Made(folder, "", True)
+    # A run of another name beside it, never stopped. (By `complete` it would be this very row.)
+    whole = loop.train(it.recipe, "whole", device="cpu", show_progress=False)
+    files = [f / "weights.safetensors" for f in (folder, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()

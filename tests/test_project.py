@@ -102,7 +102,7 @@ ROOMS = {
     "training": ("losses", "checkpoint", "watched", "checks", "health", "journal", "loop"),
     "workbook": (
         *("export", "headless", "notebooks", "scores", "release"),
-        *("compare", "variants", "results", "verdicts", "gains"),
+        *("workers", "compare", "variants", "results", "verdicts", "gains"),
     ),
 }
 FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems]

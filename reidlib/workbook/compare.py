@@ -4,16 +4,12 @@ A row is found by its settings and training data, whatever the run is called, so
 picks up what is there, and goes on where it was stopped.
 """
 
-import multiprocessing
-import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-import torch
 
 from reidlib import runs
 from reidlib.data.tables import fingerprint, hold_out, load
@@ -24,6 +20,7 @@ from reidlib.paths import outputs_dir
 from reidlib.progress import progress
 from reidlib.recipes import WATCHING, Recipe
 from reidlib.training import loop
+from reidlib.workbook import workers
 
 Split = Literal["test", "held_out"]
 
@@ -91,25 +88,18 @@ def complete(
     }
     names = _names(rows, split)
     # Rows that are one run are made once.
-    once = {name: rows[label] for label, name in reversed(names.items())}
-    jobs = min(jobs if target.type == "cpu" else 1, len(once))
+    tasks: dict[str, tuple] = {}
+    for label, name in names.items():
+        tasks.setdefault(name, (rows[label], split, train, device))
+    jobs = min(jobs if target.type == "cpu" else 1, len(tasks))
     made: dict[str, Made] = {}
-    bar = progress(total=len(once), desc="rows", unit="row", show=show_progress)
-    pool = _pool(jobs)
-    try:
-        futures = {pool.submit(make, row, split, train, device): name for name, row in once.items()}
-        for future in as_completed(futures):
-            made[futures[future]] = future.result()
+    bar = progress(total=len(tasks), desc="rows", unit="row", show=show_progress)
+    with closing(bar), closing(workers.each(make, tasks, jobs)) as results:
+        for name, result in results:
+            made[name] = Made(None, str(result)) if isinstance(result, workers.Died) else result
             bar.update()
-    except BaseException:
-        for child in multiprocessing.active_children():
-            child.terminate()  # a training writes a checkpoint first
-        raise
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
     if not any(m.folder for m in made.values()):
-        name = next(iter(dict.fromkeys(names.values())))
+        name = next(iter(tasks))
         raise RuntimeError(f"No row could be made. {name}: {made[name].problem}")
     return {label: made[name] for label, name in names.items()}
 
@@ -128,24 +118,6 @@ def _names(rows: Mapping[str, Row], split: Split) -> dict[str, str]:
                 f"{twin!r} and {label!r} would both be the run {name}: give other tags."
             )
     return names
-
-
-class _Here(Executor):
-    """Makes a row in this process, when it is asked for."""
-
-    def submit(self, function, /, *args) -> Future:
-        """Return a future that is done."""
-        future: Future = Future()
-        future.set_result(function(*args))
-        return future
-
-
-def _pool(jobs: int) -> Executor:
-    if jobs == 1:
-        return _Here()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,))
 
 
 def make(row: Row, split: Split, train: bool, device: str) -> Made:
@@ -173,9 +145,9 @@ def _train(row: Row, device: str) -> Path:
     while True:
         try:
             return loop.train(row.recipe, row.tag, device=device, show_progress=False)
-        except RuntimeError:
+        except RuntimeError as error:
             # A comparison that was killed leaves its last trainings behind; they end by themselves.
-            if not _busy(own):
+            if "Another process is writing" not in str(error):
                 raise
         while _busy(own):
             time.sleep(2)
