@@ -256,10 +256,20 @@ def test_rows_are_trained_scored_and_found_again_in_processes_of_their_own():
     before = weights.read_bytes()
     told = done({"other": row(steps=4), "hinge": rows["hinge"]})["other"]
     assert told.folder is None and "steps: 3 there, 4 now" in told.problem
-    (made["soft"].folder / "manifest.json").unlink()
-    told = done({"other": row(), "hinge": rows["hinge"]})["other"]
-    assert "weights and no manifest.json" in told.problem
+    manifest = made["soft"].folder / "manifest.json"
+    manifest.write_text('{"status": "fin')
+    told = done({"soft": row(), "hinge": rows["hinge"]})["soft"]
+    assert told.folder is None and "manifest.json is not valid JSON" in told.problem
+    manifest.unlink()
+    told = done({"soft": row(), "hinge": rows["hinge"]})["soft"]
+    assert "weights.safetensors and no manifest.json" in told.problem
     assert weights.read_bytes() == before
+    weights.unlink()
+    checkpoint = made["soft"].folder / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    told = done({"soft": row(), "hinge": rows["hinge"]})["soft"]
+    assert "checkpoint.pt and no manifest.json" in told.problem
+    assert checkpoint.read_bytes() == before
 
 
 def test_a_row_that_was_stopped_goes_on():

@@ -180,9 +180,10 @@ def _existing(plan: Plan, resume: Resume) -> dict | None:
     """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
     if not (plan.folder / "manifest.json").exists():
         # The manifest is written before the first step, so without it nothing was trained.
-        if resume != "restart" and any(plan.folder.glob("*.safetensors")):
+        left = [*plan.folder.glob("*.safetensors"), *plan.folder.glob("checkpoint*.pt")]
+        if left and resume != "restart":
             raise ValueError(
-                f"{plan.folder} holds weights and no manifest.json, so nobody can say how they were "
+                f"{plan.folder} holds {left[0].name} and no manifest.json, so nobody can say how it was "
                 "trained. Give another tag, or move that folder away."
             )
         return None

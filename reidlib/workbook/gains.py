@@ -179,6 +179,14 @@ def ladder_in_words(ladder: Ladder, results: Results, pairs: Pairs) -> str:
     return said
 
 
+def best_step_in_words(ladder: Ladder) -> str:
+    """Say which single step brings most; "" where none brings anything."""
+    order = ladder.gains["value"].sort_values(ascending=False)
+    if not len(order) or order.iloc[0] <= 0:
+        return ""
+    return f"Of the single steps, {order.index[0]} brings most: {order.iloc[0]:+.1f} points."
+
+
 def scale_in_words(ladder: Ladder) -> str:
     """Say what the rows show that change little but the scale of the loss; "" if none is there."""
     value = ladder.gains["value"]

@@ -15,6 +15,7 @@ from reidlib.evaluation.intervals import (
     holm,
     seed_spread,
 )
+from reidlib.evaluation.metrics import SCORES
 from reidlib.workbook.results import Results, best_of
 
 # A run that went wrong has a spread of its own, which says nothing of the others.
@@ -28,6 +29,20 @@ def intervals(results: Results) -> dict[str, pd.DataFrame]:
     return {name: confidence_interval(table, by="pid") for name, table in joined.items()}
 
 
+def intervals_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return all scores with their 95 % intervals in per cent, for people."""
+    return pd.DataFrame.from_dict(
+        {
+            name: {
+                heading: "{value:.1f} ({low:.1f} to {high:.1f})".format(**100 * table.loc[key])
+                for key, heading in SCORES.items()
+            }
+            for name, table in found.items()
+        },
+        orient="index",
+    )
+
+
 def steady(results: Results) -> list[str]:
     """Return the variants of which no run went wrong."""
     broken = {name for (name, _), found in results.findings.items() if BROKEN & {*found}}
@@ -39,24 +54,23 @@ def spread_of(results: Results) -> Spread:
     return seed_spread({name: results.of(name) for name in steady(results)})
 
 
-def luck_in_words(results: Results, spread: Spread) -> str:
-    """Say how far other people and another seed would move a score."""
-    ends = [i.loc["mAP", "high"] - i.loc["mAP", "low"] for i in intervals(results).values()]
-    sure, rows = steady(results), "all rows"
-    if len(sure) < len(results.compared):
-        rows = ", ".join(sure)
+def luck_in_words(results: Results, spread: Spread, found: Mapping[str, pd.DataFrame]) -> str:
+    """Say how far other people and another seed would move a score; `found`: of `intervals`."""
+    ends = [table.loc["mAP", "high"] - table.loc["mAP", "low"] for table in found.values()]
+    sure = steady(results)
+    rows = "all rows" if len(sure) == len(results.compared) else ", ".join(sure)
     seeds = (
-        f"from seed to seed the mAP of a row has a standard deviation of {100 * spread.deviation:.1f} points "
-        f"({spread.freedom} degrees of freedom, {rows} together)"
+        f"From seed to seed the mAP of a row has a standard deviation of {100 * spread.deviation:.1f} "
+        f"points ({spread.freedom} degrees of freedom, {rows} together)."
         if spread.freedom
-        else "one seed each says nothing of the luck of the seed, and what follows leaves it out: it is "
-        "about these very networks"
+        else "One seed each says nothing of the luck of the seed, and what follows leaves it out: it is "
+        "about these very networks."
     )
     return (
-        f"With other people each mAP would move by about ±{50 * np.mean(ends):.1f} points; {seeds}. "
-        "Intervals "
-        "that overlap do not mean that two rows are equal. Both rows answered *the same queries*, so what is "
-        "hard for one is hard for the other, and most of the luck cancels in their difference."
+        f"With other people each mAP would move by about ±{50 * np.mean(ends):.1f} points. {seeds} "
+        "Intervals that overlap do not mean that two rows are equal. Both rows answered *the same "
+        "queries*, so what is hard for one is hard for the other, and most of the luck cancels in their "
+        "difference."
     )
 
 
@@ -131,10 +145,8 @@ def pairs_in_words(pairs: Pairs) -> list[str]:
         least = 100 * np.mean([(found[pair].high - found[pair].low) / 2 for pair in rest])
         lines.append(
             f"**Not told apart**: {'; '.join(f'{a} and {b}' for a, b in rest)}. That does not make "
-            "them equal. "
-            f"A difference of less than about {least:.1f} points cannot be seen with these queries and "
-            "seeds, "
-            "and a larger one only where it is claimed alone."
+            f"them equal. With these queries and seeds you cannot see a difference of less than about "
+            f"{least:.1f} points, and a larger one only where it is claimed alone."
         )
     return lines
 
@@ -151,12 +163,21 @@ def conclusion(pairs: Pairs, table: pd.DataFrame) -> str:
         return f"None is shown to be best: no row is told apart from {highest}, the highest."
     said = f"{best} is best: it beats each of the others."
     if level:
-        said = (
-            f"{best} has the highest mAP. It beats {', '.join(beaten)}, and is not told apart from "
-        )
-        said += f"{', '.join(level)}."
+        said = f"{best} has the highest mAP. It beats {', '.join(beaten)}, "
+        said += f"and is not told apart from {', '.join(level)}."
     if not pairs.spread.freedom:
         said += " It is about these very networks: other seeds may turn it round."
+    return said
+
+
+def real_in_words(pairs: Pairs, table: pd.DataFrame) -> str:
+    """Say in two sentences whether the differences are real."""
+    said = f"Is it real? {conclusion(pairs, table)}"
+    if pairs.found:
+        said += (
+            f" Of {len(pairs.found)} differences between the rows {len(pairs.hold)} hold when all "
+        )
+        said += f"are claimed together, with {pairs.luck}."
     return said
 
 
@@ -175,16 +196,13 @@ def ends_in_words(histories: Mapping[str, pd.DataFrame]) -> list[str]:
 
     apart = ordered(".1f", lambda e: e["negative_p50"] / max(e["positive_p50"], 1e-9))
     return [
-        f"**Active share**: {ordered('.1%', lambda e: e['active'])}. Under a margin an inactive "
-        "triplet teaches "
-        "nothing. Under the soft one a triplet is called active when the stranger is no farther than "
-        "the same "
-        "person; the others still push, the less the farther apart they are. Batch-hard counts the worst "
-        "triplet of each anchor alone, batch-all every one.",
-        f"**Strangers**, median distance: {ordered('.2f', lambda e: e['negative_p50'])}. A margin "
-        "stops pushing "
-        "where it is reached, the soft one never does. Scale is no merit: what counts is the gap between the "
-        "bands.",
+        f"**Active share**: {ordered('.1%', lambda e: e['active'])}. Under a margin an inactive triplet "
+        "teaches nothing. Under the soft one a triplet is called active when the stranger is no farther "
+        "than the same person; the others still push, the less the farther apart they are. Batch-hard "
+        "counts the worst triplet of each anchor alone, batch-all every one.",
+        f"**Strangers**, median distance: {ordered('.2f', lambda e: e['negative_p50'])}. A margin stops "
+        "pushing where it is reached, the soft one never does. Scale is no merit: what counts is the gap "
+        "between the bands.",
         f"**Strangers over the same person**, medians: {apart}.",
         f"**Norm**: {ordered('.1f', lambda e: e['norm'])}.",
     ]
@@ -196,14 +214,12 @@ def disputed_in_words(aps: pd.DataFrame, shown: int) -> str:
     first, means = aps.iloc[:20], aps.mean()
     winners = first.eq(first.max(axis=1), axis=0).sum().sort_values(ascending=False)
     widest = 100 * (aps.iloc[0].max() - aps.iloc[0].min())
+    best = ", ".join(f"{name} answers {count} best" for name, count in winners.items())
     said = (
         f"On these {min(shown, len(aps))} queries the AP differs by up to {widest:.0f} points. Of the "
-        f"{len(first)} "
-        f"most disputed, {', '.join(f'{n} answers {c} best' for n, c in winners.items())} (equal ones "
-        "count for "
-        f"each). Over all {len(aps):,} queries the AP of two rows differs by {100 * np.mean(gaps):.0f} "
-        "points on "
-        f"average, either way; their means differ by at most {100 * (means.max() - means.min()):.0f}."
+        f"{len(first)} most disputed, {best} (equal ones count for each). Over all {len(aps):,} queries "
+        f"the AP of two rows differs by {100 * np.mean(gaps):.0f} points on average, either way; their "
+        f"means differ by at most {100 * (means.max() - means.min()):.0f}."
     )
     if np.mean(gaps) > means.max() - means.min():
         said += " So a mean hides how much rows disagree about whom they find."
