@@ -28,7 +28,11 @@ MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
 
 
 def existing(source: str | Path) -> Path:
-    """Return the path as given, else under the data folder."""
+    """Return the path as given, else under the data folder.
+
+    Raises:
+        FileNotFoundError: it is in neither place; names both.
+    """
     given = Path(source).expanduser()
     for path in (Path(os.path.abspath(given)), data_dir() / given):
         if str(source).strip() and path.exists():
@@ -70,7 +74,11 @@ def find_market1501() -> Path:
 
 
 def find_market(root: Path) -> Path | None:
-    """Return the folder with bounding_box_train in it: `root` or up to two levels below; or None."""
+    """Return the folder with bounding_box_train in it: `root` or up to two levels below; or None.
+
+    Raises:
+        ValueError: there are several.
+    """
     for level in ("", "*/", "*/*/"):
         hits = sorted(p.parent for p in root.glob(level + "bounding_box_train") if p.is_dir())
         hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
@@ -101,7 +109,11 @@ def find_splits(root: Path) -> dict[str, Path]:
 
 
 def find_lists(root: Path) -> dict[str, Path]:
-    """Return the CSV lists in a folder by split; empty where there are none."""
+    """Return the CSV lists in a folder by split; empty where there are none.
+
+    Raises:
+        ValueError: there are several for one split.
+    """
     lists = {}
     for path in sorted(root.glob("*.csv")):
         words = re.split(r"[^a-z]+", path.stem.lower())
@@ -117,7 +129,11 @@ def find_lists(root: Path) -> dict[str, Path]:
 
 
 def unpack(archive: Path) -> Path:
-    """Unpack a zip beside itself, once; nothing is written unless every member is safe."""
+    """Unpack a zip beside itself, once, and return the folder.
+
+    Raises:
+        ValueError: a member would leave the folder, or the zip is broken; then nothing is written.
+    """
     target = archive.with_suffix("")
     if target.is_dir():
         return target

@@ -186,7 +186,7 @@ class Pen:
         ys = [y0 + (y1 - y0) * i / 4 for i in range(5)]
         rs = np.interp(ys, *zip(*widths, strict=True))
 
-        def point(i, u):
+        def point(i: int, u: float) -> Pixel:
             across, depth = rs[i] * k * math.sin(u), rs[i] * 0.62 / k * math.cos(u)
             return self.screen(across, ys[i], depth)
 
