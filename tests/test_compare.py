@@ -1,19 +1,24 @@
 """A comparison makes what is missing, picks up what is there, and loses nothing."""
 
+import shutil
 from contextlib import ExitStack
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from reidlib import runs
 from reidlib.data.tables import fingerprint, hold_out, load
+from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.scoring import score_run
 from reidlib.paths import outputs_dir
 from reidlib.recipes import make_recipe
 from reidlib.training import loop
 from reidlib.workbook import compare
 from reidlib.workbook.compare import Made, Row, complete, find, nearest
+from reidlib.workbook.results import every_run, made_in_words, read_results
+from reidlib.workbook.variants import VARIANTS, comparison
 
 SMALL = dict(height=32, width=16, p=4, k=2, steps=3, precision="float32", hold_out=3)
 
@@ -42,8 +47,13 @@ class Fake:
         folder.mkdir(exist_ok=True, parents=True)
         runs.write_json(folder / "config.json", recipe.model_dump())
         data = fingerprint(hold_out(load("synthetic").train, recipe.hold_out, seed=0)[0])
-        runs.write_json(folder / "manifest.json", {"status": "finished", "train_data": data})
-        runs.write_text(folder / "per_query_held_out.csv", "query\n")
+        manifest = {"status": "finished", "train_data": data, "wall_seconds": 60, "health": []}
+        runs.write_json(folder / "manifest.json", manifest)
+        runs.write_text(folder / "history.csv", "step\n1\n")
+        ap = np.random.default_rng(len(self.ran)).random(8)
+        table = pd.DataFrame({"query": range(8), "pid": [1, 1, 2, 2, 3, 3, 4, 4], "AP": ap})
+        table = table.assign(matches=1, AP_market=ap, INP=ap, first_rank=1)
+        runs.write_text(folder / "per_query_held_out.csv", table.to_csv(index=False))
         return folder
 
     def score(self, folder, **options):
@@ -233,6 +243,41 @@ def test_errors(fake):
     with pytest.raises(ValueError, match="'one' and 'two' would both be the run"):
         done({"one": row(), "two": row(steps=9)})
     assert fake.ran == []
+
+
+def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(fake):
+    recipe = row(height=64, width=32).recipe  # half of it is smaller: no step is another row
+    compared = comparison(recipe, seeds=1)
+    made = done(compared.rows, "held_out")
+    count = len(compared.rows)
+    assert count == 5 + 6 + 6 + 5, "variants, margins, the path, the departures"
+    assert f"{count} of {count} rows were made now" in made_in_words(made, 0)
+    every = every_run(read_results(made, "held_out"))
+    assert list(every) == ["row", "seed", "run", *SCORES, "minutes", "health"]
+    assert len(every) == every["run"].nunique() == count
+    for its in every.itertuples():
+        table = pd.read_csv(outputs_dir() / its.run / "per_query_held_out.csv")
+        assert its.mAP == pytest.approx(table["AP"].mean(), abs=1e-12)
+    assert not list(outputs_dir().glob("*/per_query.csv")), "the test split"
+
+    # Interrupted: one run was deleted, one stopped on its way. The others stay as they are.
+    gone, stopped = "synthetic_batchhard_compare_m0.5", "synthetic_random_softplus_compare_s0"
+    shutil.rmtree(outputs_dir() / gone)
+    runs.update_json(outputs_dir() / stopped / "manifest.json", status="stopped")
+    fake.ran.clear()
+    made = done(compared.rows, "held_out")
+    assert {*fake.ran} == {("train", gone), ("train", stopped)}
+    assert f"2 of {count} rows were made now" in made_in_words(made, 0)
+
+    # Only what is there: the second seed is missing, and so is one row of the first.
+    shutil.rmtree(outputs_dir() / "synthetic_batchhard_compare_s0")
+    fake.ran.clear()
+    made = done(comparison(recipe, seeds=2).rows, "held_out", train=False)
+    assert "missing: 6, see below" in made_in_words(made, 0) and not fake.ran
+    problem = made["batch-all 0.2", 1].problem
+    assert problem.endswith("The nearest is synthetic_batchall_compare_s0: seed = 0, not 1.")
+    assert not (outputs_dir() / "synthetic_batchhard_compare_s0").exists()
+    assert read_results(made, "held_out").compared == [n for n in VARIANTS if n != "batch-hard 0.2"]
 
 
 # --- for real
