@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -157,55 +156,17 @@ def test_training_and_evaluation_leave_a_whole_run(chain):
     assert verified["chosen_on"] == "held-out identities"
 
 
-def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(tmp_path, data_root):
-    small = "-p seeds 1 -p steps 2 -p p 4 -p k 2 -p hold_out 4"
-    arguments = ["reidlib", "run", "05_compare_margins", "-p", "split", "held_out", *small.split()]
-    done = execute(arguments, tmp_path, tmp_path / "outputs", data_root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    executed = tmp_path / "outputs" / "notebooks" / "05_compare_margins.ipynb"
-    said = "\n".join(texts(nbformat.read(executed, as_version=4)))
-    count = int(re.search(r"\*\*(\d+) rows\*\*", said)[1])
-    assert count == 5 + 6 + 6 + 6, "variants, margins, the path, the departures"
-    assert f"{count} of {count} rows were made now" in said and "NOT IN THE TABLES" not in said
-    assert re.search("The largest gain is|No step gains", said)
-    assert "one seed each says nothing" in said and "(not another seed)" in said
-    every = pd.read_csv(tmp_path / "outputs" / "compare_margins_runs.csv")
-    assert len(every) == every["run"].nunique() == count
+def test_the_comparison_leaves_its_tables(chain):
+    """All its rows, and what is made of them: see `test_compare` and `test_verdicts`."""
+    executed = nbformat.read(chain / "notebooks" / "05_compare_margins.ipynb", as_version=4)
+    said = "\n".join(texts(executed))
+    assert "**5 rows** of 40 steps" in said and "NOT IN THE TABLES" not in said
+    every, table = (pd.read_csv(chain / f"compare_margins{end}.csv") for end in ("_runs", ""))
+    assert len(every) == every["run"].nunique() == len(table) == 5
     for row in every.itertuples():
-        table = pd.read_csv(tmp_path / "outputs" / row.run / "per_query_held_out.csv")
-        assert row.mAP == pytest.approx(table["AP"].mean(), abs=1e-12)
-    assert not list((tmp_path / "outputs").glob("synthetic_*/per_query.csv")), "the test split"
-
-    # Interrupted: one run was deleted, one stopped on its way. The others stay as they are.
-    runs_of = sorted((tmp_path / "outputs").glob("synthetic_*/manifest.json"))
-    before = {path.parent.name: path.stat().st_mtime_ns for path in runs_of}
-    gone, stopped = "synthetic_batchhard_compare_m0.5", "synthetic_random_softplus_compare_s0"
-    shutil.rmtree(tmp_path / "outputs" / gone)
-    runs.update_json(tmp_path / "outputs" / stopped / "manifest.json", status="stopped")
-    done = execute(arguments, tmp_path, tmp_path / "outputs", data_root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = "\n".join(texts(nbformat.read(executed, as_version=4)))
-    assert f"2 of {count} rows were made now" in said
-    now = {path.parent.name: path.stat().st_mtime_ns for path in runs_of}
-    assert {name for name in now if now[name] != before[name]} == {gone, stopped}
-
-    # Only what is there: the second seed is missing, and so is one row of the first.
-    shutil.rmtree(tmp_path / "outputs" / "synthetic_batchhard_compare_s0")
-    done = execute(
-        [*arguments, "-p", "seeds", "2", "-p", "train", "False"],
-        tmp_path,
-        tmp_path / "outputs",
-        data_root,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = "\n".join(texts(nbformat.read(executed, as_version=4)))
-    assert f"0 of {count + 5} rows were made now" in said and "missing: 6, see below" in said
-    near = "The nearest is synthetic_batchall_compare_s0: seed = 0, not 1."
-    assert (
-        f"NOT IN THE TABLES, batch-all 0.2, seed 1: No run with these settings is there. {near}"
-        in said
-    )
-    assert not (tmp_path / "outputs" / "synthetic_batchhard_compare_s0").exists()
+        scores = runs.read_json(chain / row.run / "metrics.json")
+        assert row.mAP == pytest.approx(scores["mAP"], abs=1e-12)
+    assert 100 * every["mAP"].max() == pytest.approx(table["mAP"].max(), abs=1e-9)
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
