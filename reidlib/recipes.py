@@ -21,7 +21,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     dataset: str = Field(
-        "market1501", description="market1501, synthetic, or a path (see datasets)"
+        "market1501", description="market1501, synthetic, or a path (see reidlib.data.load)"
     )
     hold_out: Annotated[int, Field(ge=0)] | str = Field(
         0,
@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     )
     unreadable: Literal["fail", "skip"] = Field("fail", description="what to do with broken images")
 
-    backbone: str = Field("resnet50", description="a name in networks.BACKBONES")
+    backbone: str = Field("resnet50", description="a name in reidlib.model.network.BACKBONES")
     weights: str = Field("imagenet", description='"imagenet", the path of a file, or "none"')
     dim: Count = Field(128, description="length of an embedding")
     hidden: Count = Field(1024, description="width of the head's hidden layer")

@@ -24,6 +24,7 @@ def bench(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_quick_run_of_a_part(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "run.py", "--quick", "losses"],

@@ -260,6 +260,7 @@ def test_embed_and_search_say_what_does_not_fit(model, data_root, tmp_path, caps
     assert "embeddings of 5 numbers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_alone_on_standard_output(model, tmp_path, data_root):
     """In a process of its own: nothing that an import or a library prints gets in between."""
     table = pd.DataFrame({"path": list("abcd"), "pid": [1, 2, 1, 2], "camid": [0, 0, 1, 1]})

@@ -24,6 +24,8 @@ from reidlib.recipes import make_recipe
 from reidlib.workbook import export as room
 from reidlib.workbook.export import TOLERANCE, export, network_input
 
+pytestmark = pytest.mark.slow
+
 
 def save_run(folder, **changes):
     """A run whose BatchNorms have seen images, so that embeddings of other images differ."""

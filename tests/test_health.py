@@ -88,6 +88,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [dict(steps=40, decay_start=1.0, lr=1e-4), dict(steps=24)],
@@ -113,6 +114,7 @@ ADVICE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_run_is_found(case):
     changes, breaks, expected = BROKEN[case]
@@ -126,6 +128,7 @@ def test_a_broken_run_is_found(case):
         assert len(finding.try_first) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", ["soft", 0.2])
 def test_a_healthy_run_has_no_finding(margin, capsys):
     folder = fit(plan("healthy", loss="batch_all", margin=margin, p=6, steps=60, log_every=3))
@@ -197,6 +200,7 @@ def test_a_run_that_fails_says_so_in_its_manifest_and_at_once(monkeypatch, capsy
     assert ("lower learning rate" in finding.try_first) != first_step
 
 
+@pytest.mark.slow
 def test_a_rate_of_nothing_is_found_with_held_out_people_too():
     """Their mAP may rise by BatchNorm's statistics alone; the distances tell."""
     folder = fit(plan("blind", lr=1e-9, hold_out=4, evaluate_every=20))
@@ -207,6 +211,7 @@ def test_a_rate_of_nothing_is_found_with_held_out_people_too():
     assert 0 < scores["before_mAP"] < 1
 
 
+@pytest.mark.slow
 def test_a_finding_is_said_once_also_after_a_resume(monkeypatch, capsys):
     first, save = plan("resumed", lr=10.0), journal.save_checkpoint
 

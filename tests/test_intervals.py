@@ -153,6 +153,7 @@ def test_the_error_from_people_is_the_bootstrap_of_persons():
     assert difference(*alone).people < 0.8 * found.people
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_and_holm_claims_little_by_luck():
     rng = np.random.default_rng(2)
     inside, without_seeds, false, unadjusted = [], [], [], []

@@ -117,6 +117,7 @@ def texts(notebook):
                 yield "".join(output.get("data", {}).get("text/markdown", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
 def test_every_notebook_runs(chain, path):
     executed = nbformat.read(chain / "notebooks" / path.name, as_version=4)
@@ -133,6 +134,7 @@ def test_every_notebook_runs(chain, path):
     assert (chain / "notebooks" / path.name).stat().st_size < 5e6
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_leave_a_whole_run(chain):
     folder = chain / "synthetic_batchhard_softplus_small"
     expected = {
@@ -156,6 +158,7 @@ def test_training_and_evaluation_leave_a_whole_run(chain):
     assert verified["chosen_on"] == "held-out identities"
 
 
+@pytest.mark.slow
 def test_the_comparison_leaves_its_tables(chain):
     """All its rows, and what is made of them: see `test_compare` and `test_verdicts`."""
     executed = nbformat.read(chain / "notebooks" / "05_compare_margins.ipynb", as_version=4)
@@ -169,6 +172,7 @@ def test_the_comparison_leaves_its_tables(chain):
     assert 100 * every["mAP"].max() == pytest.approx(table["mAP"].max(), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
 def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
     source = os.path.relpath(ROOT / "notebooks" / "03_train.ipynb", folder)
@@ -187,6 +191,7 @@ def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
     assert runs.read_json(run / "manifest.json")["status"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

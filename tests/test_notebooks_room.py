@@ -18,6 +18,8 @@ from reidlib.workbook import notebooks
 from reidlib.workbook.headless import NotebookFailed
 from reidlib.workbook.notebooks import check_parameters, find_notebook, read_parameters, run
 
+pytestmark = pytest.mark.slow
+
 
 def write(path, *cells, parameters=""):
     """Make a notebook of code cells; `parameters` is the source of its tagged cell."""

@@ -53,6 +53,7 @@ def fresh_scores(folder, flip):
     return evaluate(*sides).scores
 
 
+@pytest.mark.slow
 def test_a_release(folder):
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), dtype=np.uint8)
     before = embed(load_model(folder), images, RECIPE, show_progress=False)
@@ -201,6 +202,7 @@ def test_no_picture_of_people_is_committed_and_the_example_is_small():
     assert 3e6 < sum(sizes) < 10e6
 
 
+@pytest.mark.slow
 def test_the_example_has_the_scores_that_it_states(tmp_path, monkeypatch):
     monkeypatch.setenv("REID_DATA", str(tmp_path))
     monkeypatch.setenv("REID_CACHE", str(tmp_path / "cache"))

@@ -132,6 +132,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole):
         pd.testing.assert_frame_equal(history, other, check_exact=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["sampler", "augmentation", "optimiser"])
 def test_negative_control_a_forgotten_state_shows(whole, lost, monkeypatch):
     """What the comparison above relies on: without one of the states the bytes do differ."""
@@ -167,6 +168,7 @@ def fit_until(tag, step, monkeypatch, **changes):
         fit(tag, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
 def test_asked_to_stop_it_ends_the_step_and_writes_a_checkpoint(whole, number, status):
     done = fit_and_signal("stopped", 6, number)
@@ -178,6 +180,7 @@ def test_asked_to_stop_it_ends_the_step_and_writes_a_checkpoint(whole, number, s
     assert differences(final_state(whole), final_state(fit("stopped"))) == []
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_no_step_twice_after_a_resume(monkeypatch):
     fit_until("crashed", 7, monkeypatch)
     folder = fit("crashed")
@@ -193,6 +196,7 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(monkeypatch):
     assert {"distance/positive", "distance/negative"} <= {*board.Tags()["histograms"]}
 
 
+@pytest.mark.slow
 def test_a_truncated_or_altered_checkpoint_is_refused_and_the_one_before_offered(
     whole, monkeypatch
 ):
@@ -218,6 +222,7 @@ def test_other_settings_are_refused_and_named(monkeypatch):
         fit("a", hold_out=4)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_kept():
     folder = fit("done")
 
@@ -234,6 +239,7 @@ def test_a_finished_run_is_kept():
     assert (folder / "weights.safetensors").read_bytes() != before["weights.safetensors"]
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_write_one_run():
     folder = outputs_dir() / "synthetic_batchhard_softplus_locked"
     message = "Another process is writing .*_locked"
@@ -254,6 +260,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice():
         assert all(value.isfinite().all() for value in state.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("margin", "sits"), [("soft", "ln 2 = 0.693"), (0.5, "the margin, 0.5")])
 def test_a_collapse_is_said_in_plain_words(monkeypatch, capsys, margin, sits):
     build = build_model
@@ -298,6 +305,7 @@ def test_emulated_bfloat16_is_told(can, told, monkeypatch, capsys):
         assert ("no instructions for bfloat16" in capsys.readouterr().err) == expected
 
 
+@pytest.mark.slow
 def test_the_run_explains_itself():
     folder = fit("told")
     manifest = runs.read_json(folder / "manifest.json")
@@ -327,6 +335,7 @@ def test_every_loss_trains(loss, margin):
     assert pd.read_csv(folder / "history.csv")["loss"].gt(0).all()
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down():
     settings = dict(backbone="resnet18", p=8, k=4, steps=60, loss="batch_all", mean="valid")
     folder = fit("learns", **settings, margin=1.0, hold_out=0)

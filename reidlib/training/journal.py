@@ -10,6 +10,7 @@ import torch
 
 from reidlib import runs
 from reidlib.evaluation.retrieval import Retrieval
+from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.look import board
 from reidlib.model.device import device_name
 from reidlib.model.embed import embed
@@ -131,7 +132,7 @@ class Journal:
         scores = {key: evaluation.scores[key] for key in ("mAP", "top1")}
         # Without paths, which are this machine's: `query` is the row in what `hold_out` returns.
         table = evaluation.per_query.drop(columns="path")
-        runs.write_text(self.folder / "per_query_held_out.csv", table.to_csv(index=False))
+        runs.write_text(self.folder / PER_QUERY["held_out"], table.to_csv(index=False))
         for key, score in scores.items():
             state.history[-1][f"held_out_{key}"] = score
             self.board.add_scalar(f"held_out/{key}", score, state.step)

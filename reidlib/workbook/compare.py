@@ -87,19 +87,19 @@ def complete(
         for label, row in rows.items()
     }
     names = _names(rows, split)
-    # Rows that are one run are made once.
-    tasks: dict[str, tuple] = {}
-    for label, name in names.items():
-        tasks.setdefault(name, (rows[label], split, train, device))
+    # Rows that are one run are made once; those that need no work need no process either.
+    once = {name: rows[label] for label, name in reversed(names.items())}
+    known = {name: _settled(once[name], split, train) for name in names.values()}
+    made = {name: done for name, done in known.items() if done}
+    tasks = {name: (once[name], split, train, device) for name in known if name not in made}
     jobs = min(jobs if target.type == "cpu" else 1, len(tasks))
-    made: dict[str, Made] = {}
-    bar = progress(total=len(tasks), desc="rows", unit="row", show=show_progress)
+    bar = progress(total=len(known), initial=len(made), desc="rows", unit="row", show=show_progress)
     with closing(bar), closing(workers.each(make, tasks, jobs)) as results:
         for name, result in results:
             made[name] = Made(None, str(result)) if isinstance(result, workers.Died) else result
             bar.update()
     if not any(m.folder for m in made.values()):
-        name = next(iter(tasks))
+        name = next(iter(known))
         raise RuntimeError(f"No row could be made. {name}: {made[name].problem}")
     return {label: made[name] for label, name in names.items()}
 
@@ -122,9 +122,9 @@ def _names(rows: Mapping[str, Row], split: Split) -> dict[str, str]:
 
 def make(row: Row, split: Split, train: bool, device: str) -> Made:
     """Find one row's run and scores, or make what is missing of them; what fails is told, not raised."""
+    if settled := _settled(row, split, train):
+        return settled
     folder, trained = find(row), False
-    if not folder and not train:
-        return Made(None, f"No run with these settings is there. {nearest(row)}")
     try:
         if not folder:
             folder, trained = _train(row, device), True
@@ -137,6 +137,18 @@ def make(row: Row, split: Split, train: bool, device: str) -> Made:
     except Exception as error:  # any row may fail in a way of its own
         return Made(None, str(error).strip() or type(error).__name__)
     return Made(folder, trained=trained)
+
+
+def _settled(row: Row, split: Split, train: bool) -> Made | None:
+    """Return what becomes of a row that needs no work; None for one that does."""
+    folder = find(row)
+    if not folder:
+        problem = "No run with these settings is there."
+        return None if train else Made(None, f"{problem} {nearest(row)}")
+    try:
+        return Made(folder) if _scored(folder, split) else None
+    except (ValueError, OSError):
+        return None  # whoever scores it again says what is wrong
 
 
 def _train(row: Row, device: str) -> Path:
