@@ -83,13 +83,15 @@ def done(rows, split="test", **options):
 A, SOFT = "synthetic_batchhard_a", "synthetic_batchhard_softplus_a"
 
 
-def test_each_row_is_trained_and_scored_once_and_found_again(fake):
+def test_each_row_is_trained_and_scored_once_and_found_again(fake, monkeypatch):
     rows = {"hinge": row(margin=0.2), "soft": row(), "soft again": row()}
     made = done(rows)
     both = [("train", A), ("score", A), ("train", SOFT), ("score", SOFT)]
     assert fake.ran == both
     assert made["soft"] == made["soft again"] == Made(outputs_dir() / SOFT, "", True)
     assert list(made) == list(rows)
+    # What is there needs no process, which would read the data anew.
+    monkeypatch.setattr(compare, "make", lambda *_: pytest.fail("handed to a process"))
     again = done(rows)
     assert fake.ran == both, "nothing was made again"
     assert again["hinge"] == Made(outputs_dir() / A, "", False)
@@ -283,6 +285,7 @@ def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(fake):
 # --- for real
 
 
+@pytest.mark.slow
 def test_rows_are_trained_scored_and_found_again_in_processes_of_their_own():
     rows = {"hinge": row(margin=0.2), "soft": row(), "too many": row("b", p=1000)}
     made = done(rows, jobs=2)
@@ -317,6 +320,7 @@ def test_rows_are_trained_scored_and_found_again_in_processes_of_their_own():
     assert checkpoint.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_row_that_was_stopped_goes_on():
     it = row(steps=6, checkpoint_every=2)
     with pytest.MonkeyPatch.context() as patch:

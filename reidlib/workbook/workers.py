@@ -32,7 +32,7 @@ def each(
         BaseException: what the function raised, or what came from outside, as KeyboardInterrupt. The
             tasks under way are sent SIGTERM, and no other begins.
     """
-    if jobs == 1:
+    if jobs <= 1:
         for name, arguments in tasks.items():
             yield name, function(*arguments)
         return
