@@ -97,6 +97,7 @@ def test_a_clear_winner(seeds):
     hold = verdicts.pairs_in_words(pairs)[0]
     luck = "other people and another seed" if seeds > 1 else "other people (not another seed)"
     assert hold.startswith(f"**These differences hold**, with {luck}, all claimed together: ")
+    assert f"{HARD} beats batch-all 0.2 by " in hold and f"beats {HARD}" not in hold
     value = 100 * (found.of(HARD)[0]["AP"] - found.of("random soft")[0]["AP"]).mean()
     if seeds == 1:
         assert f"{HARD} beats random soft by {value:.1f} points (p < 0.001)" in hold

@@ -24,6 +24,7 @@ def task(folder, name, what=""):
     return os.getpid(), torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_loses_its_own_task_and_each_has_its_share_of_the_cores(tmp_path):
     tasks = {name: (tmp_path, name) for name in "acd"} | {"b": (tmp_path, "b", "die")}
     results = dict(each(task, {name: tasks[name] for name in "abcd"}, jobs=2))
@@ -33,6 +34,7 @@ def test_a_process_that_dies_loses_its_own_task_and_each_has_its_share_of_the_co
     assert os.getpid() not in {pid for pid, *_ in results.values()}
 
 
+@pytest.mark.slow
 def test_a_stop_is_told_to_what_runs_and_nothing_else_begins(tmp_path):
     def interrupt():
         while len(list(tmp_path.glob("* waits"))) < 2:
