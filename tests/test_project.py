@@ -12,6 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import reidlib
 from reidlib.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -195,3 +196,9 @@ def test_the_readme_names_every_notebook_and_page():
     text = (ROOT / "README.md").read_text()
     for file in [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "docs").glob("*.md")]:
         assert file.name.removesuffix(".ipynb") in text, file.name
+
+
+@pytest.mark.parametrize("name", reidlib.__all__)
+def test_public_names_have_an_example(name):
+    """The examples themselves run as doctests."""
+    assert ">>>" in getattr(reidlib, name).__doc__

@@ -65,6 +65,10 @@ def check(
         k: the K of PK batches.
         decode: read every image (Market-1501: under a minute).
         progress: wraps the loop as `tqdm` does: `progress(iterable, total=n)`.
+
+    >>> from reidlib.data.tables import load
+    >>> check(load("synthetic"), decode=False).ok
+    True
     """
     paths = list(pd.concat(dataset.splits.values())["path"].unique())
     unreadable = _unreadable(paths, progress) if decode else {}

@@ -33,6 +33,12 @@ def load_images(
 
     Images that all have one size keep it, unless they are huge. Others are resized, as they are
     decoded, to the network's input. Raises what `load_pixels` raises.
+
+    >>> from reidlib.data.tables import load
+    >>> from reidlib.recipes import make_recipe
+    >>> pixels, table = load_images(load("synthetic").query, make_recipe("demo"), show_progress=False)
+    >>> len(pixels) == len(table), pixels.dtype
+    (True, dtype('uint8'))
     """
     # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
     largest = 16 * recipe.height * recipe.width

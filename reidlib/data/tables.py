@@ -24,6 +24,12 @@ class Dataset:
     """Three tables of images, and plain sentences on what was seen and passed over.
 
     The gallery keeps junk (pid -1) and distractors (pid 0): the evaluation drops junk itself.
+
+    >>> dataset = load("synthetic")
+    >>> set(dataset.query["pid"]) <= set(dataset.gallery["pid"])
+    True
+    >>> set(dataset.query["pid"]) & set(dataset.train["pid"])
+    set()
     """
 
     name: str
@@ -66,6 +72,10 @@ def load(
     Raises:
         FileNotFoundError: nothing there; says what was looked for and what to do.
         ValueError: something else is there; says what, and what to do.
+
+    >>> dataset = load("synthetic")
+    >>> sorted(dataset.train.columns)
+    ['camid', 'path', 'pid']
     """
     pattern, image_root = pattern or None, image_root or None  # "" is how a notebook says None
     if str(dataset) in ("market1501", "synthetic"):
@@ -216,6 +226,10 @@ def image_list(
         FileNotFoundError: nothing there, or images of a list are missing.
         ValueError: no images; or identities that are names: numbered list by list they would not
             agree.
+
+    >>> folder = load("synthetic").query["path"].iloc[0]
+    >>> set(image_list(Path(folder).parent)["pid"])  # file names say nothing without a pattern
+    {-1}
     """
     path = files.existing(source)
     if path.is_file():
@@ -260,6 +274,10 @@ def hold_out(
 
     Raises:
         ValueError: `identities` leaves nothing to train on, or too few can be matched.
+
+    >>> train, query, gallery = hold_out(load("synthetic").train, identities=3)
+    >>> gallery["pid"].nunique(), set(gallery["pid"]) & set(train["pid"])
+    (3, set())
     """
     train = train.reset_index(drop=True)
     rng = np.random.default_rng(seed)

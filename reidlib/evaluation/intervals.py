@@ -198,6 +198,12 @@ def confidence_interval(
 
     Raises:
         ValueError: fewer than two values to draw from, or ``versus`` has other queries.
+
+    >>> from reidlib.evaluation.retrieval import evaluate
+    >>> query, gallery = pd.DataFrame({"pid": [1, 2]}), pd.DataFrame({"pid": [1, 2]})
+    >>> found = evaluate([[0.0], [1.0]], query, [[0.0], [1.0]], gallery)
+    >>> confidence_interval(found.per_query).loc["mAP"].tolist()
+    [1.0, 1.0, 1.0]
     """
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, not {repeats}")

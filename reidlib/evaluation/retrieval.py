@@ -47,6 +47,11 @@ class Retrieval:
     Raises:
         ValueError: arrays and tables do not fit each other, embeddings are not finite, or query or
             gallery is empty.
+
+    >>> query, gallery = pd.DataFrame({"pid": [1]}), pd.DataFrame({"pid": [2, 1]})
+    >>> retrieval = Retrieval([[0.0]], query, [[1.0], [2.0]], gallery)
+    >>> retrieval.ranked_lists(topk=2)["pid"].tolist()
+    [2, 1]
     """
 
     def __init__(

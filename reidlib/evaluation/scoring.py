@@ -147,6 +147,14 @@ def open_run(
     Raises:
         FileNotFoundError: no such run, no weights in it, or no such data set.
         ValueError: a bad `split`, a run that held nobody out, or images that cannot be read.
+
+    >>> from reidlib.training.loop import train
+    >>> from reidlib.recipes import make_recipe
+    >>> recipe = make_recipe("demo", hold_out=0, height=32, width=16, p=4, k=2, steps=1)
+    >>> run = train(recipe, show_progress=False)
+    >>> opened = open_run(run, show_progress=False)
+    >>> opened.retrieval().evaluate().scores["mAP"] > 0
+    True
     """
     folder = runs.find_run(run) if run else runs.newest_run()
     model = load_model(folder, pick_device(device))
@@ -242,6 +250,14 @@ def score_run(
         FileNotFoundError, ValueError: as in `open_run` and `Retrieval`; a run that was opened on
             people held out, whose scores are not those of the test split.
         RuntimeError: another process is writing this run.
+
+    >>> from reidlib.training.loop import train
+    >>> from reidlib.recipes import make_recipe
+    >>> recipe = make_recipe("demo", hold_out=0, height=32, width=16, p=4, k=2, steps=1)
+    >>> run = train(recipe, show_progress=False)
+    >>> scored = score_run(run, baselines=False, show_progress=False)
+    >>> (run / "metrics.json").exists(), scored.scores["mAP"] > 0
+    (True, True)
     """
     if not isinstance(run, OpenRun):
         run = open_run(run, dataset, device=device, show_progress=show_progress)

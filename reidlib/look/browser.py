@@ -67,6 +67,15 @@ def ranked_list_page(
         ValueError: no run or more than two, two runs that differ in their queries, gallery or
             protocol (says in what), no such query row, or a number below 1.
         TypeError: what is given is no `Retrieval` and no dict of them.
+
+    >>> from reidlib.data.tables import load
+    >>> dataset = load("synthetic")
+    >>> query, gallery = dataset.query, dataset.gallery
+    >>> rng = np.random.default_rng(0)
+    >>> draw = lambda table: rng.normal(size=(len(table), 8))
+    >>> retrieval = Retrieval(draw(query), query, draw(gallery), gallery)
+    >>> ranked_list_page(retrieval, queries=[0], topk=3)[:15]
+    '<!DOCTYPE html>'
     """
     shown = Lists(retrievals, topk)
     rows, choice = shown.choose(queries, seed)
@@ -112,6 +121,14 @@ class Browser(anywidget.AnyWidget):
 
     Raises:
         ValueError: as `ranked_list_page`.
+
+    >>> from reidlib.data.tables import load
+    >>> dataset = load("synthetic")
+    >>> query, gallery = dataset.query, dataset.gallery
+    >>> rng = np.random.default_rng(0)
+    >>> draw = lambda table: rng.normal(size=(len(table), 8))
+    >>> retrieval = Retrieval(draw(query), query, draw(gallery), gallery)
+    >>> browser = Browser(retrieval, topk=3, live=False)
     """
 
     _esm = SCRIPT

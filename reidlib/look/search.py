@@ -128,6 +128,16 @@ def search(
     Raises:
         ValueError: unreadable images (named), unless they are to be skipped; embeddings that this
             model did not make; a gallery of nothing but the query.
+
+    >>> from reidlib.data.tables import load
+    >>> from reidlib.model.weights import build_model
+    >>> from reidlib.recipes import make_recipe
+    >>> recipe, dataset = make_recipe("demo"), load("synthetic")
+    >>> retrieval, found = search(
+    ...     build_model(recipe), dataset.query[:1], dataset.gallery, recipe, topk=3, show_progress=False
+    ... )
+    >>> found["rank"].tolist()
+    [1, 2, 3]
     """
     query_pixels, query = load_images(query, recipe, show_progress)
     query_emb = embed(model, query_pixels, recipe, flip, show_progress=show_progress)

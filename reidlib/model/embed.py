@@ -48,6 +48,13 @@ def embed(
 
     Raises:
         ValueError: no images.
+
+    >>> from reidlib.model.weights import build_model
+    >>> from reidlib.recipes import make_recipe
+    >>> recipe = make_recipe("demo")
+    >>> pixels = np.zeros((2, recipe.height, recipe.width, 3), np.uint8)
+    >>> embed(build_model(recipe), pixels, recipe, show_progress=False).shape
+    (2, 128)
     """
     names = ("plain", "mirrored") if flip else ("plain",)
     views = embed_views(model, pixels, recipe, names, batch, precision, show_progress)
@@ -135,6 +142,14 @@ def write_embeddings(
 
     Four datasets: `emb` (N, D) float32, `pid` and `camid` (N) int64, `path` (N) UTF-8 strings. What
     `about` says of them (weights, flips, precision) becomes attributes of the file.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> table = pd.DataFrame({"path": ["a.jpg", "b.jpg"], "pid": [1, 2], "camid": [1, 1]})
+    >>> with TemporaryDirectory() as folder:
+    ...     write_embeddings(f"{folder}/here.h5", np.eye(2, 128), table)
+    ...     emb, same = read_embeddings(f"{folder}/here.h5")
+    >>> emb.shape, same["pid"].tolist()
+    ((2, 128), [1, 2])
     """
     emb = np.asarray(emb, dtype=np.float32)
     if len(emb) != len(table):
@@ -179,6 +194,14 @@ def read_embeddings(
     Raises:
         FileNotFoundError: no such file.
         ValueError: not HDF5, no `emb`, no identities, or lengths that differ.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> table = pd.DataFrame({"path": ["a.jpg", "b.jpg"], "pid": [1, 2], "camid": [1, 1]})
+    >>> with TemporaryDirectory() as folder:
+    ...     write_embeddings(f"{folder}/here.h5", np.eye(2, 128), table)
+    ...     emb, same = read_embeddings(f"{folder}/here.h5")
+    >>> emb.shape, same["pid"].tolist()
+    ((2, 128), [1, 2])
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -26,6 +26,10 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
         ValueError: a file of weights that does not fit.
         FileNotFoundError: no such file of weights.
         RuntimeError: torchvision's weights could not be downloaded.
+
+    >>> from reidlib.recipes import make_recipe
+    >>> build_model(make_recipe("demo", dim=64)).dim
+    64
     """
     weights = None if recipe.weights == "none" or not pretrained else recipe.weights
     if weights not in (None, "imagenet") and not Path(weights).expanduser().is_file():
@@ -86,6 +90,13 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
     Raises:
         FileNotFoundError: no such run, or a run without weights.
         ValueError: the file is broken or is not one of ours.
+
+    >>> from reidlib.recipes import make_recipe
+    >>> from reidlib.training.loop import train
+    >>> recipe = make_recipe("demo", hold_out=0, height=32, width=16, p=4, k=2, steps=1)
+    >>> run = train(recipe, show_progress=False)
+    >>> load_model(run).training
+    False
     """
     path = weights_file(run)
     try:

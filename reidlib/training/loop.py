@@ -149,6 +149,12 @@ def train(
         FileExistsError: the run exists and `resume` is `"never"`.
         TrainingFailed: NaN or infinite loss or weights; the last checkpoint is from before.
         RuntimeError: another process is writing this run.
+
+    >>> from reidlib.recipes import make_recipe
+    >>> recipe = make_recipe("demo", hold_out=0, height=32, width=16, p=4, k=2, steps=1)
+    >>> run = train(recipe, tag="one_step", show_progress=False)
+    >>> (run / "weights.safetensors").exists()
+    True
     """
     if resume not in ("auto", "previous", "never", "restart"):
         raise ValueError(f"resume = {resume!r}: choose auto, previous, never or restart.")
