@@ -54,9 +54,9 @@ class Pairs:
         """How many pairs, of how many people."""
         identified, strangers = (self.people > 0).sum(), (self.people == 0).sum()
         return (
-            f"{len(self.genuine):,} genuine and {self.impostors:,} impostor pairs of {identified:,} "
-            f"people and {strangers:,} distractors; the nearest {len(self.impostor):,} impostor "
-            "pairs are kept"
+            f"{len(self.genuine):,} genuine and {self.impostors:,} impostor pairs of "
+            f"{identified:,} people and {strangers:,} distractors; the nearest "
+            f"{len(self.impostor):,} impostor pairs are kept"
         )
 
 

@@ -70,10 +70,10 @@ def two_groups(
     return Groups(
         *parts,
         *whose,
-        "**This run held out nobody, so the test split had to serve for both:** its people were drawn "
-        f"into halves (seed {seed}). The numbers below are of one half, with a gallery half as large, and "
-        "do not compare with those of a whole test split, here or in papers. The proper way: train "
-        "with `hold_out`.",
+        "**This run held out nobody, so the test split had to serve for both:** its people were "
+        f"drawn into halves (seed {seed}). The numbers below are of one half, with a gallery half "
+        "as large, and do not compare with those of a whole test split, here or in papers. The "
+        "proper way: train with `hold_out`.",
     )
 
 
@@ -88,8 +88,8 @@ def _check_training_images(run: OpenRun) -> None:
     trained_on = runs.read_json(run.folder / "manifest.json")["train_data"]
     if fingerprint(load_images(rest, recipe)[1]) != trained_on:
         raise ValueError(
-            f"The images of {recipe.dataset} are not those that {run.folder.name} was trained on, so "
-            "nobody can say whom it has not seen: restore them, or train again."
+            f"The images of {recipe.dataset} are not those that {run.folder.name} was trained on, "
+            "so nobody can say whom it has not seen: restore them, or train again."
         )
 
 
@@ -113,15 +113,15 @@ class Threshold(NamedTuple):
             said.append(
                 f"**Not at the FMR that was asked for.** {self.pairs:,} impostor pairs put only "
                 f"{self.asked * self.pairs:.1f} false matches behind an FMR of {self.asked:g}. The "
-                f"threshold is chosen at {self.rate:.2g} instead, where there are {MIN_FALSE_MATCHES}. "
-                "Hold out more identities to choose at a lower one."
+                f"threshold is chosen at {self.rate:.2g} instead, where there are "
+                f"{MIN_FALSE_MATCHES}. Hold out more identities to choose at a lower one."
             )
         said.append(
             f"**Same person where the distance is at most {self.value:.3f}** (95 % interval "
-            f"{there['threshold_low']:.3f} to {there['threshold_high']:.3f}). On the people it was chosen on "
-            f"it accepts {there['TMR']:.1%} of the genuine pairs ({there['TMR_low']:.1%} to "
-            f"{there['TMR_high']:.1%}) and {there['false_matches']:,.0f} impostor pairs, which come from "
-            f"{there['people_pairs']:,.0f} different pairs of people."
+            f"{there['threshold_low']:.3f} to {there['threshold_high']:.3f}). On the people it was "
+            f"chosen on it accepts {there['TMR']:.1%} of the genuine pairs ({there['TMR_low']:.1%} "
+            f"to {there['TMR_high']:.1%}) and {there['false_matches']:,.0f} impostor pairs, which "
+            f"come from {there['people_pairs']:,.0f} different pairs of people."
         )
         return said
 
@@ -204,8 +204,8 @@ def try_threshold(threshold: Threshold, pairs: Pairs, *, draws: int = 500, seed:
 def measurable_in_words(pairs: Pairs, at: pd.DataFrame) -> str:
     """Say which false-match rates have a number, given the rows of `true_match_rate`."""
     said = [
-        f"The curve of the test people lies on {pairs.impostors:,} impostor pairs, so it ends on the left "
-        f"at {1 / pairs.impostors:.3g}: no smaller rate can be measured."
+        f"The curve of the test people lies on {pairs.impostors:,} impostor pairs, so it ends on "
+        f"the left at {1 / pairs.impostors:.3g}: no smaller rate can be measured."
     ]
     none = [f"{f:g}" for f in at.index[at["TMR"].isna()]]
     thin = at["TMR"].notna() & (at["false_matches"] < MIN_FALSE_MATCHES)
@@ -214,8 +214,8 @@ def measurable_in_words(pairs: Pairs, at: pd.DataFrame) -> str:
         said.append(f"Rates of {', '.join(none)} are below that, and have no number here.")
     if thin:
         said.append(
-            f"Behind {', '.join(thin)} stand fewer than {MIN_FALSE_MATCHES} false matches: such a rate "
-            "may easily be a third more or less (the rule of 30)."
+            f"Behind {', '.join(thin)} stand fewer than {MIN_FALSE_MATCHES} false matches: such a "
+            "rate may easily be a third more or less (the rule of 30)."
         )
     return " ".join(said)
 
@@ -237,12 +237,11 @@ def cameras_in_words(cameras: pd.DataFrame) -> str:
         accepted[rows].sum() / max(1, cameras["impostor"][rows].sum()) for rows in (within, ~within)
     )
     said = (
-        f"From camera {pair(worst)} the threshold finds {worst['TMR']:.1%} of {worst['genuine']:,.0f} "
-        "genuine "
-        f"pairs, from {pair(best)} {best['TMR']:.1%} of {best['genuine']:,.0f}. The FMR goes from "
-        f"{least['FMR']:.3%} ({pair(least)}) to {most['FMR']:.3%} ({pair(most)}). Strangers seen by "
-        "one camera "
-        f"are accepted at {inside:.3%}, strangers seen by two at {across:.3%}"
+        f"From camera {pair(worst)} the threshold finds {worst['TMR']:.1%} of "
+        f"{worst['genuine']:,.0f} genuine pairs, from {pair(best)} {best['TMR']:.1%} of "
+        f"{best['genuine']:,.0f}. The FMR goes from {least['FMR']:.3%} ({pair(least)}) to "
+        f"{most['FMR']:.3%} ({pair(most)}). Strangers seen by one camera are accepted at "
+        f"{inside:.3%}, strangers seen by two at {across:.3%}"
     )
     if across and inside > 1.25 * across:
         return f"{said}, {across / inside:.0%} of that: a shared background and light would do so."
@@ -261,17 +260,17 @@ def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed:
     strangers, genuine = pairs.impostors / queries, len(pairs.genuine) / queries
     said = (
         f"A query of this test split meets {strangers:,.0f} strangers, so expect "
-        f"{fmr * strangers:,.1f} false "
-        f"alarms; {alarmed:.1%} of the queries have at least one. That is what an open set pays. Top-1 and "
-        "mAP never show it: they are measured on a **closed set**, where the person is always there."
+        f"{fmr * strangers:,.1f} false alarms; {alarmed:.1%} of the queries have at least one. "
+        "That is what an open set pays. Top-1 and mAP never show it: they are measured on a "
+        "**closed set**, where the person is always there."
     )
     right = match_probability(genuine / (genuine + strangers), tmr, fmr)
     if math.isnan(right):
         return f"{said} Nothing at all is accepted at this threshold."
     one = match_probability(1 / (strangers + 1), tmr, fmr)
     said += (
-        f" With the {genuine:.1f} genuine images a query has here, {right:.1%} of the accepted images are "
-        f"right. Were there only one, it would be {one:.1%}."
+        f" With the {genuine:.1f} genuine images a query has here, {right:.1%} of the accepted "
+        f"images are right. Were there only one, it would be {one:.1%}."
     )
     if fmr:
         said += f" Beyond TMR / FMR = {tmr / fmr:,.0f} strangers, an accepted image is more often wrong "

@@ -345,7 +345,7 @@ def blame_in_words(rates: pd.Series, wrong: int, scorable: int) -> str:
     )
     if rates["low"] > 1:
         return said + (
-            "Such failures may be laid on the data; not all will be, for what is hard for the network looks "
-            "like a wrong label. The others are the network's, or hard for anybody."
+            "Such failures may be laid on the data; not all will be, for what is hard for the "
+            "network looks like a wrong label. The others are the network's, or hard for anybody."
         )
     return said + "That is not surely more often: these suspects do not explain the failures."

@@ -357,12 +357,12 @@ def lifts_in_words(rates: pd.DataFrame, causes: pd.DataFrame) -> str:
         )
     name, first = proven.index[0], proven.iloc[0]
     return (
-        f"Wrong queries show {len(proven)} of {len(rates)} kinds of evidence more often than right ones. The "
-        f"strongest is **{name}** ({EVIDENCE.get(name, name)}): {first['share_wrong']:.0%} of the "
-        "wrong queries "
-        f"show it and {first['share_right']:.0%} of the right ones, a lift of {first['lift']:.1f} "
-        f"[{first['low']:.1f}, {first['high']:.1f}]. {(wrong['cause'] == 'unexplained').sum():,} of "
-        f"{len(wrong):,} wrong queries show no such evidence and stay unexplained."
+        f"Wrong queries show {len(proven)} of {len(rates)} kinds of evidence more often than right "
+        f"ones. The strongest is **{name}** ({EVIDENCE.get(name, name)}): "
+        f"{first['share_wrong']:.0%} of the wrong queries show it and {first['share_right']:.0%} "
+        f"of the right ones, a lift of {first['lift']:.1f} [{first['low']:.1f}, "
+        f"{first['high']:.1f}]. {(wrong['cause'] == 'unexplained').sum():,} of {len(wrong):,} "
+        "wrong queries show no such evidence and stay unexplained."
     )
 
 
@@ -388,10 +388,8 @@ def confusions_in_words(confused: pd.DataFrame) -> str:
     half = 1 + int((counts.cumsum() < counts.sum() / 2).sum())
     return (
         f"Identities {row['pid']} and {row['other_pid']} are mixed up most: {row['intrusions']} "
-        "intrusions in "
-        f"{row['queries']} lists, {'both ways' if row['mutual'] else 'one way'}. Half of all "
-        f"{counts.sum():,} "
-        f"intrusions come from {half:,} of {len(confused):,} pairs."
+        f"intrusions in {row['queries']} lists, {'both ways' if row['mutual'] else 'one way'}. "
+        f"Half of all {counts.sum():,} intrusions come from {half:,} of {len(confused):,} pairs."
     )
 
 
@@ -412,7 +410,7 @@ def places_in_words(gaps: np.ndarray, swings: np.ndarray, wrong: int) -> str:
             "stranger and match: the mistake is spread over the picture, and no single detail is to blame."
         )
     return (
-        f"In {decided} of these {len(gaps)} queries one small place, hidden, is worth more than the "
-        "whole gap "
-        "between stranger and match. Where none is, the mistake is spread over the picture."
+        f"In {decided} of these {len(gaps)} queries one small place, hidden, is worth more than "
+        "the whole gap between stranger and match. Where none is, the mistake is spread over the "
+        "picture."
     )
