@@ -7,7 +7,7 @@ import pytest
 from reidlib.evaluation import thresholds
 from reidlib.evaluation.pairs import pair_distances
 from reidlib.evaluation.thresholds import choose_threshold, try_threshold
-from reidlib.evaluation.verify import camera_pairs, true_match_rate
+from reidlib.evaluation.verify import camera_rates, true_match_rate
 
 
 def people(seed, shift=0.0, ids=30):
@@ -68,14 +68,14 @@ def test_rates_that_cannot_be_measured_are_named():
     assert "below that" not in thresholds.measurable_in_words(CHOSEN, at[:1])
 
 
-def test_cameras_in_words():
-    cameras = camera_pairs(CHOSEN, float(CHOSEN.genuine["distance"].median()))
-    said = thresholds.cameras_in_words(cameras)
+def test_camera_rates_in_words():
+    cameras = camera_rates(CHOSEN, float(CHOSEN.genuine["distance"].median()))
+    said = thresholds.camera_rates_in_words(cameras)
     assert "From camera" in said and "hardly makes strangers look more alike" in said
     within = cameras["query_camid"] == cameras["gallery_camid"]
     biased = cameras.assign(FMR=np.where(within, 0.5, 0.1))
-    assert "20% of that" in thresholds.cameras_in_words(biased)
-    assert "cannot be compared" in thresholds.cameras_in_words(cameras[:1])
+    assert "20% of that" in thresholds.camera_rates_in_words(biased)
+    assert "cannot be compared" in thresholds.camera_rates_in_words(cameras[:1])
 
 
 @pytest.mark.parametrize(

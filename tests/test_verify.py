@@ -14,7 +14,7 @@ from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.verify import (
     at_threshold,
     auc,
-    camera_pairs,
+    camera_rates,
     equal_error_rate,
     match_probability,
     roc,
@@ -323,13 +323,13 @@ def test_no_false_match_is_not_a_rate_of_zero():
     assert found.loc["TMR", ["value", "low", "high"]].tolist() == [0, 0, 1]
 
 
-def test_camera_pairs_agree_with_loops():
+def test_camera_rates_agree_with_loops():
     args = problem(4, queries=40, size=150)
     _, query, _, gallery = args
     pairs = pair_distances(*args)
     genuine, impostor = oracle_pairs(*args)
     threshold = 2.0
-    found = camera_pairs(pairs, threshold).set_index(["query_camid", "gallery_camid"])
+    found = camera_rates(pairs, threshold).set_index(["query_camid", "gallery_camid"])
     assert len(found) == 9 and threshold < pairs.impostor["distance"].max()
     for (asks, answers), row in found.iterrows():
         mine, others = (
@@ -350,7 +350,7 @@ def test_camera_pairs_agree_with_loops():
 def test_a_camera_pair_without_a_single_stranger_is_nan():
     # Camera 2 sees person 1 alone, so it has no stranger to offer.
     pairs = pair_distances(line(0), table([1], [1]), line(1, 2), table([1, 3], [2, 3]))
-    found = camera_pairs(pairs, 5).set_index("gallery_camid")
+    found = camera_rates(pairs, 5).set_index("gallery_camid")
     assert math.isnan(found["FMR"][2]) and found["TMR"][2] == 1 and math.isnan(found["AUC"][2])
     assert math.isnan(found["TMR"][3]) and found["FMR"][3] == 1
 
@@ -363,7 +363,7 @@ def test_unknown_cameras_leave_no_pair_out_and_make_one_row(camids):
     pairs = pair_distances(
         line(0, 9), table([1, 2], cameras(2)), line(1, 8, 4), table([1, 2, 0], cameras(3))
     )
-    found = camera_pairs(pairs, 2)
+    found = camera_rates(pairs, 2)
     assert found[["query_camid", "gallery_camid"]].values.tolist() == [[-1, -1]]
     assert found.loc[0, ["genuine", "impostor", "TMR", "FMR"]].tolist() == [2, 4, 1, 0]
 

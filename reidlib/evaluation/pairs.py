@@ -31,7 +31,7 @@ class Pairs:
             ``gallery_pid``, ``query_camid``, ``gallery_camid``, ``distance``. All those with a
             distance below ``limit`` are here.
         limit: infinity if all impostor pairs were kept.
-        keep: as asked for.
+        keep: as given.
         impostors: how many impostor pairs there are, kept or not.
         cameras: one row a pair of cameras: ``query_camid``, ``gallery_camid``, how many ``genuine``
             and ``impostor`` pairs they make, and ``AUC`` among them (NaN without both).
@@ -99,18 +99,18 @@ def pair_distances(
     """
     if keep < 1 or block_pairs < 1:
         raise ValueError(f"keep and block_pairs must be 1 or more: {keep=}, {block_pairs=}")
-    asking, shown = _sides(query_emb, query, gallery_emb, gallery)
-    known = (asking.camids >= 0).any() and (shown.camids >= 0).any()
-    genuine = _genuine(asking, shown, bool(exclude_same_camera and known))
+    q, g = _sides(query_emb, query, gallery_emb, gallery)
+    known = (q.camids >= 0).any() and (g.camids >= 0).any()
+    genuine = _genuine(q, g, bool(exclude_same_camera and known))
     impostor = _Impostors(genuine, keep)
-    for cameras, part, rows in _blocks(asking, shown, block_pairs):
+    for cameras, part, rows in _blocks(q, g, block_pairs):
         # (B, D), (n, D) -> (B, n)
-        distances = between(asking.emb[part], shown.emb[rows])
-        is_impostor = asking.pids[part, None] != shown.pids[rows]
+        distances = between(q.emb[part], g.emb[rows])
+        is_impostor = q.pids[part, None] != g.pids[rows]
         impostor.add(cameras, part, rows, distances, is_impostor)
     cameras = impostor.by_cameras()
-    nearest = _table(asking, shown, *impostor.nearest())
-    people, query_person, gallery_person = _people(asking.pids, shown.pids)
+    nearest = _table(q, g, *impostor.nearest())
+    people, query_person, gallery_person = _people(q.pids, g.pids)
     return Pairs(
         genuine=genuine.assign(below=impostor.below, up_to=impostor.up_to),
         impostor=nearest,
@@ -137,13 +137,13 @@ def halves(query: pd.DataFrame, gallery: pd.DataFrame, *, seed: int = 0) -> list
         ValueError: queries of fewer than two people.
     """
     q_pids, g_pids = query["pid"].to_numpy(), gallery["pid"].to_numpy()
-    asked = np.unique(q_pids)
-    if len(asked) < 2:
-        raise ValueError(f"queries of {len(asked)} people cannot be split by person")
+    queried = np.unique(q_pids)
+    if len(queried) < 2:
+        raise ValueError(f"queries of {len(queried)} people cannot be split by person")
     rng = np.random.default_rng(seed)
     # People with queries and people without are split apart, so that both halves have of both.
-    others = np.setdiff1d(g_pids[g_pids > 0], asked)
-    first = [rng.permutation(pids)[: len(pids) // 2] for pids in (asked, others)]
+    others = np.setdiff1d(g_pids[g_pids > 0], queried)
+    first = [rng.permutation(pids)[: len(pids) // 2] for pids in (queried, others)]
     in_first = np.isin(g_pids, np.concatenate(first))
     strangers = np.flatnonzero(g_pids == 0)
     in_first[rng.permutation(strangers)[: len(strangers) // 2]] = True
@@ -157,40 +157,39 @@ def halves(query: pd.DataFrame, gallery: pd.DataFrame, *, seed: int = 0) -> list
 # --- measuring
 
 
-def _sides(query_emb: Any, query: pd.DataFrame, gallery_emb: Any, gallery: pd.DataFrame):
+def _sides(
+    query_emb: Any, query: pd.DataFrame, gallery_emb: Any, gallery: pd.DataFrame
+) -> tuple[Side, Side]:
     """Return both sides, checked."""
-    asking, shown = (
-        checked_side(query_emb, query, "query"),
-        checked_side(gallery_emb, gallery, "gallery"),
-    )
-    check_same_network(asking.emb, shown.emb)
-    nobody = (asking.pids <= 0).sum()
+    q = checked_side(query_emb, query, "query")
+    g = checked_side(gallery_emb, gallery, "gallery")
+    check_same_network(q.emb, g.emb)
+    nobody = (q.pids <= 0).sum()
     if nobody:
         raise ValueError(
             f"{nobody} rows of the query table have a pid of 0 (distractor) or -1 (junk) and show "
             "nobody known: drop them, and number identities from 1"
         )
-    if (shown.pids == -1).all():
+    if (g.pids == -1).all():
         raise ValueError(f"all {len(gallery)} gallery images are junk (pid -1)")
-    return asking, shown
+    return q, g
 
 
 def _genuine(query: Side, gallery: Side, by_camera: bool) -> pd.DataFrame:
     """Return all genuine pairs, nearest first; `by_camera`: not those of one camera."""
-    rows_of = (
-        pd.Series(gallery.pids).groupby(gallery.pids).indices
-    )  # pid -> gallery rows, ascending
+    # pid -> rows, ascending
+    queries, images = (pd.Series(pids).groupby(pids).indices for pids in (query.pids, gallery.pids))
     found = []
-    for pid, asking in pd.Series(query.pids).groupby(query.pids).indices.items():
-        rows = rows_of.get(pid, np.empty(0, np.int64))
-        is_pair = np.ones((len(asking), len(rows)), bool)
+    for pid, part in queries.items():
+        rows = images.get(pid, np.empty(0, np.int64))
+        is_pair = np.ones((len(part), len(rows)), bool)
         if by_camera:
-            is_pair &= query.camids[asking, None] != gallery.camids[rows]
+            is_pair &= query.camids[part, None] != gallery.camids[rows]
         if query.paths is not None and gallery.paths is not None:
-            paths = query.paths[asking, None]
+            paths = query.paths[part, None]
             is_pair &= (paths != gallery.paths[rows]) | (paths == "")
         i, j = np.nonzero(is_pair)
-        found.append((asking[i], rows[j], between(query.emb[asking], gallery.emb[rows])[i, j]))
+        found.append((part[i], rows[j], between(query.emb[part], gallery.emb[rows])[i, j]))
     q_rows, g_rows, distance = (np.concatenate(part) for part in zip(*found, strict=True))
     if len(distance) == 0:
         raise ValueError(
@@ -208,11 +207,11 @@ def _blocks(
     """Yield cameras of queries and gallery, and rows of both: each block of one camera a side."""
     for q_cam in np.unique(query.camids):
         for g_cam in np.unique(gallery.camids[gallery.pids != -1]):
-            asking = np.flatnonzero(query.camids == q_cam)
+            queries = np.flatnonzero(query.camids == q_cam)
             rows = np.flatnonzero((gallery.camids == g_cam) & (gallery.pids != -1))
             step = max(1, block_pairs // len(rows))
-            for start in range(0, len(asking), step):
-                yield (q_cam, g_cam), asking[start : start + step], rows
+            for start in range(0, len(queries), step):
+                yield (q_cam, g_cam), queries[start : start + step], rows
 
 
 class _Impostors:
@@ -256,17 +255,10 @@ class _Impostors:
 
     def by_cameras(self) -> pd.DataFrame:
         """Return one row a pair of cameras, see `Pairs`."""
-        names = ["query_camid", "gallery_camid", "genuine", "impostor", "AUC"]
-        rows = [
-            (
-                *cameras,
-                genuine,
-                count,
-                1 - nearer / (genuine * count) if genuine * count else np.nan,
-            )
-            for cameras, (genuine, count, nearer) in self._cameras.items()
-        ]
-        table = pd.DataFrame(rows, columns=names)
+        names = ["query_camid", "gallery_camid", "genuine", "impostor", "nearer"]
+        table = pd.DataFrame([(*at, *n) for at, n in self._cameras.items()], columns=names)
+        both = table["genuine"] * table["impostor"]
+        table["AUC"] = 1 - table.pop("nearer") / both.where(both > 0)
         if (table["impostor"] == 0).all():
             raise ValueError("there is no impostor pair: query and gallery show one person alone")
         return table

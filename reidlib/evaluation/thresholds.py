@@ -220,8 +220,8 @@ def measurable_in_words(pairs: Pairs, at: pd.DataFrame) -> str:
     return " ".join(said)
 
 
-def cameras_in_words(cameras: pd.DataFrame) -> str:
-    """Say how far one threshold's rates move between cameras, given what `camera_pairs` returned."""
+def camera_rates_in_words(cameras: pd.DataFrame) -> str:
+    """Say how far one threshold's rates move between cameras, given what `camera_rates` returned."""
     if cameras[["genuine", "impostor"]].gt(0).sum().min() < 2:
         return "Only one pair of cameras is known, or none, so cameras cannot be compared here."
 

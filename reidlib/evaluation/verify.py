@@ -191,11 +191,11 @@ def at_threshold(
     return pd.DataFrame(rows, columns=columns, index=["FMR", "TMR"])
 
 
-def camera_pairs(pairs: Pairs, threshold: float) -> pd.DataFrame:
+def camera_rates(pairs: Pairs, threshold: float) -> pd.DataFrame:
     """What one threshold gives between each camera of a query and each of the gallery.
 
     Returns:
-        ``pairs.cameras`` (who asks, who answers, pairs, AUC) with ``TMR`` and ``FMR`` at the
+        ``pairs.cameras`` (both cameras, how many pairs, AUC) with ``TMR`` and ``FMR`` at the
         threshold; NaN where there is no such pair, as for TMR within one camera.
 
     Raises:
@@ -281,10 +281,10 @@ def _draws(pairs: Pairs, draws: int, seed: int) -> Iterator[np.ndarray]:
 def _impostor_weight(pairs: Pairs, weights: np.ndarray) -> float:
     """The weight of all impostor pairs, kept or not: that of all pairs less those within people."""
     queries = np.bincount(pairs.query_person, minlength=len(weights))
-    shown = pairs.gallery_person[pairs.gallery_person >= 0]
-    images = np.bincount(shown, minlength=len(weights))
-    asks, answers = weights * queries, weights * images
-    return float(asks.sum() * answers.sum() - asks @ answers)
+    known = pairs.gallery_person[pairs.gallery_person >= 0]
+    images = np.bincount(known, minlength=len(weights))
+    queries, images = weights * queries, weights * images
+    return float(queries.sum() * images.sum() - queries @ images)
 
 
 def _operate(pairs: Pairs, weights: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
