@@ -35,7 +35,11 @@ def test_a_process_that_dies_loses_its_own_task_and_each_has_its_share_of_the_co
 
 
 @pytest.mark.slow
-def test_a_stop_is_told_to_what_runs_and_nothing_else_begins(tmp_path):
+def test_a_stop_is_told_to_what_runs_and_nothing_else_begins(tmp_path, request):
+    # A shell's background job is born deaf to SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def interrupt():
         while len(list(tmp_path.glob("* waits"))) < 2:
             time.sleep(0.05)
