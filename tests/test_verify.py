@@ -12,12 +12,14 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from reidlib.evaluation.pairs import halves, pair_distances
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.verify import (
+    FMRS,
     at_threshold,
     auc,
     camera_rates,
     equal_error_rate,
     match_probability,
     roc,
+    roc_band,
     true_match_rate,
 )
 
@@ -226,6 +228,20 @@ def test_nothing_depends_on_blocks_or_on_how_many_pairs_are_kept(ties):
     pd.testing.assert_frame_equal(
         at_threshold(few, inside, draws=9), at_threshold(whole, inside, draws=9)
     )
+
+
+def test_the_band_of_a_curve_ends_where_pairs_were_not_kept():
+    args = problem(5, queries=60, size=300, people=60)
+    whole, few = pair_distances(*args), pair_distances(*args, keep=2000)
+    for pairs in (whole, few):
+        band = roc_band(pairs, 9, draws=20, seed=1)
+        most = min(1, 0.5 * len(pairs.impostor) / pairs.impostors)
+        rates = {*np.geomspace(1 / pairs.impostors, most, 9), *FMRS}
+        assert set(band.index) == {f for f in rates if f * pairs.impostors > 1 - 1e-9}
+        assert band.index.max() == pytest.approx(most) and band.index.is_monotonic_increasing
+        same = true_match_rate(pairs, band.index, draws=20, seed=1)
+        pd.testing.assert_frame_equal(band, same)
+    assert len(few.impostor) < len(whole.impostor)
 
 
 def resampled(args, times):

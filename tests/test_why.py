@@ -9,17 +9,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import complaints
 from PIL import Image
 from torch import nn
 
+from conftest import complaints
 from reidlib.data.pixels import read_image
 from reidlib.data.tables import load
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import photographs, suspects, why
 from reidlib.look.copies import duplicates, duplicates_in_words
 from reidlib.look.embedding_map import linked_map
-from reidlib.look.maps import activation_maps, network_input, occlusion_maps
+from reidlib.look.maps import (
+    NINE,
+    Sides,
+    activation_maps,
+    network_input,
+    occlusion_maps,
+    rows_of_nine,
+    side_maps,
+)
 from reidlib.model.weights import build_model
 from reidlib.recipes import make_recipe
 
@@ -311,6 +319,53 @@ def test_activation_maps_are_those_of_the_deepest_layer_that_is_fine_enough(back
         activation_maps(model, pixels[:0], recipe)
 
 
+class Small(nn.Module):
+    """Two layers, and their mean over places."""
+
+    def __init__(self):
+        super().__init__()
+        layers = nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1)
+        self.backbone = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return self.backbone(images).mean(dim=(2, 3))
+
+
+def test_maps_of_queries_beside_strangers_and_matches():
+    rng = np.random.default_rng(0)
+    model, recipe = Small(), RECIPE
+    pixels = Sides(*rng.integers(0, 256, (3, 2, 64, 32, 3), dtype=np.uint8))
+    emb = Sides(*rng.normal(size=(3, 2, 8)))
+    maps = side_maps(model, pixels, emb, recipe)
+    for found, of, to in (
+        (maps.like_stranger, "query", "stranger"),
+        (maps.like_match, "query", "match"),
+        (maps.stranger_like_query, "stranger", "query"),
+        (maps.match_like_query, "match", "query"),
+    ):
+        aims = getattr(emb, to)[:, None]
+        wanted = occlusion_maps(model, getattr(pixels, of), aims, recipe)[:, 0]
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for found, of in ((maps.query_features, "query"), (maps.stranger_features, "stranger")):
+        wanted = activation_maps(model, getattr(pixels, of), recipe)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    best = [(a - b).max() for a, b in zip(maps.like_stranger, maps.like_match, strict=True)]
+    assert maps.swings().tolist() == best
+    images = rows_of_nine(pixels, maps)
+    assert len(images) == 2 * len(NINE) and {image.shape for image in images} == {(64, 32, 3)}
+    for k, name in enumerate(NINE):
+        if name in pixels._fields:
+            assert np.array_equal(images[9 + k], getattr(pixels, name)[1])
+    # one scale in a row: the strongest place of its occlusion maps is in full colour, once
+    most = max(np.abs(maps_of[1]).max() for maps_of in maps[2:])
+    like = {2: ("query", 2), 5: ("stranger", 4), 6: ("query", 3), 8: ("match", 5)}
+    for k, (of, i) in like.items():
+        wanted = photographs.overlay(getattr(pixels, of)[1], maps[i][1], most)
+        assert np.array_equal(images[9 + k], wanted), NINE[k]
+    flat = maps._replace(**{name: 0 * values for name, values in maps._asdict().items()})
+    assert len(rows_of_nine(pixels, flat)) == 18, "nothing to show is no error"
+
+
 def test_overlay():
     image = np.full((4, 4, 3), (90, 120, 150), np.uint8)  # grey 120
     values = np.array([[1.0, 0], [-1, 4]])
@@ -541,6 +596,45 @@ def test_split_and_merged_identities_and_whole_walks_are_found():
         assert "camera" not in blind["evidence"][0]
 
 
+def test_each_suspect_stands_beside_typical_images():
+    emb, table = good_embeddings(people=6, distractors=3)
+    pids = table["pid"].to_numpy()
+    wrong = np.where(np.arange(len(pids)) == 4, 3, pids)  # an image of 1 is called 3
+    wrong[20] = 0  # one of 3 is called a distractor
+    labelled = table.assign(pid=wrong)
+    found = suspects.label_errors(emb, labelled)
+    fours = dict(zip(found["image"], suspects.in_fours(found, emb, labelled), strict=True))
+    assert {*fours} == {4, 20}
+
+    def middle(pid, but):
+        rows = [i for i in np.flatnonzero(wrong == pid) if i not in but]
+        centre = np.mean(emb[rows], axis=0)
+        return min(rows, key=lambda i: np.linalg.norm(emb[i] - centre))
+
+    other = found.set_index("image")["other"]
+    assert fours[4].tolist() == [4, middle(3, [4]), other[4], middle(1, [4, other[4]])]
+    assert fours[20].tolist() == [20, -1, other[20], middle(3, [20, other[20]])]
+    nothing = found.assign(suggested_pid=pd.array([pd.NA] * len(found), "Int64"))
+    assert (suspects.in_fours(nothing, emb, labelled)[:, 3] == -1).all()
+    assert suspects.in_fours(found[:0], emb, labelled).shape == (0, 4)
+
+
+def test_queries_are_touched_by_suspects_of_theirs_and_of_their_strangers():
+    gallery = pd.DataFrame({"path": ["a", "b", "c"], "pid": [1, 2, 3]})
+    causes = pd.DataFrame({"path": ["q0", "q1", "q2", "q3"], "pid": [1, 2, 5, 4]})
+    causes["stranger"] = pd.array([1, 2, pd.NA, 0], "Int64")
+    table = pd.concat([causes[["path", "pid"]], gallery], ignore_index=True)
+    found = pd.DataFrame(
+        {"kind": ["mirrored"], "pid": [2], "path": ["b"], "other_path": ["q3"]}
+    )  # b is the stranger of q0
+    assert suspects.touched(causes, gallery, found, table).tolist() == [True, False, False, True]
+    # one that may be two people: all its images, named or not
+    two = found.assign(kind="two people in one pid?", path="x", other_path="x", pid=5)
+    assert suspects.touched(causes, gallery, two, table).tolist() == [False, False, True, False]
+    other = two.assign(kind="one person in two pids?")
+    assert not suspects.touched(causes, gallery, other, table).any()
+
+
 def test_recall_of_planted():
     emb, table = good_embeddings()
     found = suspects.recall_of_planted(emb, table, planted=10, repeats=3)
@@ -763,6 +857,6 @@ def test_suspects_in_words():
     assert "50% were found, 90% of these" in suspects.trust_in_words(trial, 4)
     assert "the true identity" not in suspects.trust_in_words(trial | {"recall": 0.0}, 4)
     rates = pd.Series({"wrong": 3, "share_wrong": 0.3, "share_right": 0.1, "low": 1.5})
-    assert "may be laid on the data" in suspects.blame_in_words(rates, 10, 20)
+    assert "may be the fault of the data" in suspects.blame_in_words(rates, 10, 20)
     assert "do not explain" in suspects.blame_in_words(rates.replace(1.5, 0.5), 10, 20)
     assert "nothing to compare" in suspects.blame_in_words(rates, 20, 20)

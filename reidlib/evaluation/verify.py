@@ -146,6 +146,27 @@ def true_match_rate(
     return table
 
 
+def roc_band(
+    pairs: Pairs, points: int = 25, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """The ROC at some false-match rates, with intervals: `true_match_rate` as far as it can be known.
+
+    The rates lie evenly on a log axis, from one false match on; those of `FMRS` are among them. They
+    end where half of the impostor pairs that were kept are accepted, for some draws need more.
+
+    Args:
+        pairs: from `pair_distances`.
+        points: how many rates, beside those of `FMRS`.
+        draws, level, seed: see `true_match_rate`.
+
+    Raises:
+        ValueError: a draw needs more impostor pairs than were kept, or there are fewer than two people.
+    """
+    most = min(1.0, 0.5 * len(pairs.impostor) / pairs.impostors)
+    rates = {*np.geomspace(1 / pairs.impostors, most, points), *(f for f in FMRS if f <= most)}
+    return true_match_rate(pairs, sorted(rates), draws=draws, level=level, seed=seed).dropna()
+
+
 def at_threshold(
     pairs: Pairs, threshold: float, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:

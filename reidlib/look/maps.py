@@ -1,10 +1,13 @@
 """What did the network look at? Maps of one image: where features are strong, and what hiding changes."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reidlib.data.augment import Augmentation
+from reidlib.look.photographs import overlay
 from reidlib.recipes import Recipe
 
 
@@ -111,6 +114,82 @@ def occlusion_maps(
         maps.append(sum(corners) / 4)
     model.train(was_training)
     return torch.stack(maps).cpu().numpy()
+
+
+class Sides(NamedTuple):
+    """Some queries, each with its nearest stranger and its nearest match."""
+
+    query: np.ndarray
+    """(n, H, W, 3) uint8 photographs, or (n, D) embeddings"""
+    stranger: np.ndarray
+    """the same"""
+    match: np.ndarray
+    """the same"""
+
+
+class SideMaps(NamedTuple):
+    """What `side_maps` measures, each (n, h, w) float32."""
+
+    query_features: np.ndarray
+    stranger_features: np.ndarray
+    like_stranger: np.ndarray
+    """on the query: what makes it like the stranger"""
+    like_match: np.ndarray
+    """on the query: what makes it like the match"""
+    stranger_like_query: np.ndarray
+    match_like_query: np.ndarray
+
+    def swings(self) -> np.ndarray:
+        """Return what the best place of each query, hidden, turns from the stranger to the match, (n,)."""
+        return (self.like_stranger - self.like_match).max(axis=(1, 2))
+
+
+def side_maps(model: nn.Module, pixels: Sides, emb: Sides, recipe: Recipe) -> SideMaps:
+    """Measure where features are strong, and which places make query, stranger and match alike.
+
+    Args:
+        model: the network.
+        pixels: photographs, n from 1.
+        emb: their embeddings.
+        recipe: says the size and the normalisation of the input.
+    """
+    features = (activation_maps(model, side, recipe) for side in pixels[:2])
+    aims = np.stack([emb.stranger, emb.match], axis=1)  # (n, 2, D)
+    on_query = occlusion_maps(model, pixels.query, aims, recipe)
+    on_others = (
+        occlusion_maps(model, side, emb.query[:, None], recipe)[:, 0] for side in pixels[1:]
+    )
+    return SideMaps(*features, on_query[:, 0], on_query[:, 1], *on_others)
+
+
+NINE = (
+    *("query", "features", "like stranger", "stranger", "features", "like query"),
+    *("like match", "match", "like query"),
+)
+
+
+def rows_of_nine(pixels: Sides, maps: SideMaps) -> list[np.ndarray]:
+    """Return the pictures named in `NINE` for each query, one after another, (H, W, 3) uint8 each.
+
+    Features are drawn from their median up to their 98th percentile over all pictures: a single
+    bright corner would leave everything else without colour. All maps of features have one scale, and
+    so have the occlusion maps of a row.
+    """
+    both = np.stack([maps.query_features, maps.stranger_features])
+    usual, strong = np.quantile(both, [0.5, 0.98])
+    both, strong = np.maximum(both - usual, 0), max(strong - usual, 1e-12)
+    images = []
+    for k, (query, stranger, match) in enumerate(zip(*pixels, strict=True)):
+        like = [maps_of[k] for maps_of in maps[2:]]
+        most = max(np.abs(like).max(), 1e-12)
+        images += [query, overlay(query, both[0, k], strong), overlay(query, like[0], most)]
+        images += [
+            stranger,
+            overlay(stranger, both[1, k], strong),
+            overlay(stranger, like[2], most),
+        ]
+        images += [overlay(query, like[1], most), match, overlay(match, like[3], most)]
+    return images
 
 
 def network_input(model: nn.Module, pixels: np.ndarray, recipe: Recipe) -> Tensor:

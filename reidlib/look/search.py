@@ -52,9 +52,9 @@ def shape_warning(table: pd.DataFrame, recipe: Recipe) -> str:
     if not odd:
         return ""
     return (
-        f"{len(odd)} of {len(table)} images not in the shape of a crop of one standing person (width×"
-        f"height): {some(odd)}. The network looks for nobody in a scene, it squeezes all of it into "
-        f"{recipe.width}×{recipe.height} pixels: cut the people out first."
+        f"{len(odd)} of {len(table)} images not in the shape of a crop of one standing person "
+        f"(width×height): {some(odd)}. The network looks for nobody in a scene, it squeezes all of "
+        f"it into {recipe.width}×{recipe.height} pixels: cut the people out first."
     )
 
 
@@ -209,9 +209,9 @@ def _check_origin(
     apart = np.median(apart[apart > 0]) if (apart > 0).any() else np.linalg.norm(stored[0])
     if not moved <= 0.25 * apart + 1e-4:
         raise ValueError(
-            f"The gallery's embeddings were not made by this model from the images at their paths: "
-            f"{len(again)} of them, embedded again, lie {moved:.3g} away, and images are {apart:.3g} "
-            "apart. Embed the gallery with this model."
+            "The gallery's embeddings were not made by this model from the images at their paths: "
+            f"{len(again)} of them, embedded again, lie {moved:.3g} away, and images are "
+            f"{apart:.3g} apart. Embed the gallery with this model."
         )
 
 
@@ -242,11 +242,10 @@ def nearness_in_words(first: np.ndarray, second: np.ndarray, others: np.ndarray)
         return "The gallery has one image for each query, so there is nothing to compare it with."
     gap = float(np.median(second / np.maximum(first[: len(second)], 1e-12)))
     return (
-        f"At rank 1 the distance is {np.median(first):.3g} in the median of {len(first)} queries, at rank 2 "
-        f"{gap:.2f} times that, and {np.median(others):.3g} for the gallery as a whole. A first image "
-        "that is "
-        "hardly nearer than the second was picked from many that look alike. One that stands alone is "
-        "either the person, or a near copy of the same picture."
+        f"At rank 1 the distance is {np.median(first):.3g} in the median of {len(first)} queries, "
+        f"at rank 2 {gap:.2f} times that, and {np.median(others):.3g} for the gallery as a whole. "
+        "A first image that is hardly nearer than the second was picked from many that look "
+        "alike. One that stands alone is either the person, or a near copy of the same picture."
     )
 
 
@@ -274,13 +273,9 @@ def uncovered(found: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
 def uncovered_in_words(table: pd.DataFrame) -> str:
     """Say what `uncovered` returned."""
     right, camera = table["same person"].sum(), table["same camera"].sum()
-    said = f"{right} of {len(table)} first images show the same person; {camera} of these come from the "
-    said += (
-        "query's own camera. The evaluation leaves such images out, for they are nearly the same "
-    )
-    said += "picture. A search without labels cannot"
+    better = ", so **it looks better than the scores of 04_evaluate, and is not**" if camera else ""
     return (
-        f"{said}, so **it looks better than the scores of 04_evaluate, and is not**."
-        if camera
-        else f"{said}."
+        f"{right} of {len(table)} first images show the same person; {camera} of these come from the "
+        "query's own camera. The evaluation leaves such images out, for they are nearly the same "
+        f"picture. A search without labels cannot{better}."
     )

@@ -16,6 +16,7 @@ SUSPECT_COLUMNS = (
     *("other_camid", "suggested_pid", "evidence"),
 )
 
+TWO_PEOPLE = "two people in one pid?"
 LEAST = 1.5  # the smallest score of a wrong label: its own are half as far again as others
 NEIGHBOURS = 50  # how many nearest images are looked at for other identities
 
@@ -191,7 +192,7 @@ def _two_people(emb, groups, ids, centres, table, least) -> pd.DataFrame:
                 f"from identity {next_to}"
             )
             at = [_middle(emb, side) for side in (small, large)]
-            found.append(("two people in one pid?", score, *at, evidence, next_to))
+            found.append((TWO_PEOPLE, score, *at, evidence, next_to))
     return _found(table, found)
 
 
@@ -315,18 +316,72 @@ def recall_of_planted(
     }
 
 
+# --- to look at, and to weigh
+
+
+def in_fours(found: pd.DataFrame, emb: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+    """Return the rows of the images that each suspect is judged beside.
+
+    Args:
+        found: suspects with the columns `SUSPECT_COLUMNS`.
+        emb, table: what they were found in.
+
+    Returns:
+        (n, 4): the suspect, a typical image of its label (the one in the middle of all others), the
+        image it is compared with, and a typical one of the identity it may be; -1 where there is none.
+    """
+
+    def typical(pid: int, but: list[int]) -> int:
+        rows = np.setdiff1d(np.flatnonzero(table["pid"] == pid), but)
+        return _middle(emb, rows) if pid > 0 and len(rows) else -1
+
+    fours = []
+    for row in found.itertuples():
+        pair = [row.image, row.other]
+        suggested = -1 if pd.isna(row.suggested_pid) else row.suggested_pid
+        fours.append([row.image, typical(row.pid, pair), row.other, typical(suggested, pair)])
+    return np.array(fours, np.int64).reshape(-1, 4)
+
+
+def short_label(pid: int, camid: int) -> str:
+    """Return what the data say of an image, as a title over it.
+
+    >>> short_label(7, 2), short_label(0, -1)
+    ('id 7 c2', 'distractor')
+    """
+    who = f"id {pid}" if pid > 0 else "junk" if pid else "distractor"
+    return f"{who} c{camid}" if camid >= 0 else who
+
+
+def touched(
+    causes: pd.DataFrame, gallery: pd.DataFrame, found: pd.DataFrame, table: pd.DataFrame
+) -> np.ndarray:
+    """Return which queries are suspects, or have a suspect as their nearest stranger: (Q,) booleans.
+
+    Of an identity that may be two people every image is suspect, not only the two that are named.
+
+    Args:
+        causes: what `why.causes` returned, with paths.
+        gallery: its gallery.
+        found: suspects with the columns `SUSPECT_COLUMNS`.
+        table: what they were found in.
+    """
+    two = found.loc[found["kind"] == TWO_PEOPLE, "pid"]
+    named = {*found["path"], *found["other_path"], *table.loc[table["pid"].isin(two), "path"]}
+    strangers = gallery["path"].reset_index(drop=True).reindex(causes["stranger"].astype(float))
+    return (causes["path"].isin(named) | strangers.isin(named).to_numpy()).to_numpy()
+
+
 # --- in words
 
 
 def trust_in_words(trial: dict[str, float], named: int) -> str:
     """Say how far to trust `label_errors`: what `recall_of_planted` returned, and how many it names."""
-    said = f"Of {trial['planted']:.0f} wrong labels planted at random, {trial['recall']:.0%} were found"
-    said += (
-        f", {trial['right_pid']:.0%} of these with the true identity. " if trial["recall"] else ". "
-    )
-    return said + (
-        f"Beside them {trial['others']:.0f} other images were named each time; as the data stand, it is "
-        f"{named}. Each of those is an error of a label, or a picture that is hard for the network."
+    right = f", {trial['right_pid']:.0%} of these with the true identity" if trial["recall"] else ""
+    return (
+        f"Of {trial['planted']:.0f} wrong labels planted at random, {trial['recall']:.0%} were "
+        f"found{right}. How many other images were named each time: {trial['others']:.0f}. In the "
+        f"data as they are: {named}. Each of those has a wrong label, or is hard for the network."
     )
 
 
@@ -345,7 +400,7 @@ def blame_in_words(rates: pd.Series, wrong: int, scorable: int) -> str:
     )
     if rates["low"] > 1:
         return said + (
-            "Such failures may be laid on the data; not all will be, for what is hard for the "
-            "network looks like a wrong label. The others are the network's, or hard for anybody."
+            "Some of these failures may be the fault of the data. Not all are: a picture that is hard "
+            "for the network looks like a wrong label. The others are the network's, or hard for anybody."
         )
     return said + "That is not surely more often: these suspects do not explain the failures."

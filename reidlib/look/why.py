@@ -1,8 +1,8 @@
 """Why is the network wrong? Which queries fail, and what do they share?
 
-What is shown here goes together with failure; that it brings it about is not proven. So each kind of
-evidence is measured on the right queries too, and counts by its lift alone. `maps` shows what the
-network looked at; `suspects` asks whether the labels are to blame.
+All of this is correlation: what wrong queries share need not be why they are wrong. So each kind of
+evidence is measured on the right queries too, and only its lift counts. `maps` shows what the
+network looked at; `suspects` looks for labels that may be wrong.
 """
 
 from collections.abc import Sequence
@@ -208,7 +208,7 @@ def base_rates(
     The lift is the first share over the second, with half a query added to either side of either
     count, so that it is finite: ((a + ½) / (n + 1)) / ((b + ½) / (m + 1)) for a of n wrong and b of
     m right queries. Its interval is the percentile bootstrap over people, whose queries are alike.
-    A lift above 1 is an association: what else goes with the evidence, goes into it.
+    A lift above 1 is a correlation: the evidence also takes the blame for whatever comes with it.
 
     Args:
         table: what `causes` returned; other columns of booleans may be added to it.
