@@ -10,6 +10,9 @@ from torch import nn
 
 from reidlib.look.suspects import suspect_table
 
+# What a pair of copies does, the worst first.
+HARMS = ("two identities", "train and test", "two cameras", "query and gallery", "none")
+
 
 def duplicates(
     pixels: np.ndarray | Sequence[np.ndarray], table: pd.DataFrame, least: float = 0.97
@@ -55,16 +58,15 @@ def duplicates(
             (out["camid"] != out["other_camid"]) & ~nobody,
             (sides[0] != sides[1]) & (out["camid"] == -1) & ~nobody,
         ],
-        ["two identities", "train and test", "two cameras", "query and gallery"],
-        "none",
+        HARMS[:-1],
+        HARMS[-1],
     )
     places = [f" ({a} and {b})" if a != b else "" for a, b in sides.T]
     out["evidence"] = [
         f"{k}{place}, correlation {s:.3f}"
         for k, place, s in zip(out["kind"], places, out["score"], strict=True)
     ]
-    order = ["two identities", "train and test", "two cameras", "query and gallery", "none"]
-    out["harm"] = pd.Categorical(out["harm"], order)
+    out["harm"] = pd.Categorical(out["harm"], HARMS)
     out = out.sort_values(["harm", "score"], ascending=[True, False], kind="stable")
     return out.astype({"harm": object}).reset_index(drop=True)
 

@@ -70,7 +70,7 @@ def causes(retrieval: Retrieval, colours: tuple[Any, Any] | None = None) -> pd.D
     table["match"] = nearest["match"]["gallery"].astype("Int64").to_numpy()
     for name, column in (("", "gallery"), ("_pid", "pid"), ("_camid", "camid")):
         table[f"stranger{name}"] = nearest["wrong"][column].astype("Int64").to_numpy()
-    table = table.join(_above(retrieval, table, listed))
+    table = table.join(_above(retrieval, table))
     table["colour_ratio"] = _colour_ratios(listed, table, colours)
     table["camera_difficulty"] = _camera_difficulty(_by_camera(listed, table), len(table))
     table["own_camera_distance"] = _own_camera_distances(retrieval, table)
@@ -96,34 +96,24 @@ def _lists(retrieval: Retrieval, per_query: pd.DataFrame) -> pd.DataFrame:
     return retrieval.ranked_lists(topk=topk, show_excluded=False, show_missed=True)
 
 
-def _above(retrieval: Retrieval, table: pd.DataFrame, listed: pd.DataFrame) -> pd.DataFrame:
+def _above(retrieval: Retrieval, table: pd.DataFrame) -> pd.DataFrame:
     """Count the strangers above each query's first match; zero for a query without match."""
-    reach = int(table["matches"].max()) + 1  # of `_lists`
-    wrong = table[table["wrong"]]
-    short, long = (
-        wrong["query"][far] for far in (wrong["first_rank"] <= reach, wrong["first_rank"] > reach)
-    )
-    parts = [listed[listed["query"].isin(short)]]
-    for start in range(0, len(long), 100):  # a hundred long lists at once
-        group = long.iloc[start : start + 100]
-        longest = int(table["first_rank"][group].max())
-        parts.append(retrieval.ranked_lists(group.to_numpy(), topk=longest, show_excluded=False))
-    above = pd.concat(parts, ignore_index=True)
+    wrong = table[table["wrong"]].sort_values("first_rank")
+    parts = [pd.DataFrame(columns=["query", "rank", "pid", "camid"])]
+    for start in range(0, len(wrong), 100):  # a hundred at once: their lists may be long
+        part = wrong.iloc[start : start + 100]
+        longest = int(part["first_rank"].max())
+        parts.append(retrieval.ranked_lists(part["query"], topk=longest, show_excluded=False))
+    above = pd.concat(parts[1:] or parts, ignore_index=True)
     above = above[above["rank"] < above["query"].map(table["first_rank"])]
-    counted = {
-        "strangers_above": above,
-        "distractors_above": above[above["pid"] == 0],
-        "own_camera_above": above[
-            (above["camid"] == above["query"].map(table["camid"])) & (above["camid"] >= 0)
-        ],
+    own = (above["camid"] == above["query"].map(table["camid"])) & (above["camid"] >= 0)
+    kinds = {
+        "strangers_above": True,
+        "distractors_above": above["pid"] == 0,
+        "own_camera_above": own,
     }
-    index = table["query"]
-    return pd.DataFrame(
-        {
-            name: rows["query"].value_counts().reindex(index, fill_value=0).to_numpy()
-            for name, rows in counted.items()
-        }
-    )
+    counts = above.assign(**kinds).groupby("query")[[*kinds]].sum()
+    return counts.reindex(table["query"], fill_value=0).astype(int).reset_index(drop=True)
 
 
 def _colour_ratios(listed, table, colours) -> np.ndarray:
