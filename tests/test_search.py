@@ -95,6 +95,17 @@ def photos(tmp_path):
     return root
 
 
+@pytest.fixture
+def shell(run, photos):
+    """Search from the command line, all photographs in all of them unless told otherwise."""
+
+    def search_for(*options, query=photos, gallery=photos):
+        line = ["search", "--model", run, "--query", query, "--gallery", gallery, *options]
+        return main([*map(str, line)])
+
+    return search_for
+
+
 def quietly(*args, **options):
     return search(*args, **options, show_progress=False)
 
@@ -108,9 +119,7 @@ def test_a_picture_a_folder_and_a_list(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(photos)
     for name in AWKWARD:
         one = picture_table(name)  # absolute, as in the folder: else a query would find itself
-        assert one["path"].tolist() == [str(photos / name)] and one["path"][0] in set(
-            folder["path"]
-        )
+        assert one["path"].tolist() == [str(photos / name)] and one["path"][0] in {*folder["path"]}
     (tmp_path / "list.csv").write_text('7,"my photos/comma, $x_1$.png"\n-1,my photos/a/same.png\n')
     table = picture_table(tmp_path / "list.csv")
     assert table["pid"].tolist() == [7, -1]
@@ -160,9 +169,8 @@ def test_pictures_that_are_no_crops_are_named(tmp_path, size, odd):
     warning = shape_warning(picture_table(tmp_path), RECIPE)
     assert bool(warning) == bool(odd)
     if odd:
-        assert (
-            warning.startswith("1 of 2 images") and f"'what?.png' ({size[1]}×{size[0]})" in warning
-        )
+        assert warning.startswith("1 of 2 images")
+        assert f"'what?.png' ({size[1]}×{size[0]})" in warning
 
 
 # --- the search
@@ -227,11 +235,8 @@ def test_embeddings_are_a_gallery_if_this_model_made_them(model, photos):
     pd.testing.assert_frame_equal(stored, direct, atol=1e-4)
     with pytest.raises(ValueError, match="embeddings of 5 numbers, this model gives 8"):
         quietly(model, table[:2], (emb[:, :5], table), RECIPE)
-    for wrong in (
-        emb[::-1],
-        emb / np.linalg.norm(emb, axis=1, keepdims=True),
-        np.full_like(emb, 3),
-    ):
+    unit = emb / np.linalg.norm(emb, axis=1, keepdims=True)
+    for wrong in (emb[::-1], unit, np.full_like(emb, 3)):
         with pytest.raises(ValueError, match="not made by this model"):
             quietly(model, table[:2], (wrong, table), RECIPE)
     elsewhere = table.assign(path=[f"far/away/{i}.jpg" for i in range(len(table))])
@@ -272,18 +277,16 @@ def test_csv_holds_every_name(model, photos):
     assert known == "query,rank,distance,path,status,pid"
 
 
-def test_bytes_that_are_no_text_in_a_name(run, model, photos, tmp_path, capsys):
+def test_bytes_that_are_no_text_in_a_name(shell, photos, tmp_path):
     try:
         crop(70).save(photos / os.fsdecode(b"caf\xe9.png"))
     except (OSError, UnicodeError):
         pytest.skip("this file system takes no such name")
-    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
-    files = [str(tmp_path / f"o.{kind}") for kind in ("csv", "jpg", "html")]
-    for option, file in zip(("--out", "--picture", "--html"), files, strict=True):
-        line += [option, file]
-    assert main([*line, "--top", "30"]) == 0
-    assert any(path.endswith(r"caf\udce9.png") for path in pd.read_csv(files[0])["path"])
-    assert "caf?.png" in Path(files[2]).read_text(encoding="utf-8")
+    files = {"--out": "o.csv", "--picture": "o.jpg", "--html": "o.html"}
+    options = [word for option, name in files.items() for word in (option, tmp_path / name)]
+    assert shell(*options, "--top", 30, query=photos / "a") == 0
+    assert any(path.endswith(r"caf\udce9.png") for path in pd.read_csv(tmp_path / "o.csv")["path"])
+    assert "caf?.png" in (tmp_path / "o.html").read_text(encoding="utf-8")
 
 
 # --- figures
@@ -307,7 +310,7 @@ def test_a_picture_of_the_lists(model, photos):
     assert one_line("x" * 200).count("x") < 90 and len(one_line("x" * 200)) <= 81
 
 
-# --- is the model at home?
+# --- what distances say
 
 
 def test_distances_without_labels(model, photos):
@@ -337,10 +340,12 @@ def test_labels_are_uncovered_afterwards(model, photos):
     assert uncovered_in_words(told.assign(**{"same camera": False})).endswith("cannot.")
 
 
-def test_search_of_one_picture_prints_csv_alone(run, photos, capsys):
+# --- the command
+
+
+def test_search_of_one_picture_prints_csv_alone(shell, photos, capsys):
     query = photos / AWKWARD[3]
-    line = ["search", "--model", run, "--query", str(query), "--gallery", str(photos), "--top", "3"]
-    assert main(line) == 0
+    assert shell("--top", 3, query=query) == 0
     out, err = capsys.readouterr()
     table = pd.read_csv(io.StringIO(out))
     assert table["rank"].tolist()[1:] == [1, 2, 3] and np.isnan(table["rank"][0])
@@ -348,83 +353,75 @@ def test_search_of_one_picture_prints_csv_alone(run, photos, capsys):
     assert "Warning" not in err
 
 
-def test_search_of_a_folder_writes_files(run, photos, tmp_path, capsys):
+def test_search_of_a_folder_writes_files(shell, photos, tmp_path, capsys):
     crop(50, (60, 80)).save(photos / "scene.png")
     (photos / "broken.png").write_bytes(b"")
-    line = ["search", "--model", run, "--query", str(photos), "--gallery", str(photos)]
-    line += [
-        "--out",
-        str(tmp_path / "new/o.csv"),
-        "--picture",
-        str(tmp_path / "new/o.png"),
-        "--flip",
-    ]
-    assert main([*line, "--html", str(tmp_path / "new/o.html")]) == 1
+    new = tmp_path / "new"
+    files = ["--out", new / "o.csv", "--picture", new / "o.png", "--html", new / "o.html"]
+    assert shell(*files, "--flip") == 1
     out, err = capsys.readouterr()
-    assert out == "" and "broken.png" in err and not (tmp_path / "new").exists()
-    line += ["--html", str(tmp_path / "new/o.html"), "--unreadable", "skip", "--top", "2"]
-    assert main(line) == 0
+    assert out == "" and "broken.png" in err and not new.exists()
+    assert shell(*files, "--flip", "--unreadable", "skip", "--top", 2) == 0
     out, err = capsys.readouterr()
     assert out == "" and "Unreadable, left out of the query: " in err and "broken.png" in err
     assert "Warning, query: 1 of 18 images" in err and "'scene.png' (80×60)" in err
-    table = pd.read_csv(tmp_path / "new/o.csv")
+    table = pd.read_csv(new / "o.csv")
     assert len(table) == 17 * 3 and table["rank"].max() == 2
-    assert Image.open(tmp_path / "new/o.png").size[0] > 500
-    page = (tmp_path / "new/o.html").read_text(encoding="utf-8")
+    assert Image.open(new / "o.png").size[0] > 500
+    page = (new / "o.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page and "UPPER.PNG" in page
     assert "17 of 17 ranked lists" in err
 
 
-def test_what_a_search_passes_over_is_said(run, photos, capsys):
+def test_what_a_search_passes_over_is_said(shell, photos, capsys):
     for name in ("notes.txt", ".hidden.png"):
         (photos / name).write_text("no picture")
-    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
-    assert main(line) == 0
+    assert shell(query=photos / "a") == 0
     out, err = capsys.readouterr()
     assert err.count("ignored, hidden or no images: .hidden.png, notes.txt.") == 1
     assert "hidden" not in out and "notes" not in out
 
 
-def test_search_in_embeddings(run, model, photos, tmp_path, capsys):
+def test_search_in_embeddings(shell, model, photos, tmp_path, capsys):
     table = picture_table(photos)
     pixels, _ = load_images(table, RECIPE, show_progress=False)
     emb = embed(model, pixels, RECIPE, show_progress=False)
+    sides = {"query": photos / "a", "gallery": tmp_path / "g.h5"}
     write_embeddings(tmp_path / "g.h5", emb, table.assign(pid=5, camid=1))
-    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery"]
-    assert main([*line, str(tmp_path / "g.h5"), "--top", "1"]) == 0
+    assert shell("--top", 1, **sides) == 0
     rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert list(rows.columns[-2:]) == ["pid", "camid"] and set(rows["pid"]) == {5}
     write_embeddings(tmp_path / "g.h5", emb[::-1], table)
-    assert main([*line, str(tmp_path / "g.h5")]) == 1
+    assert shell(**sides) == 1
     assert "not made by this model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("query", "gallery", "options", "message"),
     [
-        (["--query", "no.jpg", "--gallery", "."], "no image 'no.jpg'"),
-        (["--query", ".", "--gallery", "nowhere"], "no image 'nowhere'"),
-        (["--query", ".", "--gallery", ".", "--picture", "x.gif"], "must end in .jpg or .png"),
-        (["--query", ".", "--gallery", ".", "--out", "."], "is a folder"),
-        (["--query", "empty", "--gallery", "."], "holds no images"),
-        (["--query", ".", "--gallery", "g.h5"], "no embedding file g.h5"),
-        (["--query", "text.jpg", "--gallery", "a"], "text.jpg: no image format that Pillow knows"),
+        ("no.jpg", ".", [], "no image 'no.jpg'"),
+        (".", "nowhere", [], "no image 'nowhere'"),
+        (".", ".", ["--picture", "x.gif"], "must end in .jpg or .png"),
+        (".", ".", ["--out", "."], "is a folder"),
+        ("empty", ".", [], "holds no images"),
+        (".", "g.h5", [], "no embedding file g.h5"),
+        ("text.jpg", "a", [], "text.jpg: no image format that Pillow knows"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(run, photos, capsys, monkeypatch, options, message):
+def test_what_is_wrong_is_said_in_a_line(
+    shell, photos, capsys, monkeypatch, query, gallery, options, message
+):
     monkeypatch.delenv("REID_DEBUG", raising=False)
     monkeypatch.chdir(photos)
     (photos / "empty").mkdir()
     Path("text.jpg").write_text("no picture")
-    assert main(["search", "--model", run, *options]) == 1
+    assert shell(*options, query=query, gallery=gallery) == 1
     out, err = capsys.readouterr()
     assert out == "" and message in err and len(err.splitlines()) == 1
 
 
-def test_nothing_but_the_command_draws(run, photos, monkeypatch):
+def test_nothing_but_the_command_draws(shell, photos, monkeypatch):
     """Without --picture and --html neither matplotlib nor widgets are needed."""
-    monkeypatch.setitem(sys.modules, "reidlib.look.figures", None)
-    monkeypatch.setitem(sys.modules, "reidlib.look.photographs", None)
-    monkeypatch.setitem(sys.modules, "reidlib.look.browser", None)
-    line = ["search", "--model", run, "--query", str(photos / "a"), "--gallery", str(photos)]
-    assert main(line) == 0
+    for name in ("figures", "photographs", "browser"):
+        monkeypatch.setitem(sys.modules, f"reidlib.look.{name}", None)
+    assert shell(query=photos / "a") == 0

@@ -1,6 +1,7 @@
 """Causes against slow loops; maps against networks whose attention is known; suspects that were planted."""
 
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -59,10 +60,6 @@ def problem(seed=0, people=12, cameras=4, noise=1.2, distractors=15, junk=4):
     )
 
 
-def flat(problem):
-    return Retrieval(*problem)
-
-
 # --- which queries fail, and what they share
 
 
@@ -116,10 +113,8 @@ def test_causes_are_those_of_a_slow_loop(seed):
         walk = walk[walk["path"] != query["path"][q]]["distance"]
         expected = walk.min() if len(walk) else np.nan
         assert row["own_camera_distance"] == pytest.approx(expected, nan_ok=True)
-    for name, column in (
-        ("hard_cameras", "camera_difficulty"),
-        ("odd_picture", "own_camera_distance"),
-    ):
+    upper = {"hard_cameras": "camera_difficulty", "odd_picture": "own_camera_distance"}
+    for name, column in upper.items():
         limit = np.nanquantile(table[column], 0.75)
         assert (table[name] == (table[column] > limit)).all()
 
@@ -130,11 +125,8 @@ def test_long_lists_are_counted_as_short_ones():
     query = pd.DataFrame({"pid": [1], "camid": [1]})
     retrieval = Retrieval(np.zeros((1, 1)), query, 61.0 - np.arange(61)[:, None], gallery)
     row = why.causes(retrieval).iloc[0]
-    assert row[["strangers_above", "distractors_above", "own_camera_above"]].tolist() == [
-        60,
-        30,
-        10,
-    ]
+    above = ["strangers_above", "distractors_above", "own_camera_above"]
+    assert row[above].tolist() == [60, 30, 10]
     assert row["first_rank"] == 61 and row["wrong"] and not row["same_colours"]
 
 
@@ -273,10 +265,7 @@ def test_occlusion_finds_the_one_place_that_counts():
             for i in (row, row + 1):
                 for j in (column, column + 1):
                     hidden = image.clone()
-                    part = (
-                        slice(max(8 * i - 8, 0), 8 * i + 8),
-                        slice(max(8 * j - 8, 0), 8 * j + 8),
-                    )
+                    part = tuple(slice(max(8 * k - 8, 0), 8 * k + 8) for k in (i, j))
                     for channel in range(3):
                         hidden[channel][part] = image[channel].mean()
                     change = abs(1 - model(hidden[None])) - abs(1 - model(image[None]))
@@ -296,10 +285,8 @@ def test_activation_maps_are_those_of_the_deepest_layer_that_is_fine_enough(back
     before = {name: value.clone() for name, value in model.state_dict().items()}
     maps = activation_maps(model, pixels, recipe)
     assert maps.shape == (3, 8, 4) and model.training
-    after = model.state_dict()
-    assert all(
-        torch.equal(after[name], value) for name, value in before.items()
-    )  # of BatchNorm too
+    after = model.state_dict()  # of BatchNorm too
+    assert all(torch.equal(after[name], value) for name, value in before.items())
     model.eval()
     features = network_input(model, pixels, recipe)
     layers = getattr(model.backbone, "features", model.backbone)
@@ -383,7 +370,7 @@ def test_overlay():
 # --- copies of photographs
 
 
-def reencoded(image, quality):
+def reencoded(image, quality=30):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))
@@ -405,30 +392,24 @@ def test_planted_copies_are_found_and_nothing_else(data_root):
     people = np.flatnonzero(gallery["pid"] > 0)
     planted, extra = {}, []
 
-    def plant(source, image, harm, kind, **labels):
+    def plant(side, i, harm, kind, alter=lambda image: image, **labels):
+        source, image = row(side, i)
         planted[len(everything) + len(extra)] = (source, harm, kind)
-        extra.append(
-            (everything.iloc[source].to_dict() | {"path": f"new{len(extra)}.jpg"} | labels, image)
-        )
+        labels = everything.iloc[source].to_dict() | {"path": f"new{len(extra)}.jpg"} | labels
+        extra.append((labels, alter(image)))
 
-    at, image = row("train", 0)
-    plant(at, image, "two identities", "same pixels", pid=999)
-    at, image = row("train", 5)
-    plant(at, image, "train and test", "same pixels", split="gallery")
-    at, image = row("gallery", people[3])
-    plant(at, reencoded(image, 30), "two identities", "same picture", pid=999)
-    at, image = row("gallery", people[9])
-    plant(at, image[:, ::-1], "two identities", "mirrored", pid=999)
-    at, image = row("query", 2)
-    plant(at, reencoded(image, 60), "none", "same picture", split="gallery")
-    at, image = row("gallery", people[12])
-    darker = (image * 0.6).astype(np.uint8)
-    plant(at, darker, "two cameras", "same picture", camid=9)
-    at, image = row("query", 4)
-    plant(at, image, "query and gallery", "same pixels", split="gallery", camid=-1)
-    everything.loc[at, "camid"] = -1
-    at, image = row("gallery", int(np.flatnonzero(gallery["pid"] == -1)[0]))
-    plant(at, reencoded(image, 80), "none", "same picture", pid=5)
+    junk = int(np.flatnonzero(gallery["pid"] == -1)[0])
+    darker = lambda image: (image * 0.6).astype(np.uint8)
+    mirrored = lambda image: image[:, ::-1]
+    plant("train", 0, "two identities", "same pixels", pid=999)
+    plant("train", 5, "train and test", "same pixels", split="gallery")
+    plant("gallery", people[3], "two identities", "same picture", reencoded, pid=999)
+    plant("gallery", people[9], "two identities", "mirrored", mirrored, pid=999)
+    plant("query", 2, "none", "same picture", reencoded, split="gallery")
+    plant("gallery", people[12], "two cameras", "same picture", darker, camid=9)
+    plant("query", 4, "query and gallery", "same pixels", split="gallery", camid=-1)
+    everything.loc[row("query", 4)[0], "camid"] = -1
+    plant("gallery", junk, "none", "same picture", reencoded, pid=5)
     labels, images = zip(*extra, strict=True)
     table = pd.concat([everything, pd.DataFrame(labels)], ignore_index=True)
     found = duplicates([*pixels, np.stack(images)], table)
@@ -471,9 +452,8 @@ def test_copies_of_flat_pictures_and_of_several_sizes():
 def good_embeddings(seed=0, people=40, cameras=3, images=3, noise=0.35, distractors=30):
     """Identity centre, a shift of each camera and walk, and noise: what a good network makes."""
     rng = np.random.default_rng(seed)
-    rows = [
-        (p, c) for p in range(1, people + 1) for c in range(1, cameras + 1) for _ in range(images)
-    ]
+    seen = itertools.product(range(1, people + 1), range(1, cameras + 1), range(images))
+    rows = [(pid, camid) for pid, camid, _ in seen]
     rows += [(0, 1 + i % cameras) for i in range(distractors)]
     table = pd.DataFrame(rows, columns=["pid", "camid"])
     table["path"] = [f"{i}.jpg" for i in range(len(table))]
@@ -526,26 +506,22 @@ def test_label_scores_are_those_of_a_slow_loop():
     found = found[found["kind"] == "wrong identity?"].set_index("image")
     assert {*found.index} == {*np.flatnonzero(pids > 0)}
     for i in np.flatnonzero(pids > 0):
-        far = {
-            pid: sorted(
-                np.linalg.norm(emb[i] - emb[j]) for j in np.flatnonzero(pids == pid) if j != i
-            )
-            for pid in range(1, 9)
-        }
+        apart = np.linalg.norm(emb - emb[i], axis=1)
+        others = np.arange(len(emb)) != i
+        far = {pid: sorted(apart[(pids == pid) & others]) for pid in range(1, 9)}
         own = far.pop(pids[i])[1]
         suggested = min(far, key=lambda pid: far[pid][1])
         assert found.loc[i, "score"] == pytest.approx(own / far[suggested][1], rel=1e-9)
         assert found.loc[i, "suggested_pid"] == suggested
-        assert np.linalg.norm(emb[i] - emb[found.loc[i, "other"]]) == far[suggested][0]
+        assert apart[found.loc[i, "other"]] == far[suggested][0]
 
 
 def test_label_errors_of_little_data():
     emb, table = good_embeddings(people=3)
     for rows in (slice(0, 0), slice(0, 1), slice(0, 2), slice(0, 9)):  # one person alone at most
         few, some = emb[rows], table.iloc[rows].reset_index(drop=True)
-        assert (
-            len(suspects.label_errors(few, some)) == len(suspects.identity_errors(few, some)) == 0
-        )
+        for function in (suspects.label_errors, suspects.identity_errors):
+            assert len(function(few, some)) == 0
     unlabelled = table.assign(pid=-1)
     assert len(suspects.label_errors(emb, unlabelled)) == 0
     assert len(suspects.identity_errors(emb, unlabelled)) == 0
@@ -624,9 +600,8 @@ def test_queries_are_touched_by_suspects_of_theirs_and_of_their_strangers():
     causes = pd.DataFrame({"path": ["q0", "q1", "q2", "q3"], "pid": [1, 2, 5, 4]})
     causes["stranger"] = pd.array([1, 2, pd.NA, 0], "Int64")
     table = pd.concat([causes[["path", "pid"]], gallery], ignore_index=True)
-    found = pd.DataFrame(
-        {"kind": ["mirrored"], "pid": [2], "path": ["b"], "other_path": ["q3"]}
-    )  # b is the stranger of q0
+    # b is the stranger of q0
+    found = pd.DataFrame([{"kind": "mirrored", "pid": 2, "path": "b", "other_path": "q3"}])
     assert suspects.touched(causes, gallery, found, table).tolist() == [True, False, False, True]
     # one that may be two people: all its images, named or not
     two = found.assign(kind="two people in one pid?", path="x", other_path="x", pid=5)
@@ -825,9 +800,8 @@ def test_lifts_in_words(wrong, right, wanted):
 
 
 def test_cameras_and_confusions_in_words():
-    pairs = pd.DataFrame(
-        {"camid": [1, 2], "match_camid": [2, 1], "matches": 4, "behind": [0.5, 0.25]}
-    )
+    pairs = pd.DataFrame({"camid": [1, 2], "match_camid": [2, 1], "behind": [0.5, 0.25]})
+    pairs["matches"] = 4
     assert "From camera 1 to camera 2, 50% of 4 matches" in why.cameras_in_words(pairs)
     assert "cannot be compared" in why.cameras_in_words(pairs[:1])
     row = {"pid": 3, "other_pid": 7, "intrusions": 5, "queries": 2, "mutual": True}
@@ -850,9 +824,8 @@ def test_places_in_words(swings, wrong, wanted):
 
 def test_suspects_in_words():
     copies = pd.DataFrame({"harm": ["none", "two identities"]})
-    assert duplicates_in_words(copies, 1000).startswith(
-        "2 pairs of copies among 1,000 images, 1 of"
-    )
+    said = duplicates_in_words(copies, 1000)
+    assert said.startswith("2 pairs of copies among 1,000 images, 1 of")
     trial = {"planted": 20, "recall": 0.5, "right_pid": 0.9, "others": 3}
     assert "50% were found, 90% of these" in suspects.trust_in_words(trial, 4)
     assert "the true identity" not in suspects.trust_in_words(trial | {"recall": 0.0}, 4)
