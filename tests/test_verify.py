@@ -84,13 +84,20 @@ def oracle_rates(genuine, impostor, fmr):
     return max(good), np.count_nonzero(true <= max(good)) / len(true)
 
 
+def measured(args):
+    """The pairs, and the genuine and impostor ones of the loop."""
+    return pair_distances(*args), *oracle_pairs(*args)
+
+
+TIES = pytest.mark.parametrize("ties", [False, True], ids=["reals", "ties"])
+
+
 @pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "unknown"])
-@pytest.mark.parametrize("ties", [False, True], ids=["reals", "ties"])
+@TIES
 def test_pairs_are_those_of_the_protocol(ties, cameras):
     for seed in range(6):
         args = problem(seed, ties=ties, cameras=cameras)
-        genuine, impostor = oracle_pairs(*args)
-        pairs = pair_distances(*args)
+        pairs, genuine, impostor = measured(args)
         for found, wanted in ((pairs.genuine, genuine), (pairs.impostor, impostor)):
             by_row = found.sort_values(["query", "gallery"])
             wanted = sorted(wanted, key=lambda pair: pair[1:])
@@ -120,12 +127,10 @@ def test_pairs_are_what_the_ranked_lists_rank():
             np.testing.assert_allclose(mine["distance"], theirs["distance"], atol=1e-12)
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["reals", "ties"])
+@TIES
 def test_counts_and_curves_agree_with_scikit_learn(ties):
     for seed in range(8):
-        args = problem(seed, ties=ties)
-        genuine, impostor = oracle_pairs(*args)
-        pairs = pair_distances(*args)
+        pairs, genuine, impostor = measured(problem(seed, ties=ties))
         distances = np.array([d for d, *_ in genuine + impostor])
         is_genuine = np.repeat([1, 0], [len(genuine), len(impostor)])
         assert auc(pairs) == pytest.approx(roc_auc_score(is_genuine, -distances), abs=1e-12)
@@ -158,13 +163,13 @@ def test_equal_error_rate_by_hand():
     assert equal_error_rate(wrong) == 1 and auc(wrong) == 0
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["reals", "ties"])
+@TIES
 def test_true_match_rate_agrees_with_trying_every_threshold(ties):
     at = (0.003, 0.01, 0.05, 0.29, 0.5, 1.0)
     for seed in range(6):
         args = problem(seed, ties=ties)
-        genuine, impostor = oracle_pairs(*args)
-        found = true_match_rate(pair_distances(*args), at)
+        pairs, genuine, impostor = measured(args)
+        found = true_match_rate(pairs, at)
         for fmr in at:
             threshold, tmr = oracle_rates(genuine, impostor, fmr)
             assert found.loc[fmr, "TMR"] == pytest.approx(tmr), fmr
@@ -199,7 +204,7 @@ def test_a_rate_that_cannot_be_measured_is_nan():
     assert found.iloc[1].notna().all()
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["reals", "ties"])
+@TIES
 def test_nothing_depends_on_blocks_or_on_how_many_pairs_are_kept(ties):
     args = problem(5, ties=ties, queries=30, size=200)
     whole = pair_distances(*args)
@@ -253,14 +258,9 @@ def resampled(args, times):
         return times[pid if pid else f"distractor {row}"]
 
     genuine, impostor = oracle_pairs(*args)
-    drawn_genuine = [p for p in genuine for _ in range(copies(query, p[1]))]
-    drawn_impostor = [
-        p
-        for p in impostor
-        for _ in range(copies(query, p[1]))
-        for _ in range(copies(gallery, p[2]))
-    ]
-    return drawn_genuine, drawn_impostor
+    drawn = [p for p in genuine for _ in range(copies(query, p[1]))]
+    others = [p for p in impostor for _ in range(copies(query, p[1]) * copies(gallery, p[2]))]
+    return drawn, others
 
 
 def drawn_times(args, seed, draws):
@@ -276,7 +276,7 @@ def drawn_times(args, seed, draws):
         yield times
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["reals", "ties"])
+@TIES
 def test_intervals_are_those_of_drawn_people(ties):
     args = problem(8, ties=ties, queries=20, size=70)
     pairs = pair_distances(*args)
@@ -285,12 +285,9 @@ def test_intervals_are_those_of_drawn_people(ties):
         (times,) = drawn_times(args, seed, 1)
         genuine, impostor = resampled(args, times)
         here = at_threshold(pairs, threshold, draws=1, seed=seed)
-        assert here.loc["FMR", "low"] == pytest.approx(
-            np.mean([d <= threshold for d, *_ in impostor])
-        )
-        assert here.loc["TMR", "low"] == pytest.approx(
-            np.mean([d <= threshold for d, *_ in genuine])
-        )
+        for name, group in (("FMR", impostor), ("TMR", genuine)):
+            rate = np.mean([d <= threshold for d, *_ in group])
+            assert here.loc[name, "low"] == pytest.approx(rate)
         found = true_match_rate(pairs, [fmr], draws=1, seed=seed).iloc[0]
         wanted, tmr = oracle_rates(genuine, impostor, fmr)
         assert found["TMR_low"] == pytest.approx(tmr)
@@ -342,8 +339,7 @@ def test_no_false_match_is_not_a_rate_of_zero():
 def test_camera_rates_agree_with_loops():
     args = problem(4, queries=40, size=150)
     _, query, _, gallery = args
-    pairs = pair_distances(*args)
-    genuine, impostor = oracle_pairs(*args)
+    pairs, genuine, impostor = measured(args)
     threshold = 2.0
     found = camera_rates(pairs, threshold).set_index(["query_camid", "gallery_camid"])
     assert len(found) == 9 and threshold < pairs.impostor["distance"].max()
@@ -392,17 +388,16 @@ def test_same_camera_pairs_can_be_asked_for():
 
 
 def test_all_distances_equal():
-    people = [1, 2, 3, 4]
-    pairs = pair_distances(np.zeros((4, 2)), table(people), np.zeros((4, 2)), table(people))
+    people = table([1, 2, 3, 4])
+    args = np.zeros((4, 2)), people, np.zeros((4, 2)), people
+    pairs = pair_distances(*args)
     assert auc(pairs) == 0.5 and equal_error_rate(pairs) == 0.5
     assert roc(pairs)[["FMR", "TMR"]].values.tolist() == [[0, 0], [1, 1]]
     found = true_match_rate(pairs, [0.5, 1.0], draws=20)
     assert found["TMR"].tolist() == [0, 1] and found["false_matches"].tolist() == [0, 12]
     assert found.loc[0.5, "threshold"] < 0  # below all of them
     # and where only some of a crowd of ties could be kept, none is
-    few = pair_distances(
-        np.zeros((4, 2)), table(people), np.zeros((4, 2)), table(people), keep=7, block_pairs=4
-    )
+    few = pair_distances(*args, keep=7, block_pairs=4)
     assert len(few.impostor) == 0 and few.limit == 0
     pd.testing.assert_frame_equal(true_match_rate(few, [0.5]), true_match_rate(pairs, [0.5]))
 
@@ -441,6 +436,10 @@ def test_the_given_arrays_and_tables_stay_as_they_were():
         assert np.array_equal(np.asarray(x), np.asarray(was))
 
 
+def query_with(**columns):
+    return lambda a: (a[0], a[1].assign(**columns), *a[2:])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -448,18 +447,12 @@ def test_the_given_arrays_and_tables_stay_as_they_were():
         (lambda a: (a[0][:, :2], *a[1:]), "same network"),
         (lambda a: (a[0] * np.nan, *a[1:]), "query embeddings hold NaN"),
         (lambda a: (a[0][:0], a[1].iloc[:0], *a[2:]), "the query is empty"),
-        (
-            lambda a: (a[0], a[1].assign(pid=0), *a[2:]),
-            "14 rows of the query table have a pid of 0",
-        ),
+        (query_with(pid=0), "14 rows of the query table have a pid of 0"),
         (lambda a: (a[0], a[1].drop(columns="pid"), *a[2:]), "no column 'pid'"),
-        (lambda a: (a[0], a[1].assign(pid=1.5), *a[2:]), "whole numbers"),
+        (query_with(pid=1.5), "whole numbers"),
         (lambda a: (*a[:3], a[3].assign(pid=-1)), "gallery images are junk"),
         (lambda a: (*a[:3], a[3].assign(pid=50)), "no genuine pair"),
-        (
-            lambda a: (a[0], a[1].assign(camid=[-1] + [1] * 13), *a[2:]),
-            "1 of 14 images of the query",
-        ),
+        (query_with(camid=[-1] + [1] * 13), "1 of 14 images of the query"),
         (lambda a: (a[0], a[1].assign(pid=1), a[2], a[3].assign(pid=1)), "one person alone"),
     ],
 )
