@@ -147,9 +147,9 @@ def halves(query: pd.DataFrame, gallery: pd.DataFrame, *, seed: int = 0) -> list
     in_first = np.isin(g_pids, np.concatenate(first))
     strangers = np.flatnonzero(g_pids == 0)
     in_first[rng.permutation(strangers)[: len(strangers) // 2]] = True
-    asks_first = np.isin(q_pids, first[0])
+    q_in_first = np.isin(q_pids, first[0])
     return [
-        (np.flatnonzero(asks_first == half), np.flatnonzero((in_first == half) & (g_pids != -1)))
+        (np.flatnonzero(q_in_first == half), np.flatnonzero((in_first == half) & (g_pids != -1)))
         for half in (True, False)
     ]
 

@@ -261,7 +261,7 @@ def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed:
     said = (
         f"A query of this test split meets {strangers:,.0f} strangers, so expect "
         f"{fmr * strangers:,.1f} false alarms; {alarmed:.1%} of the queries have at least one. "
-        "That is what an open set pays. Top-1 and mAP never show it: they are measured on a "
+        "That is the price of an open set. Top-1 and mAP never show it: they are measured on a "
         "**closed set**, where the person is always there."
     )
     right = match_probability(genuine / (genuine + strangers), tmr, fmr)

@@ -88,11 +88,11 @@ def true_match_rate(
 ) -> pd.DataFrame:
     """The threshold at each of some false-match rates, and the true-match rate there.
 
-    The threshold is the largest with an FMR of at most the one asked for. A rate f below one by all
-    impostor pairs cannot be measured, for no pair may be accepted then: its row is NaN. By the rule
-    of 30 (Doddington et al., Speech Communication 31, 2000) a rate is known to within 30 per cent
-    of itself, at 90 per cent confidence, where 30 false matches are behind it; and that is for
-    independent pairs.
+    The threshold is the largest with an FMR of at most the given one. A rate below 1 / (number of
+    impostor pairs) cannot be measured: no pair could be accepted, and its row is NaN. By the rule of
+    30 (Doddington et al., Speech Communication 31, 2000) a rate with 30 false matches behind it is
+    known to within 30 per cent of itself, at 90 per cent confidence. That assumes independent pairs,
+    so it holds at best.
 
     Args:
         pairs: from `pair_distances`.
@@ -151,8 +151,8 @@ def roc_band(
 ) -> pd.DataFrame:
     """The ROC at some false-match rates, with intervals: `true_match_rate` as far as it can be known.
 
-    The rates lie evenly on a log axis, from one false match on; those of `FMRS` are among them. They
-    end where half of the impostor pairs that were kept are accepted, for some draws need more.
+    The rates lie evenly on a log axis and start at one false match; those of `FMRS` are among them.
+    They end at half of the impostor pairs that were kept, because some draws need more than a rate.
 
     Args:
         pairs: from `pair_distances`.

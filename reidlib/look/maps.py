@@ -74,7 +74,7 @@ def occlusion_maps(
     Args:
         model: the network.
         pixels: (N, H, W, 3) uint8.
-        targets: (N, T, D), for each image the embeddings to which distances are measured.
+        targets: (N, T, D), the T embeddings to measure distances to, for each image.
         recipe: says the size and the normalisation of the input.
         cells: rows and columns of the map.
         batch: images at a time.

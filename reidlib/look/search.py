@@ -20,7 +20,7 @@ from reidlib.words import some
 def picture_table(source: str | Path) -> pd.DataFrame:
     """Return the table (path, pid, camid) of one picture, of a folder or of a CSV list.
 
-    Folders are read at any depth; who is in a picture is unknown (pid and camid -1) but for the lists.
+    Folders are read at any depth. Only a list can say who is in a picture; else pid and camid are -1.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -53,8 +53,8 @@ def shape_warning(table: pd.DataFrame, recipe: Recipe) -> str:
         return ""
     return (
         f"{len(odd)} of {len(table)} images not in the shape of a crop of one standing person "
-        f"(width×height): {some(odd)}. The network looks for nobody in a scene, it squeezes all of "
-        f"it into {recipe.width}×{recipe.height} pixels: cut the people out first."
+        f"(width×height): {some(odd)}. The network does not look for people: it squeezes "
+        f"the whole picture into {recipe.width}×{recipe.height} pixels. Cut the people out first."
     )
 
 
@@ -85,7 +85,7 @@ def remarks(sources: Mapping[str, str], tables: Mapping[str, Any], recipe: Recip
 
 
 def left_out(tables: Mapping[str, Any], retrieval: Retrieval) -> list[str]:
-    """Return a sentence on each side of which unreadable pictures were left out."""
+    """Return a sentence for each side whose unreadable pictures were left out."""
     said = []
     for name, table in tables.items():
         if isinstance(table, pd.DataFrame):
@@ -105,10 +105,10 @@ def search(
     flip: bool = False,
     show_progress: bool = True,
 ) -> tuple[Retrieval, pd.DataFrame]:
-    """Rank a gallery for pictures of somebody; nobody need be known.
+    """Rank a gallery for pictures of somebody, without labels.
 
-    The ranking is that of `Retrieval` without labels: by Euclidean distance, and nothing is left
-    out of it but the query itself, by its path. Labels that the tables have do not change it.
+    The gallery is ranked by Euclidean distance, as `Retrieval` does it without labels. Only the query
+    itself is left out, known by its path. Labels in the tables are shown and change no rank.
 
     Args:
         model: the network.
@@ -275,7 +275,7 @@ def uncovered_in_words(table: pd.DataFrame) -> str:
     right, camera = table["same person"].sum(), table["same camera"].sum()
     better = ", so **it looks better than the scores of 04_evaluate, and is not**" if camera else ""
     return (
-        f"{right} of {len(table)} first images show the same person; {camera} of these come from the "
-        "query's own camera. The evaluation leaves such images out, for they are nearly the same "
+        f"{right} of {len(table)} first images show the same person; {camera} of these come from "
+        "the query's own camera. The evaluation leaves such images out: they are nearly the same "
         f"picture. A search without labels cannot{better}."
     )

@@ -316,7 +316,7 @@ def confusions(retrieval: Retrieval) -> pd.DataFrame:
     out = groups.agg(
         intrusions=("query", "size"),
         queries=("query", "nunique"),
-        mutual=("by", lambda asks: asks.nunique() == 2),
+        mutual=("by", lambda by: by.nunique() == 2),
         query=("query", "first"),
         gallery=("gallery", "first"),
         distance=("distance", "first"),
