@@ -24,20 +24,22 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     dataset: str = Field(
-        "market1501", description="market1501, synthetic, or a path (see reidlib.data.load)"
+        "market1501", description="market1501, synthetic, or a path (see reidlib.load)"
     )
     hold_out: Annotated[int, Field(ge=0)] | str = Field(
         0,
-        description="training identities set aside to choose settings on: how many, "
-        'or a file that names them; "market1501" is this repository\'s own',
+        description="identities held out of training: how many, or their file; "
+        '"market1501" is this repository\'s own, to choose settings on',
     )
-    unreadable: Literal["fail", "skip"] = Field("fail", description="what to do with broken images")
+    unreadable: Literal["fail", "skip"] = Field("fail", description="broken images: fail or skip")
 
-    backbone: str = Field("resnet50", description="a name in reidlib.model.network.BACKBONES")
+    backbone: str = Field(
+        "resnet50", description="resnet8 to resnet101, mobilenet_v2 or mobilenet_v3_small"
+    )
     weights: str = Field("imagenet", description='"imagenet", the path of a file, or "none"')
     dim: Count = Field(128, description="length of an embedding")
     hidden: Count = Field(1024, description="width of the head's hidden layer")
-    last_stride: Literal[1, 2] = Field(2, description="the backbone's last stride")
+    last_stride: Literal[1, 2] = Field(2, description="the backbone's last stride: 1 or 2")
     head: bool = Field(True, description="False: the embedding is the pooled features")
 
     height: int = Field(256, ge=32, description="height of the network's input, in pixels")
@@ -51,34 +53,41 @@ class Recipe(BaseModel):
     flip: bool = Field(True, description="flip half the images from left to right")
     erasing: Share = Field(0.0, description="share of images with a random rectangle erased")
     normalise: Literal["imagenet", "unit"] = Field(
-        "imagenet", description='ImageNet\'s mean and deviation, or "unit": pixels in [0, 1]'
+        "imagenet", description="imagenet: ImageNet's mean and deviation; unit: pixels in [0, 1]"
     )
 
-    loss: Literal["batch_hard", "batch_all", "random"] = Field("batch_hard", description="mining")
+    loss: Literal["batch_hard", "batch_all", "random"] = Field(
+        "batch_hard", description="which triplets: batch_hard, batch_all or random"
+    )
     margin: Annotated[float, Field(ge=0)] | Literal["soft"] = Field(
         "soft", description='a number m: max(0, m + d+ - d-); "soft": softplus(d+ - d-)'
     )
     squared: bool = Field(False, description="squared Euclidean distances")
     mean: Literal["active", "valid"] = Field(
-        "active", description="batch-all: mean over the triplets above zero, or over all valid ones"
+        "active",
+        description="batch_all: mean over active triplets (above zero), or over all valid ones",
     )
-    reduction: Literal["mean", "sum"] = Field("mean", description="of the loss over triplets")
+    reduction: Literal["mean", "sum"] = Field(
+        "mean", description="of the loss over triplets: mean or sum"
+    )
 
     p: int = Field(18, ge=2, description="identities in a batch")
     k: int = Field(4, ge=2, description="images of each identity in a batch")
-    epoch: Literal["identities", "images"] = Field("identities", description="what an epoch shows")
+    epoch: Literal["identities", "images"] = Field(
+        "identities", description="what an epoch shows: identities or images"
+    )
     steps: Count | None = Field(25_000, description="training steps; or give epochs")
     epochs: Count | None = Field(None, description="training epochs, instead of steps")
     lr: Positive = Field(3e-4, description="Adam's learning rate")
     decay_start: Share = Field(
-        0.6, description="share of the steps after which the rate decays exponentially; 1: never"
+        0.6, description="share of the steps after which the learning rate decays; 1: never"
     )
     decay_to: Annotated[float, Field(gt=0, le=1)] = Field(
         0.001, description="what the learning rate is multiplied by at the last step"
     )
     seed: int = Field(0, ge=0, description="of weights, batches and augmentation")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the device is fast at it"
+        "auto", description="float32, bfloat16, or auto: bfloat16 where the device is fast at it"
     )
 
     log_every: Count = Field(20, description="steps between two rows of history.csv")

@@ -76,12 +76,15 @@ def plain_types(annotation):
 @pytest.mark.parametrize("name", ["03_train", "05_compare_margins"])
 def test_settings_of_a_notebook_are_those_of_the_recipe(name):
     """Papermill wants them typed in the notebook; so they are held to the recipe, the one source."""
-    parameters = read_parameters(ROOT / "notebooks" / f"{name}.ipynb")
-    settings = Recipe.model_fields.keys()
-    assert name != "03_train" or settings <= parameters.keys()
-    for setting in settings & parameters.keys():
-        wanted = plain_types(Recipe.model_fields[setting].annotation)
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    parameters, settings = read_parameters(path), Recipe.model_fields
+    assert name != "03_train" or settings.keys() <= parameters.keys()
+    (cell, *_) = (c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    comments = dict(re.findall(r"(?m)^(\w+): .+?  # (.+)$", cell.source))
+    for setting in settings.keys() & parameters.keys():
+        wanted = plain_types(settings[setting].annotation)
         assert plain_types(parameters[setting].annotation) == wanted | {NoneType}, setting
+        assert re.match(rf"{re.escape(comments[setting])}(\W|$)", settings[setting].description)
 
 
 def execute(arguments, folder, outputs, data):
