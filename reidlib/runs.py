@@ -32,6 +32,9 @@ from reidlib.recipes import Recipe, stored_recipe
 EXAMPLE = "synthetic_batchhard_softplus_example"  # the committed run on the built-in data
 
 
+# --- which folder
+
+
 def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:
     """Return `<dataset>_<variant>[_<tag>]`, with the data set's own name.
 
@@ -68,8 +71,8 @@ def find_run(run: str | Path) -> Path:
 def newest_run() -> Path:
     """Return the folder of the run under `outputs/` whose training ended last on this machine.
 
-    Released runs came with the repository: they have no checkpoint, and their times mean nothing.
-    Where nothing was trained yet, the newest run is `EXAMPLE`, which came with it for that.
+    If you have not trained anything yet, this is `EXAMPLE`, the run that ships with the repository.
+    Released runs do not count: they have no checkpoint, and their times mean nothing.
 
     Raises:
         FileNotFoundError: no run has ended yet, and the example is not there.
@@ -84,6 +87,9 @@ def newest_run() -> Path:
     if (outputs_dir() / EXAMPLE / "weights.safetensors").is_file():
         return (outputs_dir() / EXAMPLE).resolve()
     raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
+
+
+# --- files, whole or not at all
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -133,6 +139,9 @@ def update_json(path: Path, **content) -> None:
     write_json(path, (read_json(path) if path.exists() else {}) | content)
 
 
+# --- what is in a run
+
+
 def note_scored(run: Path, **facts) -> None:
     """Add an entry to `scored` in a run's manifest: when, what of, and the embeddings' SHA-256.
 
@@ -176,16 +185,10 @@ def lock(run: Path):
         ) from None
 
 
-# --- checkpoints
-
-
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- weights that others can load
 
 
 # --- manifest

@@ -38,9 +38,7 @@ def draw_batch(seed, counts=None, dim=3, dtype=torch.float64):
     return emb[order].to(dtype).requires_grad_(), pids[order]
 
 
-# --------------------------------------------------------------------------------------------------
-# The definitions, as slow loops
-# --------------------------------------------------------------------------------------------------
+# --- the definitions, as slow loops
 
 
 def loop_gaps(emb, pids, squared):
@@ -162,9 +160,7 @@ def test_gradcheck(loss_fn, margin, squared):
     assert torch.autograd.gradcheck(lambda e: loss_fn(e, pids, margin, squared=squared).loss, emb)
 
 
-# --------------------------------------------------------------------------------------------------
-# pytorch-metric-learning, an independent oracle
-# --------------------------------------------------------------------------------------------------
+# --- pytorch-metric-learning, an independent oracle
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -191,9 +187,7 @@ def test_equals_pytorch_metric_learning(case, margin, squared):
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, emb)[0])
 
 
-# --------------------------------------------------------------------------------------------------
-# The random baseline
-# --------------------------------------------------------------------------------------------------
+# --- the random baseline
 
 
 def test_random_triplet_draws_every_triplet_alike():
@@ -226,9 +220,7 @@ def test_random_triplet_follows_its_generator_and_has_gradients():
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
-# --------------------------------------------------------------------------------------------------
-# Degenerate batches
-# --------------------------------------------------------------------------------------------------
+# --- degenerate batches
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -297,9 +289,7 @@ def test_equally_hard_positives_and_negatives_share_the_gradient():
     torch.testing.assert_close(gradient, -gradient[[0, 2, 1, 4, 3]])  # mirror images
 
 
-# --------------------------------------------------------------------------------------------------
-# Numerics: far from the origin, half precision, autocast
-# --------------------------------------------------------------------------------------------------
+# --- numerics: far from the origin, half precision, autocast
 
 
 @pytest.mark.parametrize("loss_fn", [batch_hard, batch_all])
@@ -384,9 +374,7 @@ def test_one_mean_is_the_other_times_the_active_share():
     assert (result.loss * result.active).item() == pytest.approx(valid)
 
 
-# --------------------------------------------------------------------------------------------------
-# Order, types of identities, graph
-# --------------------------------------------------------------------------------------------------
+# --- order, types of identities, graph
 
 
 @pytest.mark.parametrize("loss_fn", [batch_hard, batch_all])
@@ -451,9 +439,7 @@ def test_same_input_same_bits():
         assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
-# --------------------------------------------------------------------------------------------------
-# Memory
-# --------------------------------------------------------------------------------------------------
+# --- memory
 
 
 class LargestTensor(TorchDispatchMode):
@@ -509,9 +495,7 @@ def test_batch_all_step_of_1024_images_fits_in_400_mib():
     assert mib < 400
 
 
-# --------------------------------------------------------------------------------------------------
-# Errors
-# --------------------------------------------------------------------------------------------------
+# --- errors
 
 EMB, PIDS = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])
 

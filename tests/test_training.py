@@ -1,6 +1,7 @@
 """Training: killed and resumed bit for bit, stopped, refused, failing in plain words."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,9 +91,9 @@ loop.train(Recipe.model_validate_json(recipe), tag, device="cpu", show_progress=
 
 
 def fit_and_signal(tag, step, number, **changes):
-    """Train in another process; return its exit status (negative: the signal that killed it)."""
+    """Train in another process, and return how it ended (a negative status: the signal killed it)."""
     command = [sys.executable, "-c", CHILD, small(**changes).model_dump_json(), tag]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(step), str(number)],
         cwd=ROOT,
         capture_output=True,
@@ -100,7 +101,6 @@ def fit_and_signal(tag, step, number, **changes):
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         timeout=300,
     )
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +239,21 @@ def test_a_finished_run_is_kept():
     assert (folder / "weights.safetensors").read_bytes() != before["weights.safetensors"]
 
 
+def test_restart_leaves_nothing_of_a_run_before(whole):
+    """A checkpoint that stayed would be taken for one of the new run, were that killed early."""
+    folder = outputs_dir() / "synthetic_batchhard_softplus_again"
+    for kept in ("manifest.json", "checkpoint.pt"):
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        if kept == "checkpoint.pt":
+            (folder / "manifest.json").unlink()
+            for resume in ("auto", "never"):
+                with pytest.raises(ValueError, match="no manifest.json, so nobody can say"):
+                    fit("again", resume)
+        fit("again", resume="restart", steps=2, hold_out=0)
+        assert load_checkpoint(folder / "checkpoint.pt")["step"] == 2
+        assert not [*folder.glob("checkpoint_*")] and not (folder / "metrics.json").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_cannot_write_one_run():
     folder = outputs_dir() / "synthetic_batchhard_softplus_locked"
@@ -305,9 +320,9 @@ def test_emulated_bfloat16_is_told(can, told, monkeypatch, capsys):
         assert ("no instructions for bfloat16" in capsys.readouterr().err) == expected
 
 
-@pytest.mark.slow
-def test_the_run_explains_itself():
-    folder = fit("told")
+def test_the_run_explains_itself(whole, monkeypatch):
+    folder = whole
+    monkeypatch.setenv("REID_OUTPUTS", str(folder.parent))
     manifest = runs.read_json(folder / "manifest.json")
     assert manifest["status"] == "finished" and manifest["step"] == manifest["steps"] == 12
     assert manifest["train_identities"] == 12 - 3 and manifest["images_seen"] == 12 * 8
@@ -337,7 +352,7 @@ def test_every_loss_trains(loss, margin):
 
 @pytest.mark.slow
 def test_the_loss_goes_down():
-    settings = dict(backbone="resnet18", p=8, k=4, steps=60, loss="batch_all", mean="valid")
+    settings = dict(backbone="resnet8", p=8, k=4, steps=60, loss="batch_all", mean="valid")
     folder = fit("learns", **settings, margin=1.0, hold_out=0)
     loss = pd.read_csv(folder / "history.csv")["loss"]
     assert loss[-5:].mean() < 0.7 * loss[:5].mean()

@@ -132,17 +132,16 @@ def diverging(run: Watched) -> Finding | None:
     )
     lower += ", or squared=False" if run.recipe.squared else ""
     if run.failed:
-        logged = (
-            f"loss {loss.iloc[0]:.3g} at step {steps.iloc[0]:.0f}, {loss.iloc[-1]:.3g} at step "
-        )
+        logged = loss.notna().any()
         return Finding(
             "diverging",
             f"{run.failed} became NaN or infinite, so training stopped.",
-            f"{logged}{steps.iloc[-1]:.0f}, the last that was logged"
-            if loss.notna().any()
+            f"loss {loss.iloc[0]:.3g} at step {steps.iloc[0]:.0f}, {loss.iloc[-1]:.3g} at step "
+            f"{steps.iloc[-1]:.0f}, the last that was logged"
+            if logged
             else "it was the first step, before any weight had changed",
             f"{lower}."
-            if loss.notna().any()
+            if logged
             else "Look at what goes in: the file of weights, and the images (00_explore_data).",
         )
     for values, first, limit, name in (

@@ -17,29 +17,32 @@ from reidlib.training import checks as of
 from reidlib.training.checks import Finding
 from reidlib.training.watched import Watched
 
-CHECKS = (
-    *(of.weights_did_not_load, of.wrong_normalisation, of.no_margin, of.too_few_identities),
-    *(
-        of.diverging,
-        of.collapsed,
-        of.near_collapse,
-        of.not_learning,
-        of.margin_out_of_reach,
-        of.too_easy,
-    ),
-    *(of.overfitting, of.still_learning, of.far_from_origin, of.too_short),
-)
 # Worth a line as soon as they are seen: the rest of the run is lost time.
 AT_ONCE = (
-    *(of.weights_did_not_load, of.wrong_normalisation, of.no_margin, of.too_few_identities),
-    *(of.diverging, of.collapsed),
+    of.weights_did_not_load,
+    of.wrong_normalisation,
+    of.no_margin,
+    of.too_few_identities,
+    of.diverging,
+    of.collapsed,
 )
 # Of a run that was stopped or killed on its way; the others ask how it ended.
 UNDER_WAY = (*AT_ONCE, of.near_collapse)
-_AFTERMATH = {"near collapse", "not learning", "margin out of reach", "still learning", "too easy"}
+CHECKS = (
+    *UNDER_WAY,
+    of.not_learning,
+    of.margin_out_of_reach,
+    of.too_easy,
+    of.overfitting,
+    of.still_learning,
+    of.far_from_origin,
+    of.too_short,
+)
+# Beside a loss out of bounds or a collapse, nothing that is found later says more.
+_LATER = {check.__name__.replace("_", " ") for check in CHECKS if check not in AT_ONCE}
 EXPLAINS = {
-    "diverging": _AFTERMATH | {"overfitting", "far from origin", "too short"},
-    "collapsed": _AFTERMATH | {"overfitting", "far from origin", "too short"},
+    "diverging": _LATER,
+    "collapsed": _LATER,
     "near collapse": {"still learning"},
     "not learning": {"still learning", "overfitting"},
     "margin out of reach": {"still learning", "not learning", "overfitting"},

@@ -184,20 +184,21 @@ def train(
 
 def _existing(plan: Plan, resume: Resume) -> dict | None:
     """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
-    if not (plan.folder / "manifest.json").exists():
-        # The manifest is written before the first step, so without it nothing was trained.
-        left = [*plan.folder.glob("*.safetensors"), *plan.folder.glob("checkpoint*.pt")]
-        if left and resume != "restart":
-            raise ValueError(
-                f"{plan.folder} holds {left[0].name} and no manifest.json, so nobody can say how it was "
-                "trained. Give another tag, or move that folder away."
-            )
-        return None
-    if resume == "never":
-        raise FileExistsError(f"The run {plan.folder} exists. Give another tag.")
+    known = (plan.folder / "manifest.json").exists()
+    left = [*plan.folder.glob("*.safetensors"), *plan.folder.glob("checkpoint*.pt")]
+    if not known and not left:
+        return None  # the manifest is written before the first step, so nothing was trained
     if resume == "restart":
+        # Also without a manifest: a checkpoint that stayed would be taken for one of the new run.
         _clear(plan.folder)
         return None
+    if not known:
+        raise ValueError(
+            f"{plan.folder} holds {left[0].name} and no manifest.json, so nobody can say how it was "
+            "trained. Give another tag, or move that folder away."
+        )
+    if resume == "never":
+        raise FileExistsError(f"The run {plan.folder} exists. Give another tag.")
     before, now = runs.read_recipe(plan.folder).model_dump(), plan.recipe.model_dump()
     before["data fingerprint"] = runs.read_json(plan.folder / "manifest.json")["train_data"]
     now["data fingerprint"] = plan.data

@@ -122,8 +122,9 @@ class Watched(NamedTuple):
         """Return what to remember of a training, given the names of its health findings."""
         collapsed, (_, apart) = self.recipe.collapsed_loss, self.moved_apart
         lines = [
-            f"The loss went from {self.loss.iloc[0]:.2f} to {self.loss_at_end:.2f}. By itself that would not "
-            f"tell learning from collapse ({collapsed:.2f}).",
+            f"The loss went from {self.loss.iloc[0]:.2f} in the first batch to {self.loss_at_end:.2f} "
+            "(median of the last quarter of the log). By itself that would not tell learning from "
+            f"collapse ({collapsed:.2f}).",
             f"A stranger ends {apart:.1f} times as far as the same person: the network did not collapse."
             if apart > 1.1
             else f"A stranger ends {apart:.2f} times as far as the same person: it has hardly learnt.",
