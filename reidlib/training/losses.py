@@ -32,10 +32,19 @@ INF = float("inf")
 
 
 def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False) -> Tensor:
-    """Euclidean distances: (B, D) -> (B, B), or (B, D) and (C, D) -> (B, C).
+    """Return Euclidean distances: (B, D) -> (B, B), or (B, D) and (C, D) -> (B, C).
 
     Half precision is lifted to float32, also under autocast; float64 stays. The gradient where two
-    embeddings are equal is 0. Raises TypeError for integers, ValueError for shapes that do not fit.
+    embeddings are equal is 0.
+
+    Args:
+        x: (B, D) embeddings.
+        y: (C, D) others; by default `x` itself.
+        squared: return the squares of the distances.
+
+    Raises:
+        TypeError: integers.
+        ValueError: shapes that do not fit.
 
     >>> pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
     [[0.0, 5.0], [5.0, 0.0]]
@@ -100,12 +109,14 @@ class TripletLoss(NamedTuple):
     @property
     def hardest_positive(self) -> Tensor:
         """(B,) each anchor's largest distance to a positive; NaN if it has none."""
+        # (B, B) -> (B,)
         hardest = _to_positives(self.distances, self.pids).amax(dim=1)
         return hardest.masked_fill(hardest == -INF, math.nan)
 
     @property
     def hardest_negative(self) -> Tensor:
         """(B,) each anchor's smallest distance to a negative; NaN if it has none."""
+        # (B, B) -> (B,)
         hardest = _to_negatives(self.distances, self.pids).amin(dim=1)
         return hardest.masked_fill(hardest == INF, math.nan)
 
@@ -127,9 +138,18 @@ def batch_hard(
     both a positive and a negative. (The paper's batches are PK, there every anchor has.) Where
     several positives or negatives are equally hard, they share the gradient.
 
-    `emb` (B, D) floating point, `pids` (B,) integers, `margin` a number ≥ 0 or "soft". If no anchor
-    has both (B = 1, K = 1, one identity), the loss is 0 with gradient 0 and `triplets` is 0.
-    Raises TypeError or ValueError for anything else.
+    Args:
+        emb: (B, D) embeddings, floating point, B ≥ 1.
+        pids: (B,) their identities, integers, on the same device.
+        margin: a number ≥ 0, or "soft".
+        squared: take squared distances.
+
+    Returns:
+        The loss and what comes free with it. If no anchor has both (B = 1, K = 1, one identity), the
+        loss is 0 with gradient 0, and `triplets` is 0.
+
+    Raises:
+        TypeError, ValueError: anything else; says what was expected.
 
     >>> emb = torch.tensor([[0.0], [1.0], [3.0], [3.5]])
     >>> result = batch_hard(emb, torch.tensor([7, 7, 8, 8]), margin=1.5)
@@ -157,15 +177,17 @@ def batch_all(
 ) -> TripletLoss:
     """Batch-all: every triplet (a, p, n) of the batch.
 
-    `mean="valid"` is the mean over all triplets, the paper's L_BA. `mean="active"` is the mean over
-    those with a loss above zero, its L_BA≠0, and 0 if there are none. It is the default, since late
-    in training nearly all triplets are easy, and their zeros would wash out the few that still
-    teach; the paper finds it better, and the field's small repositories mean it by "batch-all".
-    With a margin m the one is the other times `active`. Under "soft" every loss is above zero, so
-    the two means are the same number, although `active` counts less than all (see `TripletLoss`).
+    Time and memory follow the number of positive pairs times B: 3 B² for PK batches with K = 4, never
+    B³. With a margin m, the mean over valid triplets is the mean over active ones times `active`.
+    Under "soft" every loss is above zero, so the two means are the same number, although `active`
+    counts less than all (see `TripletLoss`).
 
-    Arguments, errors and batches without triplets: as in `batch_hard`. Time and memory follow the
-    number of positive pairs times B: 3 B² for PK batches with K = 4, never B³.
+    Args:
+        emb, pids, margin, squared: as in `batch_hard`, and so are errors and batches without triplets.
+        mean: "valid" is the mean over all triplets, the paper's L_BA. "active" is the mean over those
+            with a loss above zero, its L_BA≠0, and 0 if there are none. It is the default: late in
+            training nearly all triplets are easy, and their zeros would wash out the few that still
+            teach. The paper finds it better, and the field's small repositories call it "batch-all".
 
     >>> emb, pids = torch.tensor([[0.0], [1.0], [3.0], [3.5]]), torch.tensor([7, 7, 8, 8])
     >>> result = batch_all(emb, pids, margin=1.5)
@@ -183,6 +205,7 @@ def batch_all(
     # (B, B) -> (pairs, B). index_select, not [anchor]: torch promises no fixed order for adding up
     # the gradient of the latter on a CPU. On CUDA, torch.use_deterministic_algorithms fixes it.
     negatives = _to_negatives(distances, pids).index_select(0, anchor)
+    # (pairs,) -> (pairs, 1) -> (pairs, B)
     gap = distances[anchor, positive][:, None] - negatives
     return _reduce(gap, anchor, margin, mean, Batch(emb, pids, distances))
 
@@ -197,8 +220,11 @@ def random_triplet(
 ) -> TripletLoss:
     """One random triplet an anchor: a positive and a negative, each drawn uniformly.
 
-    Mean over the anchors that have both. `generator` lives on the device of `emb`; without it
-    torch's global one is used. Arguments, errors and batches without triplets: as in `batch_hard`.
+    Mean over the anchors that have both.
+
+    Args:
+        emb, pids, margin, squared: as in `batch_hard`, and so are errors and batches without triplets.
+        generator: of the draws, on the device of `emb`; by default torch's global one.
 
     >>> emb, pids = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([7, 7, 8])
     >>> random_triplet(emb, pids, margin=1.0).triplets.item()  # the third has no positive
@@ -214,6 +240,7 @@ def random_triplet(
     negative = _to_negatives(draw, pids).argmin(dim=1, keepdim=True)
     anchor = torch.arange(len(emb), device=emb.device)
     # Where there is nothing to draw from, the index means nothing, and the distance there is ∓∞.
+    # (B, B) -> (B, 1)
     gap = _to_positives(distances, pids).gather(1, positive)
     gap = gap - _to_negatives(distances, pids).gather(1, negative)
     return _reduce(gap, anchor, margin, "valid", Batch(emb, pids, distances))
@@ -223,14 +250,16 @@ LOSSES = {"batch_all": batch_all, "batch_hard": batch_hard, "random": random_tri
 
 
 def diagnostics(result: TripletLoss) -> dict[str, float]:
-    """The numbers to watch while training, as plain floats. Waits for the GPU: not every step.
+    """Return the numbers to watch while training, as plain floats. Waits for the GPU: not every step.
 
-    Keys: `loss`, `active`, `triplets`; `positive_p5`, `positive_p50`, `positive_p95` and the same
-    for `negative`, percentiles of the distances within and between identities; means of
-    `hardest_positive` and `hardest_negative` over the anchors that have one; `norm`, the mean
-    embedding norm. Healthy: the positive percentiles sink below the negative ones. Collapsed: all
-    distances go to 0, active stays near 1, and the loss sits at the margin, or at ln 2 for "soft".
-    What a batch does not have (no positives at all, say) is NaN. The keys are always the same.
+    Healthy: the positive percentiles sink below the negative ones. Collapsed: all distances go to 0,
+    active stays near 1, and the loss sits at the margin, or at ln 2 for "soft".
+
+    Returns:
+        Always the same keys; what a batch does not have (no positives at all, say) is NaN. `loss`,
+        `active`, `triplets`; `positive_p5`, `positive_p50`, `positive_p95` and the same for `negative`,
+        percentiles of the distances within and between identities; means of `hardest_positive` and
+        `hardest_negative` over the anchors that have one; `norm`, the mean embedding norm.
     """
     values = {"loss": result.loss, "active": result.active, "triplets": result.triplets}
     for name, distances in (("positive", result.positives), ("negative", result.negatives)):
@@ -285,14 +314,16 @@ def _reduce(
     gap: Tensor, anchor: Tensor, margin: float | str, mean: str, batch: Batch
 ) -> TripletLoss:
     """Turn gaps (R, N), −∞ where there is no triplet, and their anchors (R,) into a loss."""
+    # (R, N) each: true where there is a triplet, its loss, true where it is active
     valid = ~gap.isneginf()
     soft = margin == "soft"
     terms = softplus(gap) if soft else (gap + margin).relu()
     active = (gap >= 0) & valid if soft else terms > 0
     # Under softplus every loss is above zero, even where float32 no longer shows it.
     counted = valid if mean == "valid" or soft else active
-    # At least 1: without triplets the sum is 0, part of the graph, and so is the loss.
+    # (R, N) -> ()
     total = terms.sum()
+    # At least 1: without triplets the sum is 0, part of the graph, and so is the loss.
     loss = total / counted.sum().clamp(min=1)
 
     # (R, N) -> (R,) -> (B,)
