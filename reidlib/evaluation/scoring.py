@@ -113,10 +113,12 @@ class OpenRun:
 
     def _kept(self, precision: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Read the run's embedding files; None where they are missing or of something else."""
-        found = []
-        for side, table in zip(SIDES, (self.query, self.gallery), strict=True):
-            file = self.folder / f"embeddings_{side}.h5"
-            if not file.is_file() or read_about(file) != self.about(precision):
+        files = [self.folder / f"embeddings_{side}.h5" for side in SIDES]
+        if not all(file.is_file() for file in files):
+            return None
+        wanted, found = self.about(precision), []
+        for file, table in zip(files, (self.query, self.gallery), strict=True):
+            if read_about(file) != wanted:
                 return None
             emb, of = read_embeddings(file)
             if not all(
@@ -277,16 +279,20 @@ def score_run(
         flipped = Retrieval(query_flipped, run.query, gallery_flipped, run.gallery).evaluate()
     intervals = confidence_interval(evaluation.per_query, seed=seed)
     scored = Scored(run, retrieval, evaluation, intervals, compared, flipped, tuple(notes))
+    about = run.about(precision)
     with runs.lock(run.folder):
-        for side, emb in (("query", query_emb), ("gallery", gallery_emb)):
+        for side, emb in zip(SIDES, (query_emb, gallery_emb), strict=True):
             file = run.folder / f"embeddings_{side}.h5"
-            write_embeddings(file, emb, getattr(run, side), run.about(precision))
-        _write(scored, precision)
+            write_embeddings(file, emb, getattr(run, side), about)
+        _write(scored, about)
     return scored
 
 
-def _write(scored: Scored, precision: str) -> None:
-    """Write `per_query.csv`, `metrics.json` and the manifest's record of this scoring."""
+def _write(scored: Scored, about: dict[str, str]) -> None:
+    """Write `per_query.csv`, `metrics.json` and the manifest's record of this scoring.
+
+    `about` is what the embeddings say of themselves.
+    """
     folder, data = scored.run.folder, scored.run.data
     per_query = scored.evaluation.per_query
     # Relative names are the same on any machine.
@@ -295,7 +301,6 @@ def _write(scored: Scored, precision: str) -> None:
     runs.write_text(folder / PER_QUERY["test"], table.to_csv(index=False))
 
     file, subject = folder / "metrics.json", {"evaluated_on": data.name}
-    about = scored.run.about(precision)
     subject |= {"test_data": about["data"], "weights_sha256": about["weights_sha256"]}
     before = runs.read_json(file) if file.exists() else {}
     # What was scored of other images or weights does not stand beside these scores.
@@ -307,7 +312,7 @@ def _write(scored: Scored, precision: str) -> None:
         kept["with_flips"] = scored.with_flips.scores
     intervals = {name: [row["low"], row["high"]] for name, row in scored.intervals.iterrows()}
     content = scored.scores | {"intervals": intervals, **subject, "flip": False}
-    content |= {"precision": precision, "protocol": scored.evaluation.protocol}
+    content |= {"precision": about["precision"], "protocol": scored.evaluation.protocol}
     runs.write_json(file, kept | content)
     flip = scored.with_flips is not None
-    runs.note_scored(folder, data=data.name, flip=flip, precision=precision)
+    runs.note_scored(folder, data=data.name, flip=flip, precision=about["precision"])

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from reidlib import runs
-from reidlib.data.pixels import load_images
+from reidlib.data.pixels import load_training_images
 from reidlib.data.tables import fingerprint, hold_out, load
 from reidlib.evaluation.pairs import Pairs, halves
 from reidlib.evaluation.scoring import OpenRun, open_run
@@ -86,7 +86,7 @@ def _check_training_images(run: OpenRun) -> None:
     recipe = run.recipe
     rest, *_ = hold_out(load(recipe.dataset).train, recipe.hold_out, seed=0)
     trained_on = runs.read_json(run.folder / "manifest.json")["train_data"]
-    if fingerprint(load_images(rest, recipe)[1]) != trained_on:
+    if fingerprint(load_training_images(rest, recipe)[1]) != trained_on:
         raise ValueError(
             f"The images of {recipe.dataset} are not those that {run.folder.name} was trained on, "
             "so nobody can say whom it has not seen: restore them, or train again."
