@@ -166,6 +166,10 @@ def read_recipe(run: Path) -> Recipe:
         raise ValueError(f"{run / 'config.json'} does not hold a recipe: {error}") from error
 
 
+class Busy(RuntimeError):
+    """Another process is writing a run."""
+
+
 @contextmanager
 def lock(run: Path):
     """Hold a run's folder against every other process that writes runs.
@@ -173,14 +177,14 @@ def lock(run: Path):
     The lock is the operating system's: it ends with the process, however that ends.
 
     Raises:
-        RuntimeError: another process holds it.
+        Busy: another process holds it.
     """
     run.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RuntimeError(
+        raise Busy(
             f"Another process is writing {run}. Wait for it, stop it, or give this run another tag."
         ) from None
 

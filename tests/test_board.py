@@ -12,10 +12,10 @@ import urllib.request
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import until
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
+from conftest import until
 from reidlib import runs
 from reidlib.data.pixels import load_images
 from reidlib.data.tables import load

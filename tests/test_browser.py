@@ -17,9 +17,9 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import complaints, until
 from PIL import Image
 
+from conftest import complaints, until
 from reidlib.evaluation.metrics import average_precision
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import figures, lists, photographs

@@ -201,7 +201,7 @@ def test_a_row_that_fails_leaves_the_others_alone(fake):
 
 def test_a_run_that_another_process_trains_is_waited_for(fake, monkeypatch):
     """As the trainings that a killed comparison has left behind."""
-    busy = RuntimeError("Another process is writing it. Wait for it.")
+    busy = runs.Busy("Another process is writing it. Wait for it.")
     folder, held = outputs_dir() / SOFT, ExitStack()
     waits = []
 

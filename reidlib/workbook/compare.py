@@ -88,8 +88,8 @@ def complete(
     }
     names = _names(rows, split)
     # Rows that are one run are made once; those that need no work need no process either.
-    once = {name: rows[label] for label, name in reversed(names.items())}
-    known = {name: _settled(once[name], split, train) for name in names.values()}
+    once = {name: rows[label] for label, name in names.items()}
+    known = {name: _settled(once[name], find(once[name]), split, train) for name in once}
     made = {name: done for name, done in known.items() if done}
     tasks = {name: (once[name], split, train, device) for name in known if name not in made}
     jobs = min(jobs if target.type == "cpu" else 1, len(tasks))
@@ -122,9 +122,9 @@ def _names(rows: Mapping[str, Row], split: Split) -> dict[str, str]:
 
 def make(row: Row, split: Split, train: bool, device: str) -> Made:
     """Find one row's run and scores, or make what is missing of them; what fails is told, not raised."""
-    if settled := _settled(row, split, train):
-        return settled
     folder, trained = find(row), False
+    if settled := _settled(row, folder, split, train):
+        return settled
     try:
         if not folder:
             folder, trained = _train(row, device), True
@@ -139,9 +139,8 @@ def make(row: Row, split: Split, train: bool, device: str) -> Made:
     return Made(folder, trained=trained)
 
 
-def _settled(row: Row, split: Split, train: bool) -> Made | None:
-    """Return what becomes of a row that needs no work; None for one that does."""
-    folder = find(row)
+def _settled(row: Row, folder: Path | None, split: Split, train: bool) -> Made | None:
+    """Return what becomes of a row that needs no work, given its run; None for one that does."""
     if not folder:
         problem = "No run with these settings is there."
         return None if train else Made(None, f"{problem} {nearest(row)}")
@@ -157,12 +156,10 @@ def _train(row: Row, device: str) -> Path:
     while True:
         try:
             return loop.train(row.recipe, row.tag, device=device, show_progress=False)
-        except RuntimeError as error:
+        except runs.Busy:
             # A comparison that was killed leaves its last trainings behind; they end by themselves.
-            if "Another process is writing" not in str(error):
-                raise
-        while _busy(own):
-            time.sleep(2)
+            while _busy(own):
+                time.sleep(2)
         if folder := find(row):
             return folder
 
@@ -236,7 +233,7 @@ def _busy(folder: Path) -> bool:
     try:
         with runs.lock(folder):
             return False
-    except RuntimeError:
+    except runs.Busy:
         return True
 
 
