@@ -5,9 +5,10 @@ turned by a yaw, clothed with capsules and elliptic cylinders, and painted from 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from PIL.ImageDraw import ImageDraw
@@ -15,6 +16,7 @@ from PIL.ImageDraw import ImageDraw
 Colour = tuple[int, ...]  # red, green, blue, and how opaque, 0 to 255
 Point = tuple[float, float, float]  # of the body
 Pixel = tuple[float, float]
+Widths = list[tuple[float, float]]  # of an elliptic cylinder: (y, half its width), from above
 
 FAMILY = 8  # so many neighbouring pids wear the same colours
 # Few colours on purpose: many people must share them.
@@ -28,30 +30,13 @@ SHOES = ((32, 30, 32), (232, 230, 226), (110, 74, 48), (176, 48, 46))
 BAGS = ((34, 34, 38), (150, 40, 44), (60, 84, 60), (130, 92, 56), (58, 82, 136), (222, 196, 84))
 
 PATTERNS = ("plain", "stripes", "pinstripes", "checks", "print", "yoke", "band", "dots")
-
-
-class Look(NamedTuple):
-    """What makes an identity: the same in each of its pictures."""
-
-    top: tuple
-    bottom: tuple
-    accent: tuple
-    pattern: str  # one of PATTERNS
-    cut: str  # tank, tshirt, long, jacket, hoodie, coat, dress
-    legs: str  # slim, trousers, wide, shorts, skirt
-    skin: tuple
-    hair: tuple
-    hair_style: str  # short, bald, bob, long, ponytail, bun
-    hat: str  # "", cap, beanie
-    hat_colour: tuple
-    bag: str  # "", backpack, shoulder, handbag
-    bag_colour: tuple
-    bag_side: int
-    shoes: tuple
-    boots: bool
-    side_stripe: bool  # down the trousers
-    build: float  # width of the torso, 1 = mean
-    female: bool
+# Hair that hangs over the back: a limb.
+MANES = {
+    "long": ((0, 8, -1.8), (0, 25, -4.2), 5.0, 4.6),
+    "ponytail": ((0, 5, -5.6), (0, 19, -7.2), 1.9, 1.3),
+}
+AROUND, RIGHT_ANGLE = math.pi, math.pi / 2
+_HALF = [math.pi * (i / 6 - 0.5) for i in range(7)]
 
 
 def random_of(*key: int) -> np.random.Generator:
@@ -69,8 +54,8 @@ def shade(colour: Colour, factor: float) -> Colour:
     return tuple(max(0, min(255, int(c * factor))) for c in colour)
 
 
-def look(pid: int, seed: int = 0) -> Look:
-    """Return the `Look` of an identity.
+def look(pid: int, seed: int = 0) -> SimpleNamespace:
+    """Return what makes an identity, the same in each of its pictures.
 
     Pids of one block of `FAMILY` (0 to 7, 8 to 15, …) wear the same two colours in eight
     different patterns, so colour alone cannot tell them apart.
@@ -80,30 +65,32 @@ def look(pid: int, seed: int = 0) -> Look:
     (True, False)
     """
     family = random_of(seed, 1, pid // FAMILY)
-    top, bottom = pick(family, TOPS), pick(family, BOTTOMS)
-    pattern = PATTERNS[family.permutation(len(PATTERNS))[pid % FAMILY]]
+    who = SimpleNamespace(top=pick(family, TOPS), bottom=pick(family, BOTTOMS))
+    who.pattern = PATTERNS[family.permutation(len(PATTERNS))[pid % FAMILY]]
     rng = random_of(seed, 2, pid)
-    female = bool(rng.random() < 0.5)
-    # An accent too close to the garment would hide its pattern.
-    accents = [c for c in ACCENTS if sum(abs(a - b) for a, b in zip(c, top, strict=True)) > 180]
-    cuts = ("tank", "tshirt", "tshirt", "long", "jacket", "hoodie", "coat")
-    styles = ("short", "short", "short", "bald", "bob")
-    if female:
-        styles = ("bob", "long", "ponytail", "bun", "short")
-    # fmt: off
-    return Look(
-        top=top, bottom=bottom, accent=pick(rng, accents), pattern=pattern,
-        cut=pick(rng, (*cuts, "dress", "dress") if female else cuts),
-        legs=pick(rng, ("slim", "trousers", "wide", "shorts", *(("skirt",) * 2 * female))),
-        skin=pick(rng, SKINS), hair=pick(rng, HAIRS), hair_style=pick(rng, styles),
-        hat=pick(rng, ("", "", "", "cap", "beanie")), hat_colour=pick(rng, BAGS),
-        bag=pick(rng, ("", "", "backpack", "backpack", "shoulder", "handbag")),
-        bag_colour=pick(rng, BAGS), bag_side=pick(rng, (-1, 1)),
-        shoes=pick(rng, SHOES), boots=bool(rng.random() < 0.25),
-        side_stripe=bool(rng.random() < 0.2),
-        build=float(rng.uniform(0.90, 1.14) * (0.93 if female else 1.0)), female=female,
-    )
-    # fmt: on
+    female = who.female = bool(rng.random() < 0.5)
+    hers, styles = 2 * female, ("bob", "long", "ponytail", "bun", "short")
+    options = {  # drawn in this order; what stands twice is worn twice as often
+        # An accent too close to the garment would hide its pattern.
+        "accent": [c for c in ACCENTS if np.abs(np.subtract(c, who.top)).sum() > 180],
+        "cut": ("tank", "tshirt", "tshirt", "long", "jacket", "hoodie", "coat", *["dress"] * hers),
+        "legs": ("slim", "trousers", "wide", "shorts", *["skirt"] * hers),
+        "skin": SKINS,
+        "hair": HAIRS,
+        "hair_style": styles if female else ("short", "short", "short", "bald", "bob"),
+        "hat": ("", "", "", "cap", "beanie"),
+        "hat_colour": BAGS,
+        "bag": ("", "", "backpack", "backpack", "shoulder", "handbag"),
+        "bag_colour": BAGS,
+        "bag_side": (-1, 1),
+        "shoes": SHOES,
+    }
+    for name, values in options.items():
+        setattr(who, name, pick(rng, values))
+    who.boots = rng.random() < 0.25
+    who.side_stripe = rng.random() < 0.2  # down the trousers
+    who.build = rng.uniform(0.90, 1.14) * (0.93 if female else 1.0)  # width of the torso
+    return who
 
 
 # --- the pen: body space to pixels
@@ -117,6 +104,7 @@ class Pen:
     ):
         self.draw, self.camera, self.light = draw, camera, camera.light
         self.cos, self.sin = math.cos(yaw), math.sin(yaw)
+        self.front = -math.atan2(0.62 * self.sin, self.cos)  # the angle that faces the camera
         self.centre, self.crown, self.scale, self.stretch = centre, crown, scale, 1.38
 
     def screen(self, across: float, y: float, depth: float) -> Pixel:
@@ -148,41 +136,30 @@ class Pen:
 
     def limb(self, a: Point, b: Point, ra: float, rb: float, colour: Colour) -> None:
         """Draw a round limb between two points of the body: rim, flesh, and a dark side."""
-        p, q = self.at(*a), self.at(*b)
+        (px, py), (qx, qy) = p, q = self.at(*a), self.at(*b)
         self.capsule(p, q, ra + 0.3, rb + 0.3, shade(colour, 0.68))
         self.capsule(p, q, ra, rb, colour)
         away = -self.light * 0.5 * self.scale
-        self.capsule(
-            (p[0] + away * ra, p[1]), (q[0] + away * rb, q[1]), ra * 0.5, rb * 0.5, (0, 0, 0, 44)
-        )
+        p, q = (px + away * ra, py), (qx + away * rb, qy)
+        self.capsule(p, q, ra * 0.5, rb * 0.5, (0, 0, 0, 44))
 
-    def disc(
-        self, across: float, y: float, depth: float, rx: float, ry: float, fill: Colour
-    ) -> None:
+    def disc(self, across: float, y: float, depth: float, rx: float, ry: float, fill: Colour):
         """Fill an ellipse around a point of the view (radii in body units)."""
         x, y = self.screen(across, y, depth)
         rx, ry = rx * self.scale * self.stretch, ry * self.scale
         self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill)
 
-    def patch(
-        self,
-        widths: Sequence[tuple[float, float]],
-        phi: float,
-        half: float,
-        y0: float,
-        y1: float,
-        colour: Colour,
-        slant: float = 0.0,
-    ) -> None:
+    def patch(self, widths: Widths, phi: float, half: float, y0: float, y1: float, colour: Colour,
+              slant: float = 0.0) -> None:  # fmt: skip
         """Paint a patch of an elliptic cylinder around the body, as far as it faces the camera.
 
-        `widths` are (y, half width) pairs; the patch spans the angles phi ± half (0 = chest,
-        π/2 = left side) and the heights y0 to y1; `slant` turns it on the way down.
+        It spans the angles phi ± half (0 = chest, π/2 = left side) and the heights y0 to y1;
+        `slant` turns it on the way down.
         """
         # A cylinder of depth 0.62 of its width, turned by the yaw, is seen under the parameter u:
         # across = width · k · sin u, and it faces us where |u| < π/2.
         k = math.hypot(self.cos, 0.62 * self.sin)
-        mid = (phi - self.front() + math.pi) % (2 * math.pi) - math.pi if half < math.pi else 0.0
+        mid = (phi - self.front + math.pi) % (2 * math.pi) - math.pi if half < math.pi else 0.0
         ys = [y0 + (y1 - y0) * i / 4 for i in range(5)]
         rs = np.interp(ys, *zip(*widths, strict=True))
 
@@ -200,10 +177,6 @@ class Pen:
                 outline += [point(4, d + (c - d) * s) for s in (0, 0.25, 0.5, 0.75)]
                 outline += [point(i, ends[i][0]) for i in (4, 3, 2, 1)]
                 self.draw.polygon(outline, colour)
-
-    def front(self) -> float:
-        """Return the angle on a cylinder that faces the camera."""
-        return -math.atan2(0.62 * self.sin, self.cos)
 
     def box(self, middle: Point, sides: Point, colour: Colour) -> None:
         """Draw a soft bag: a box around a point of the body, with three half sides."""
@@ -224,10 +197,6 @@ def _facing(angle: float) -> float:
     return min(RIGHT_ANGLE, max(-RIGHT_ANGLE, angle))
 
 
-RIGHT_ANGLE = math.pi / 2
-_HALF = [math.pi * (i / 6 - 0.5) for i in range(7)]
-
-
 # --- the body
 
 
@@ -235,7 +204,7 @@ def _between(a: Point, b: Point, t: float) -> Point:
     return tuple(m + t * (n - m) for m, n in zip(a, b, strict=True))
 
 
-def paint_person(pen: Pen, who: Look, phase: float) -> None:
+def paint_person(pen: Pen, who: SimpleNamespace, phase: float) -> None:
     """Paint one person, parts from far to near; `phase` is that of the step, in radians."""
     swing = 0.36 * math.sin(phase)
     pen.crown += 45 * (1 - math.cos(swing)) * pen.scale  # a stride lowers the body
@@ -245,8 +214,9 @@ def paint_person(pen: Pen, who: Look, phase: float) -> None:
         parts.append((-50 + pen.depth(side * 4, 20 * swing * side), leg))
         arm = partial(_paint_arm, pen, who, side, -1.2 * swing * side)
         parts.append((pen.depth(side * 9, 0) + 0.5, arm))
-    if who.hair_style in ("long", "ponytail"):  # over the torso only where we see the back
-        parts.append((41.0 if pen.cos < 0.25 else -0.5, partial(_paint_mane, pen, who)))
+    if who.hair_style in MANES:  # over the torso only where we see the back
+        mane = partial(pen.limb, *MANES[who.hair_style], who.hair)
+        parts.append((41.0 if pen.cos < 0.25 else -0.5, mane))
     if who.bag == "backpack":
         bag = partial(pen.box, (0, 31, -9.0), (6.4 * who.build, 11, 3.6), who.bag_colour)
         parts.append((pen.depth(0, -8), bag))
@@ -258,7 +228,7 @@ def paint_person(pen: Pen, who: Look, phase: float) -> None:
         paint()
 
 
-def _paint_leg(pen: Pen, who: Look, side: int, angle: float) -> None:
+def _paint_leg(pen: Pen, who: SimpleNamespace, side: int, angle: float) -> None:
     width = {"slim": 0.84, "wide": 1.28}.get(who.legs, 1.0) * (0.5 + 0.5 * who.build)
     hip = (side * 4.3 * who.build, 50.0, 0.0)
     low = angle - max(0.0, -angle) * 1.1 - 0.06  # the knee of the leg behind is bent
@@ -282,7 +252,7 @@ def _paint_leg(pen: Pen, who: Look, side: int, angle: float) -> None:
         pen.limb(_between(ankle, knee, 0.45), ankle, 3.1, 2.6, who.shoes)
 
 
-def _paint_arm(pen: Pen, who: Look, side: int, angle: float) -> None:
+def _paint_arm(pen: Pen, who: SimpleNamespace, side: int, angle: float) -> None:
     b, fore = who.build, angle + 0.3
     shoulder = (side * 8.4 * b, 20.6, 0.0)
     elbow = (side * 10.4 * b, 20 + 14 * math.cos(angle), 14 * math.sin(angle))
@@ -307,83 +277,70 @@ def _paint_arm(pen: Pen, who: Look, side: int, angle: float) -> None:
                 pen.capsule((x - dx, y - dy), (x + dx, y + dy), 0.9, 0.9, who.accent)
 
 
-def _paint_torso(pen: Pen, who: Look) -> None:
+def _paint_torso(pen: Pen, who: SimpleNamespace) -> None:
     b, waist = who.build, (6.9 if who.female else 8.2)
     hem = {"dress": 68.0, "coat": 66.0, "tank": 50.0}.get(who.cut, 52.0)
     flare = 11.5 if who.cut == "dress" else 9.6
     widths = [(14.5, 3.6), (16.5, 7.0 * b), (19.5, 9.4 * b), (24, 9.6 * b)]
     widths += [(40, waist * b), (49, 8.6 * b), (68, flare * b)]
-    around, front = math.pi, pen.front()
-    patch = partial(pen.patch, widths)
 
     pen.limb((0, 11, 0), (0, 16, 0), 2.9, 3.2, who.skin)
     if who.legs == "skirt" and who.cut != "dress":
         skirt = [(46, 8.2 * b), (54, 9.6 * b), (66, 11.0 * b)]
-        pen.patch(skirt, 0, around, 46, 66, who.bottom)
-        pen.patch(skirt, front - pen.light * 1.1, 0.5, 46, 66, (0, 0, 0, 50))
+        pen.patch(skirt, 0, AROUND, 46, 66, who.bottom)
+        pen.patch(skirt, pen.front - pen.light * 1.1, 0.5, 46, 66, (0, 0, 0, 50))
         if who.side_stripe:
-            pen.patch(skirt, 0, around, 62, 64, who.accent)
-    patch(0, around, 14.5, hem + 0.6, shade(who.top, 0.66))  # the rim of the hem
-    patch(0, around, 14.5, hem, who.top)
-    _paint_pattern(patch, who, hem)
-    if who.cut in ("tank", "dress", "tshirt"):
-        patch(0, 0.5, 14.5, 17.5 if who.cut == "tshirt" else 19.5, who.skin)
-    if who.cut in ("jacket", "coat"):
-        gap = 0.44 if who.cut == "jacket" else 0.18
-        patch(0, gap + 0.1, 15.5, hem, shade(who.top, 0.6))
-        patch(0, gap, 15.5, hem, who.accent)
-    if who.cut == "hoodie":
-        patch(math.pi, 0.85, 14.5, 23, shade(who.top, 0.78))  # the hood, down on the back
-        patch(0, 0.55, 39, 47, shade(who.top, 0.78))  # the pocket
-    if who.cut == "dress":
-        patch(0, around, 38, 40, shade(who.top, 0.6))  # a belt
-    _paint_straps(patch, who)
+            pen.patch(skirt, 0, AROUND, 62, 64, who.accent)
+    rim = shade(who.top, 0.66)
+    patches = [(0, AROUND, 14.5, hem + 0.6, rim), (0, AROUND, 14.5, hem, who.top)]
+    patches += _clothes(who, hem)
     for reach, alpha in ((0.75, 30), (0.45, 40)):  # the side away from the light
-        patch(front - pen.light * (RIGHT_ANGLE - reach / 2), reach / 2, 15.5, hem, (0, 0, 0, alpha))
-    patch(front + pen.light * 0.8, 0.35, 17, hem, (255, 255, 255, 22))
+        away = pen.front - pen.light * (RIGHT_ANGLE - reach / 2)
+        patches.append((away, reach / 2, 15.5, hem, (0, 0, 0, alpha)))
+    patches.append((pen.front + pen.light * 0.8, 0.35, 17, hem, (255, 255, 255, 22)))
+    for patch in patches:
+        pen.patch(widths, *patch)
 
 
-def _paint_straps(patch: Callable, who: Look) -> None:
-    if who.bag == "backpack":
-        for side in (-1, 1):
-            patch(side * 0.62, 0.13, 15.5, 38, who.bag_colour)
-    if who.bag == "shoulder":  # the strap runs from the far shoulder to the bag, front and back
-        patch(-who.bag_side * 0.6, 0.12, 16, 47, who.bag_colour, who.bag_side * 1.7)
-        patch(math.pi + who.bag_side * 0.6, 0.12, 16, 47, who.bag_colour, -who.bag_side * 1.7)
+def _clothes(who: SimpleNamespace, hem: float) -> list[tuple]:
+    """Return what `Pen.patch` paints on the torso: the pattern, then the cut, then the straps."""
+    accent, belt, fold = who.accent, shade(who.top, 0.6), shade(who.top, 0.78)
+    rows, side = enumerate(np.arange(20, hem - 3, 6.0)), who.bag_side
+    pins = [(i * AROUND / 6, 0.11, 16.5, hem, accent) for i in range(12)]
+    neck = (0, 0.5, 14.5, 19.5, who.skin)
+    patches = {
+        "stripes": [(0, AROUND, y, y + 3.0, accent) for y in np.arange(20, hem - 2, 6.4)],
+        "pinstripes": pins,
+        "checks": [(0, AROUND, y, y + 1.7, accent) for y in np.arange(20, hem - 2, 7.4)] + pins,
+        "print": [  # on the chest, and a smaller one on the back
+            (0, 0.55, 23, 35, accent),
+            (0, 0.28, 26.5, 31.5, shade(who.top, 0.8)),
+            (math.pi, 0.5, 22, 27, accent),
+        ],
+        "yoke": [(0, AROUND, 14.5, 27, accent)],
+        "band": [(0, AROUND, 30, 37.5, accent)],
+        "dots": [
+            ((i + 0.5 * (row % 2)) * AROUND / 4, 0.17, y, y + 2.9, accent)
+            for row, y in rows
+            for i in range(8)
+        ],
+        "tank": [neck],
+        "tshirt": [(0, 0.5, 14.5, 17.5, who.skin)],
+        "jacket": [(0, 0.44 + 0.1, 15.5, hem, belt), (0, 0.44, 15.5, hem, accent)],
+        "coat": [(0, 0.18 + 0.1, 15.5, hem, belt), (0, 0.18, 15.5, hem, accent)],
+        # A hood, down on the back, and a pocket.
+        "hoodie": [(math.pi, 0.85, 14.5, 23, fold), (0, 0.55, 39, 47, fold)],
+        "dress": [neck, (0, AROUND, 38, 40, belt)],
+        "backpack": [(s * 0.62, 0.13, 15.5, 38, who.bag_colour) for s in (-1, 1)],
+        "shoulder": [  # from the far shoulder to the bag, front and back
+            (-side * 0.6, 0.12, 16, 47, who.bag_colour, side * 1.7),
+            (math.pi + side * 0.6, 0.12, 16, 47, who.bag_colour, -side * 1.7),
+        ],
+    }
+    return [patch for worn in (who.pattern, who.cut, who.bag) for patch in patches.get(worn, [])]
 
 
-def _paint_pattern(patch: Callable, who: Look, hem: float) -> None:
-    around, accent = math.pi, who.accent
-    if who.pattern in ("stripes", "checks"):
-        step = 6.4 if who.pattern == "stripes" else 7.4
-        for y in np.arange(20, hem - 2, step):
-            patch(0, around, y, y + (3.0 if who.pattern == "stripes" else 1.7), accent)
-    if who.pattern in ("pinstripes", "checks"):
-        for i in range(12):
-            patch(i * around / 6, 0.11, 16.5, hem, accent)
-    if who.pattern == "print":  # on the chest, and a smaller one on the back
-        patch(0, 0.55, 23, 35, accent)
-        patch(0, 0.28, 26.5, 31.5, shade(who.top, 0.8))
-        patch(math.pi, 0.5, 22, 27, accent)
-    if who.pattern == "yoke":
-        patch(0, around, 14.5, 27, accent)
-    if who.pattern == "band":
-        patch(0, around, 30, 37.5, accent)
-    if who.pattern == "dots":
-        for row, y in enumerate(np.arange(20, hem - 3, 6.0)):
-            for i in range(8):
-                patch((i + 0.5 * (row % 2)) * around / 4, 0.17, y, y + 2.9, accent)
-
-
-def _paint_mane(pen: Pen, who: Look) -> None:
-    """Paint hair that hangs over the back: in front of the torso only where the back is seen."""
-    if who.hair_style == "long":
-        pen.limb((0, 8, -1.8), (0, 25, -4.2), 5.0, 4.6, who.hair)
-    else:
-        pen.limb((0, 5, -5.6), (0, 19, -7.2), 1.9, 1.3, who.hair)
-
-
-def _paint_head(pen: Pen, who: Look) -> None:
+def _paint_head(pen: Pen, who: SimpleNamespace) -> None:
     s, c = pen.sin, pen.cos
     hair = who.skin if who.hair_style == "bald" else who.hair
     if who.hair_style == "bun":
@@ -409,18 +366,12 @@ def _paint_head(pen: Pen, who: Look) -> None:
             if pen.depth(side, -0.3) > 1:
                 pen.disc(side * c - 0.3 * s, 8.4, 0, 0.8, 1.4, shade(who.skin, 0.85))  # an ear
     if who.hat:
-        _paint_hat(pen, who)
-
-
-def _paint_hat(pen: Pen, who: Look) -> None:
-    s, c = pen.sin, pen.cos
-    x, y = pen.screen(-0.3 * s, 5.4, 0)
-    rx, ry = 5.3 * pen.scale * pen.stretch, 6.4 * pen.scale
-    pen.draw.pieslice((x - rx, y - ry, x + rx, y + ry), 180, 360, who.hat_colour)
-    if who.hat == "cap" and c > -0.5:
-        pen.disc(5.0 * s, 5.3, 5, 3.0 + 1.2 * abs(c), 1.2, shade(who.hat_colour, 0.72))
-    if who.hat == "beanie":
-        pen.draw.rectangle(
-            (x - rx, y - 0.16 * ry, x + rx, y + 0.22 * ry), shade(who.hat_colour, 0.75)
-        )
-        pen.disc(-0.3 * s, -1.4, 0, 1.5, 1.5, shade(who.hat_colour, 1.25))
+        x, y = pen.screen(-0.3 * s, 5.4, 0)
+        rx, ry = 5.3 * pen.scale * pen.stretch, 6.4 * pen.scale
+        pen.draw.pieslice((x - rx, y - ry, x + rx, y + ry), 180, 360, who.hat_colour)
+        if who.hat == "cap" and c > -0.5:
+            pen.disc(5.0 * s, 5.3, 5, 3.0 + 1.2 * abs(c), 1.2, shade(who.hat_colour, 0.72))
+        if who.hat == "beanie":
+            brim = (x - rx, y - 0.16 * ry, x + rx, y + 0.22 * ry)
+            pen.draw.rectangle(brim, shade(who.hat_colour, 0.75))
+            pen.disc(-0.3 * s, -1.4, 0, 1.5, 1.5, shade(who.hat_colour, 1.25))

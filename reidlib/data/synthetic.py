@@ -8,21 +8,22 @@ height and background; views differ in direction and step; boxes are misaligned,
 
 import json
 import math
-import shutil
-import uuid
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from pydantic import BaseModel, Field
 
 from reidlib.data.people import BAGS, TOPS, Colour, Pen, look, paint_person, pick, random_of, shade
 from reidlib.paths import data_dir
 
 VERSION = 1  # of the pictures: raise it with every change that alters a drawn pixel
 ZOOM = 4  # drawn so many times larger, then averaged down: smooth edges without any other means
-VIEWS = {"front": 0.0, "right": 90.0, "back": 180.0, "left": -90.0}  # degrees of yaw
+YAWS = (0.0, 90.0, 180.0, -90.0)  # towards the camera, to the right, away, to the left
 
 
 class Camera(NamedTuple):
@@ -134,10 +135,9 @@ def _scene(seed: int, camera: int, height: int, width: int) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(2.0))  # out of focus behind the people
 
 
-def _clutter(
-    draw: ImageDraw.ImageDraw, rng: np.random.Generator, camera: Camera, h: int, w: int
-) -> None:
-    """Put something in front of the person: a post, a bicycle, a bin, or another pedestrian."""
+def _clutter(rng: np.random.Generator, image: Image.Image, stranger: Callable) -> None:
+    """Put something in front of the person: a post, a bicycle, a bin, or a stranger."""
+    draw, (w, h) = ImageDraw.Draw(image), image.size
     u, side, kind = h / 128, pick(rng, (-1, 1)), int(rng.integers(5))
     if kind == 0:  # a post
         x = w / 2 + side * rng.uniform(4, 24) * u
@@ -157,69 +157,45 @@ def _clutter(
         draw.rectangle((x - 9 * u, y + 5 * u, x + 9 * u, y + 9 * u), (26, 32, 30))
     else:
         centre, crown = w * (0.5 + side * rng.uniform(0.42, 0.52)), h * rng.uniform(0.02, 0.2)
-        _stranger(draw, rng, camera, centre, crown, 1.02 * h / 100)
-
-
-def _stranger(
-    draw: ImageDraw.ImageDraw,
-    rng: np.random.Generator,
-    camera: Camera,
-    centre: float,
-    crown: float,
-    scale: float,
-) -> None:
-    pen = Pen(draw, camera, rng.uniform(-math.pi, math.pi), centre, crown, scale)
-    paint_person(pen, look(int(rng.integers(20_000, 90_000))), rng.uniform(0, 2 * math.pi))
+        stranger(centre, crown, 1.02 * h / 100)
 
 
 # --- one picture
 
 
 def draw_person(
-    pid: int,
-    camera: int,
-    *,
-    frame: int = 0,
-    view: str | float | None = None,
-    seed: int = 0,
-    size: tuple[int, int] = (128, 64),
-    clean: bool = False,
-    bad: bool = False,
+    pid: int, camera: int, frame: int, seed: int, size: tuple[int, int], bad: bool = False
 ) -> np.ndarray:
     """Draw one picture of an identity as a camera sees it.
 
     Args:
         pid: identity, 0 or above; `look(pid, seed)` tells what it wears.
         camera: 1 to 6.
-        frame: number of the picture: another frame is another step, box, light and piece of street.
-        view: "front", "back", "left" or "right" (towards that edge of the picture), a yaw in
-            degrees, or None: drawn from pid, camera and frame, as in the data set.
+        frame: number of the picture: another one is another step, box, light and piece of street.
         seed: of the whole data set.
         size: (height, width) in pixels.
-        clean: leave out occlusions, strangers and misaligned boxes.
         bad: a detection gone wrong: half a body, or far off the centre (Market's junk).
 
     Returns:
         (height, width, 3) uint8 RGB array, the same for the same arguments.
 
-    >>> draw_person(2, 1, view="front").shape
+    >>> draw_person(2, 1, frame=0, seed=0, size=(128, 64)).shape
     (128, 64, 3)
     """
-    if camera not in CAMERAS:
-        raise ValueError(f"There are cameras 1 to {len(CAMERAS)}, not {camera!r}.")
-    if isinstance(view, str) and view not in VIEWS:
-        raise ValueError(f"view must be one of {', '.join(VIEWS)}, a yaw in degrees or None.")
     cam, (height, width) = CAMERAS[camera], size
     h, w = height * ZOOM, width * ZOOM
     walk = random_of(seed, 4, pid, camera)  # within one camera a person keeps the direction
     rng = random_of(seed, 5, pid, camera, frame)
-    yaw = pick(walk, tuple(VIEWS.values())) + walk.uniform(-35, 35) + rng.normal(0, 14)
-    yaw = math.radians(yaw if view is None else VIEWS.get(view, view))
+    yaw = math.radians(pick(walk, YAWS) + walk.uniform(-35, 35) + rng.normal(0, 14))
 
     street = _scene(seed, camera, height, width)
     left = int(rng.integers(street.width - w))
     image = street.crop((left, 0, left + w, h))
     draw = ImageDraw.Draw(image, "RGBA")
+
+    def stranger(centre: float, crown: float, scale: float) -> None:
+        pen = Pen(draw, cam, rng.uniform(-math.pi, math.pi), centre, crown, scale)
+        paint_person(pen, look(int(rng.integers(20_000, 90_000))), rng.uniform(0, 2 * math.pi))
 
     fill = rng.uniform(0.88, 0.96)  # the share of the picture's height that the person takes
     off_x, off_y = rng.normal(0, 0.03), rng.normal(0, 0.012)
@@ -227,19 +203,19 @@ def draw_person(
         fill = rng.uniform(1.15, 1.9)
         off_x = rng.choice((-1, 1)) * rng.uniform(0.15, 0.5)
         off_y = rng.uniform(-0.75, -0.1) if rng.random() < 0.6 else rng.uniform(0.15, 0.5)
-    elif not clean and rng.random() < 0.15:  # a loose or a tight box
+    elif rng.random() < 0.15:  # a loose or a tight box
         fill *= rng.choice((0.8, 1.14))
         off_x, off_y = rng.normal(0, 0.08), rng.normal(0, 0.05)
     scale = fill * h / 100
     centre, crown = w * (0.5 + off_x), h * (0.5 + off_y) - 50 * scale
-    if not clean and rng.random() < 0.15:
-        _stranger(draw, rng, cam, w * rng.choice((0.12, 0.88)), 0.16 * h, 0.6 * scale)
+    if rng.random() < 0.15:
+        stranger(w * rng.choice((0.12, 0.88)), 0.16 * h, 0.6 * scale)
     pen = Pen(draw, cam, yaw, centre, crown, scale)
     for reach, alpha in ((1.0, 26), (0.75, 30), (0.5, 34)):  # the shadow at the feet
         pen.disc(-cam.light * 4, 98.5, 0, 14 * reach, 3.2 * reach, (0, 0, 0, alpha))
     paint_person(pen, look(pid, seed), rng.uniform(0, 2 * math.pi))
-    if not clean and rng.random() < 0.2:
-        _clutter(draw, rng, cam, h, w)
+    if rng.random() < 0.2:
+        _clutter(rng, image, stranger)
     return _expose(image.reduce(ZOOM), cam, rng)
 
 
@@ -258,19 +234,26 @@ def _expose(image: Image.Image, cam: Camera, rng: np.random.Generator) -> np.nda
 
 # --- the data set
 
+Some = Annotated[int, Field(ge=1, lt=5000)]
+AnyNumber = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(ge=32)]
 
-def draw_dataset(
-    root: str | Path,
-    *,
-    train_ids: int = 150,
-    test_ids: int = 50,
-    images_per_camera: int = 3,
-    cameras: int = 6,
-    distractors: int = 100,
-    junk: int = 75,
-    seed: int = 0,
-    size: tuple[int, int] = (128, 64),
-) -> Path:
+
+class Settings(BaseModel, extra="forbid"):
+    """What decides a data set; `dataset.json` in its folder holds it."""
+
+    version: int = VERSION
+    train_ids: Some = 150
+    test_ids: Some = 50
+    images_per_camera: Some = 3
+    cameras: int = Field(6, ge=2, le=len(CAMERAS))  # a query needs a match in another one
+    distractors: AnyNumber = 100
+    junk: AnyNumber = 75
+    seed: AnyNumber = 0
+    size: tuple[Side, Side] = (128, 64)  # (height, width)
+
+
+def draw_dataset(root: str | Path, **settings) -> Path:
     """Draw a whole data set in Market-1501's layout and return its folder.
 
     `root` gets `bounding_box_train`, `query` and `bounding_box_test`, with JPEG files named like
@@ -283,29 +266,28 @@ def draw_dataset(
     they are. All is drawn into a folder beside `root` and renamed at the end, so a half-drawn data
     set never stands there. A `root` drawn before with the same settings is returned at once.
 
+    Args:
+        root: the folder.
+        settings: those of `Settings`.
+
     Raises:
         ValueError: settings that make no data set.
         FileExistsError: `root` is there and is something else; it is left untouched.
     """
-    root = Path(root)
-    settings = {"version": VERSION, "train_ids": train_ids, "test_ids": test_ids}
-    settings |= {"images_per_camera": images_per_camera, "cameras": cameras}
-    settings |= {"distractors": distractors, "junk": junk, "seed": seed, "size": list(size)}
-    _check(settings)
-    if _drawn_before(root, settings):
+    root, wanted = Path(root), Settings(**settings)
+    if _drawn_before(root, wanted):
         return root
-
-    part = root.with_name(f".{root.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        _draw_all(part, settings)
-        (part / "dataset.json").write_text(json.dumps(settings, indent=1) + "\n")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as part:
+        drawn = Path(part, "drawn")
+        for picture in _pictures(wanted):
+            _save(drawn, wanted, *picture)
+        (drawn / "dataset.json").write_text(_text(wanted))
         try:
-            part.rename(root)
+            drawn.rename(root)
         except OSError:  # someone else drew it meanwhile
-            if not _drawn_before(root, settings):
+            if not _drawn_before(root, wanted):
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return root
 
 
@@ -329,77 +311,55 @@ def built_in_data() -> Path:
     return root
 
 
-def _check(settings: dict) -> None:
-    """Refuse settings that make no data set."""
-    if not 2 <= settings["cameras"] <= len(CAMERAS):
-        raise ValueError(f"cameras must be 2 to {len(CAMERAS)}: a query needs a match in another.")
-    people = (settings["train_ids"], settings["test_ids"])
-    if not all(1 <= n < 5000 for n in people) or settings["images_per_camera"] < 1:
-        raise ValueError("train_ids and test_ids must be 1 to 4999, images_per_camera 1 or more.")
-    least = min(settings[name] for name in ("distractors", "junk", "seed"))
-    if least < 0 or min(settings["size"]) < 32:
-        raise ValueError("distractors, junk and seed must be 0 or more, size 32 or more.")
+def _text(settings: Settings) -> str:
+    """Return what `dataset.json` says."""
+    return json.dumps(settings.model_dump(mode="json"), indent=1) + "\n"
 
 
-def _draw_all(part: Path, settings: dict) -> None:
-    """Draw every picture into its split's folder."""
-    train, query, gallery = (part / f for f in ("bounding_box_train", "query", "bounding_box_test"))
-    for folder in (train, query, gallery):
-        folder.mkdir(parents=True)
-    cameras, seed, size = (settings[name] for name in ("cameras", "seed", "size"))
-    each, test_ids = settings["images_per_camera"], settings["test_ids"]
-    how = {"seed": seed, "size": tuple(size)}
-    for pid in range(2, 2 * settings["train_ids"] + 1, 2):
-        for camera in _seen_by(pid, cameras, seed):
-            for i in range(each):
-                _save(train, pid, camera, i, pid, **how)
-    for pid in range(1, 2 * test_ids, 2):
-        for camera in _seen_by(pid, cameras, seed):
-            _save(query, pid, camera, 0, pid, **how)
-            for i in range(1, each + 1):
-                _save(gallery, pid, camera, i, pid, **how)
-    for i in range(settings["distractors"]):  # pids that no one else has, each seen once
-        _save(gallery, 0, 1 + i % cameras, i, 10_000 + i, **how)
-    for i in range(settings["junk"]):
-        pid = 1 + 2 * (i % test_ids)
-        _save(gallery, -1, _seen_by(pid, cameras, seed)[0], i, pid, bad=True, **how)
-
-
-def _drawn_before(root: Path, settings: dict) -> bool:
+def _drawn_before(root: Path, wanted: Settings) -> bool:
     """Say whether root holds this very data set; raise where it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     marker = root / "dataset.json"
-    if not marker.is_file():
-        raise FileExistsError(f"{root} is there, and not drawn by reidlib: name another folder.")
-    try:
-        found = json.loads(marker.read_text())
-    except ValueError:
-        found = None
-    if found != settings:
+    if not (marker.is_file() and marker.read_text() == _text(wanted)):
         raise FileExistsError(
-            f"{root} was drawn with other settings, see dataset.json in it: "
-            "remove it or name another folder."
+            f"{root} is there, but not drawn by reidlib with these settings (its dataset.json would "
+            "name them): remove it or name another folder."
         )
     return True
 
 
-def _seen_by(pid: int, cameras: int, seed: int) -> list[int]:
-    """Return the sorted cameras that an identity walks past."""
-    rng = random_of(seed, 6, pid)
-    count = min(cameras, int(pick(rng, (2, 3, 3, 4, 4, 5))))
-    return sorted(int(c) + 1 for c in rng.permutation(cameras)[:count])
+def _pictures(s: Settings) -> Iterator[tuple[str, int, int, int, int]]:
+    """Name every picture: its split's folder, pid, camera, number, and who is on it."""
+
+    def seen_by(pid: int) -> list[int]:
+        """Return the sorted cameras that an identity walks past."""
+        rng = random_of(s.seed, 6, pid)
+        count = min(s.cameras, int(pick(rng, (2, 3, 3, 4, 4, 5))))
+        return sorted(int(c) + 1 for c in rng.permutation(s.cameras)[:count])
+
+    for pid in range(2, 2 * s.train_ids + 1, 2):
+        for camera in seen_by(pid):
+            for i in range(s.images_per_camera):
+                yield "bounding_box_train", pid, camera, i, pid
+    for pid in range(1, 2 * s.test_ids, 2):
+        for camera in seen_by(pid):
+            for i in range(s.images_per_camera + 1):
+                yield "bounding_box_test" if i else "query", pid, camera, i, pid
+    for i in range(s.distractors):  # pids that no one else has, each seen once
+        yield "bounding_box_test", 0, 1 + i % s.cameras, i, 10_000 + i
+    for i in range(s.junk):
+        pid = 1 + 2 * (i % s.test_ids)
+        yield "bounding_box_test", -1, seen_by(pid)[0], i, pid
 
 
-def _save(
-    folder: Path, pid: int, camera: int, i: int, who: int, *, bad: bool = False, **how
-) -> None:
+def _save(root: Path, s: Settings, split: str, pid: int, camera: int, i: int, who: int) -> None:
     """Draw picture i of `who` in a camera and save it under the name of `pid`."""
     # Distractors and junk share one pid each, so there the frame has to count the files.
-    start = int(random_of(how["seed"], 7, who, camera).integers(1, 4000)) if pid > 0 else 0
-    frame = 25 * (start + i) + 1
-    pixels = draw_person(who, camera, frame=frame, bad=bad, **how)
+    start = int(random_of(s.seed, 7, who, camera).integers(1, 4000)) if pid > 0 else 0
+    frame, box = 25 * (start + i) + 1, 0 if split == "query" else 1 + i % 9
+    pixels = draw_person(who, camera, frame, s.seed, s.size, bad=pid < 0)
     name = f"{pid:04d}" if pid >= 0 else "-1"
-    box = 0 if folder.name == "query" else 1 + i % 9
-    path = folder / f"{name}_c{camera}s{1 + who % 3}_{frame:06d}_{box:02d}.jpg"
+    path = root / split / f"{name}_c{camera}s{1 + who % 3}_{frame:06d}_{box:02d}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, quality=90)
