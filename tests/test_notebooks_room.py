@@ -82,7 +82,7 @@ def test_parameters_are_read_with_their_types(tmp_path):
         "steps": int | None,
         "epoch": Literal["identities", "images"] | None,
         "lr": float,
-        "seeds": list,
+        "seeds": list[int],
         "anything": Any,
         "odd": int,
         "evil": int,
@@ -222,7 +222,7 @@ def test_a_chain_passes_parameters_and_results(tmp_path, monkeypatch, capfd):
     a = write(
         tmp_path / "a.ipynb",
         "from reidlib.workbook.notebooks import check_parameters, result\ncheck_parameters(In)",
-        "import pathlib\nresult(run=pathlib.Path(f'demo_{margin}_{steps}'), top=7, unused=1)",
+        "result(run=f'demo_{margin}_{steps}', top=7, unused=1)",
         parameters='margin: float | str = "soft"\nsteps: int = 3',
     )
     b = write(
@@ -281,7 +281,7 @@ def shown_counts(copy):
 
 def test_a_notebook_that_exits_early_has_failed(tmp_path):
     a = write(tmp_path / "a.ipynb", "import sys\nsys.exit()", "2 + 2")
-    with pytest.raises(NotebookFailed, match=r"In \[1\].*SystemExit"):
+    with pytest.raises(NotebookFailed, match=r"(?s)In \[1\].*SystemExit"):
         run(a, show_progress=False)
     copies = tmp_path / "outputs/notebooks"
     assert [path.name for path in copies.iterdir()] == ["a.failed.ipynb"]

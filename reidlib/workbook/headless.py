@@ -1,28 +1,31 @@
-"""One notebook in a kernel of its own: papermill, and what it lacks.
+"""One notebook in a kernel of its own, which is always this interpreter's.
 
-Papermill takes the first kernel that is called python3, calls cells that never ran complete, kills the
-kernel at Ctrl-C, and overwrites a good executed copy by a broken one. `execute` does none of that.
+Like papermill, but a broken copy never takes the place of a good one, a notebook that ends early has
+failed, and a signal to stop lets the running cell end by itself.
 """
 
-import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from tqdm import tqdm
 
+INJECTED = "# Parameters"  # the first line of the cell that sets parameters, also papermill's
 RESULT = "application/vnd.reidlib.result+json"  # what `notebooks.result` shows
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook stopped with an error; says which cell and keeps the partial copy."""
+    """A notebook stopped with an error; says at which cell, and why."""
 
 
 def execute(
@@ -33,137 +36,133 @@ def execute(
     The arguments and what is raised are those of `notebooks.run`.
     """
 
-    def say(text: str) -> None:
+    def say(text: str, end: str = "") -> None:
+        took = f" {timedelta(seconds=round(time.monotonic() - begun))}" if end else ""
         if show_progress:
-            print(f"{path.stem}: {text}", file=sys.stderr, flush=True)
-
-    def took() -> str:
-        return _duration(time.monotonic() - begun)
+            print(f"{path.stem}: {text}{took}{end}", file=sys.stderr, flush=True)
 
     copy.parent.mkdir(parents=True, exist_ok=True)
     running = copy.with_name(f"{copy.stem}.running-{os.getpid()}.ipynb")
     failed = copy.with_name(f"{copy.stem}.failed.ipynb")
-    bar = {"desc": path.stem, "leave": False, "disable": not sys.stderr.isatty()}
-    options = {"progress_bar": show_progress and bar, "execution_timeout": timeout}
+    notebook = _with_parameters(path, parameters)
     begun, stop = time.monotonic(), _Stop()
     say("started")
     try:
-        with stop.heard():
-            notebook = _run(path, running, parameters, stop, **options)
-        notebook.metadata.papermill["output_path"] = str(copy)
-        nbformat.write(notebook, running)
+        with stop:
+            _run(notebook, path.stem, running, stop, timeout, show_progress)
         running.replace(copy)
         failed.unlink(missing_ok=True)
-        say(f"done in {took()}, {copy}")
+        say("done in", f", {copy}")
     except BaseException:
-        partial = ""
-        if running.exists():
-            running.replace(failed)
-            partial = f" What ran is in {failed}."
-        say(f"{'failed' if stop.signal is None else 'stopped'} after {took()}.{partial}")
+        running.replace(failed)
+        say(
+            "failed after" if stop.signal is None else "stopped after",
+            f". What ran is in {failed}.",
+        )
         if stop.signal is None:
             raise
     if stop.signal is not None:
         raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)
-    return _results(notebook)
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return {k: v for out in outputs for k, v in out.get("data", {}).get(RESULT, {}).items()}
 
 
-def _run(
-    path: Path, running: Path, parameters: dict, stop: "_Stop", **options: Any
-) -> nbformat.NotebookNode:
-    """Run a notebook into `running` and return it.
-
-    Raises:
-        NotebookFailed: it did not come to its end; says at which cell, and why.
-    """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    logger = logging.getLogger("papermill")
-    if not logger.handlers:  # else Python prints its warnings, and they are errors of `run` already
-        logger.addHandler(logging.NullHandler())
-    source = ""
-
-    def unless_stopped(cell, **_):
-        nonlocal source
-        source = cell.source
-        if stop.signal is not None:  # a kernel between two cells ignores an interrupt
-            raise NotebookFailed("stopped")
-
-    try:
-        notebook = papermill.execute_notebook(
-            _literal(path),
-            _literal(running),
-            parameters,
-            kernel_name="python3",
-            language="python",
-            start_timeout=120,
-            iopub_timeout=60,  # by default 4 s, which a busy machine exceeds
-            kernel_manager_class=stop.kernel_manager(),
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr
-            on_cell_start=unless_stopped,
-            **options,
-        )
-    except PapermillExecutionError as error:
-        place, what = _place(error.source, error.exec_count), f"{error.ename}: {error.evalue}"
-        raise NotebookFailed(f"{path.stem}{place}:\n{what}".rstrip(": ")) from None
-    except DeadKernelError as error:
-        what = "The kernel died. Out of memory?"
-        raise NotebookFailed(f"{path.stem}{_place(source)}:\n{what}") from error
-    except Exception as error:  # nbclient's timeout, and what goes wrong before any cell
-        what = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-        raise NotebookFailed(f"{path.stem}{_place(source)}:\n{what}") from error
-    if problem := _never_run(notebook):
-        raise NotebookFailed(f"{path.stem}{problem}")
+def _with_parameters(path: Path, parameters: dict) -> nbformat.NotebookNode:
+    """Return a notebook without outputs, the parameters set in a cell after its own."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = []
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+        if "injected-parameters" not in tags:  # of an executed copy that is run again
+            cells.append(cell)
+        if "parameters" in tags and parameters:
+            source = "\n".join([INJECTED, *(f"{k} = {v!r}" for k, v in parameters.items())])
+            injected = {"tags": ["injected-parameters"]}
+            cells.append(nbformat.v4.new_code_cell(source, metadata=injected))
+    notebook.cells = cells
     return notebook
 
 
+def _run(
+    notebook: nbformat.NotebookNode,
+    name: str,
+    running: Path,
+    stop: "_Stop",
+    timeout: float | None,
+    show_progress: bool,
+) -> None:
+    """Run the cells one by one; after each, the notebook is written to `running`.
+
+    Raises:
+        NotebookFailed: it did not come to its end.
+    """
+    client = NotebookClient(
+        notebook,
+        km=stop.kernel,
+        timeout=timeout,
+        startup_timeout=120,
+        iopub_timeout=60,  # by default 4 s, which a busy machine exceeds
+        raise_on_iopub_timeout=True,
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr
+    )
+    nbformat.write(notebook, running)
+    hidden = not (show_progress and sys.stderr.isatty())
+    cell = None
+    try:
+        with (
+            client.setup_kernel(cleanup_kc=True),
+            tqdm(notebook.cells, desc=name, leave=False, disable=hidden) as cells,
+        ):
+            for index, cell in enumerate(cells):
+                if stop.signal is not None:  # a kernel between two cells ignores an interrupt
+                    raise NotebookFailed("stopped")
+                try:
+                    client.execute_cell(cell, index)
+                finally:
+                    nbformat.write(notebook, running)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".split("\n")[0]
+        if isinstance(error, CellExecutionError):
+            what = f"{error.ename}: {error.evalue}".rstrip(": ")
+        if isinstance(error, DeadKernelError):
+            what = "The kernel died. Out of memory?"
+        raise NotebookFailed(f"{name}{_place(cell)}:\n{what}") from error
+
+
+def _place(cell: nbformat.NotebookNode | None) -> str:
+    """Say which cell: by its number, where it has one, and by its first line of code."""
+    lines = [s for line in cell.source.splitlines() if (s := line.strip())] if cell else []
+    code = next((line for line in lines if not line.startswith("#")), None)
+    count = cell.get("execution_count") if cell else None
+    number = "" if count is None else f" In [{count}]"
+    return f", cell{number} {code!r}" if code else ""
+
+
 class _Stop:
-    """The first signal to stop interrupts the kernel, and the next one raises here.
+    """Where a signal to stop is heard: the first interrupts the kernel, the next one raises here.
 
     Attributes:
-        signal: the number of the first one, or None.
-        kernel: the manager of what is interrupted.
+        kernel: the manager of the kernel. With no folders to look into, its `python3` is the
+            installed ipykernel's, also where Jupyter would find another of that name first.
+        signal: the number of the first signal, or None.
     """
 
     def __init__(self):
+        self.kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
         self.signal: int | None = None
-        self.kernel: AsyncKernelManager | None = None
         self._before: dict[int, Any] = {}
 
-    def kernel_manager(self) -> type[AsyncKernelManager]:
-        """Return a kernel manager that makes itself known here: nbclient makes the instance.
-
-        Its kernel is this interpreter's, also where Jupyter would find another `python3` first: with
-        no folders to look into, the specification comes from the installed ipykernel itself.
-        """
-        stop = self
-
-        class Kernel(AsyncKernelManager):
-            def __init__(self, **options):
-                options["kernel_spec_manager"] = KernelSpecManager(kernel_dirs=[])
-                super().__init__(**options)
-                stop.kernel = self
-
-        return Kernel
-
-    @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Listen to the signals, until the end of a `with`."""
-        try:
+    def __enter__(self):
+        with suppress(ValueError):  # not the main thread, where Python takes no handlers
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                handler = signal.getsignal(number)
-                if handler is not signal.SIG_IGN:  # as nohup asks
-                    signal.signal(number, self._asked)
-                    self._before[number] = handler
-        except ValueError:
-            pass  # not the main thread, where Python takes no handlers
-        try:
-            yield
-        finally:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+                    self._before[number] = signal.signal(number, self._asked)
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _asked(self, number: int, _frame) -> None:
         if self.signal is not None:
@@ -173,58 +172,7 @@ class _Stop:
         self.signal = number
         os.write(2, b"Stopping; once more to stop at once.\n")  # print may be under way
         # Nothing but a signal can be sent from within a signal handler: to the kernel, its children.
-        process = self.kernel.provisioner if self.kernel is not None else None
+        process = self.kernel.provisioner
         if process is not None and process.has_process:
             with suppress(ProcessLookupError):
                 os.killpg(process.pgid, signal.SIGINT)
-
-
-# --- what became of it
-
-
-def _place(source: str, count: int | None = None) -> str:
-    """Say which cell: by its number, where it has one, and by its first line of code."""
-    lines = [s for line in source.splitlines() if (s := line.strip()) and not s.startswith("#")]
-    number = "" if count is None else f" In [{count}]"
-    return f", cell{number} {lines[0]!r}" if lines else ""
-
-
-def _never_run(notebook: nbformat.NotebookNode) -> str:
-    """Return which cell was never run: sys.exit() ends a notebook, and papermill calls it good."""
-    for cell in notebook.cells:
-        skipped = "skip-execution" in cell.metadata.get("tags", [])
-        if cell.cell_type == "code" and cell.source.strip() and not skipped:
-            if any(out.get("ename") == "SystemExit" for out in cell.outputs):
-                what = "it ended the notebook by SystemExit."
-            elif cell.execution_count is None:
-                what = "it was never run."
-            else:
-                continue
-            return f"{_place(cell.source, cell.execution_count)}: {what}"
-    return ""
-
-
-def _results(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """Return what a notebook gave by `notebooks.result`."""
-    found = {}
-    for cell in notebook.cells:
-        for out in cell.get("outputs", []):
-            found |= out.get("data", {}).get(RESULT, {})
-    return found
-
-
-def _literal(path: Path) -> str:
-    """Return a path for papermill, which formats braces in it."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _duration(seconds: float) -> str:
-    """Return a time for people.
-
-    >>> _duration(8.13), _duration(3725)
-    ('8 s', '1 h 2 min')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

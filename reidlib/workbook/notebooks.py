@@ -1,27 +1,24 @@
 """Notebooks from a shell, headless: which there are, their parameters, and chains of them.
 
 Papermill passes parameters that no notebook knows; `run` and `check_parameters` refuse them.
-`check_parameters` and `result` are called in notebooks.
 """
 
 import ast
 import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from IPython import get_ipython
+from IPython.display import display
 
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.progress import in_notebook
 from reidlib.typed import in_words, typed
 from reidlib.words import did_you_mean
-from reidlib.workbook.headless import RESULT, execute
-
-INJECTED = "# Parameters"  # the first line of the cell that papermill injects
-
+from reidlib.workbook.headless import INJECTED, RESULT, execute
 
 # --- called in a notebook
 
@@ -30,8 +27,8 @@ def check_parameters(history: Sequence[str]) -> None:
     """Refuse parameters that the notebook does not have; papermill would pass them in silence.
 
     A notebook calls `check_parameters(In)` after its imports. Among the sources of the cells that
-    ran, papermill's injected cell comes right after the notebook's own parameters. Without one, as
-    in JupyterLab, there is nothing to check.
+    ran, the injected cell comes right after the notebook's own parameters. Without one, as in
+    JupyterLab, there is nothing to check.
 
     Raises:
         ValueError: a name is assigned in the injected cell and not in the one before it.
@@ -40,12 +37,10 @@ def check_parameters(history: Sequence[str]) -> None:
     Traceback (most recent call last):
     ValueError: There is no parameter 'marign'; did you mean 'margin'? There are: margin.
     """
-    for before, source in zip(history, history[1:], strict=False):
+    for before, source in pairwise(history):
         known = _assigned(before)
         if known and source.split("\n", 1)[0].strip() == INJECTED:
-            unknown = [name for name in _assigned(source) if name not in known]
-            if unknown:
-                raise ValueError(_unknown(unknown, list(known)))
+            _refuse_unknown(_assigned(source), known)
             return  # cells that are run again come later
 
 
@@ -67,11 +62,8 @@ def result(**values: str | float | bool | None) -> None:
     >>> result(run="demo")
     run = 'demo'
     """
-    values = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
     text = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     if in_notebook():
-        from IPython.display import display
-
         display({RESULT: values, "text/plain": text}, raw=True)
     else:
         print(text)
@@ -85,6 +77,10 @@ class Parameter(NamedTuple):
 
     annotation: Any
     default: Any
+
+
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
+_TYPES |= {"Literal": Literal, "__builtins__": {}}
 
 
 def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
@@ -106,7 +102,19 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
         ast.parse(source)
     except SyntaxError as error:
         raise ValueError(f"The parameters cell of {notebook} is not Python: {error}.") from error
-    return {name: _parameter(*found) for name, found in _assigned(source).items()}
+    found = {}
+    for name, (annotation, value) in _assigned(source).items():
+        default = None
+        with suppress(ValueError):
+            default = ast.literal_eval(value)
+        # A bare `steps = None` does not say what it takes.
+        kind = Any if default is None else type(default)
+        if annotation is not None:
+            with suppress(Exception):  # something that is not among the plain types
+                kind = eval(ast.unparse(annotation), _TYPES)
+                kind = kind | None if default is None else kind
+        found[name] = Parameter(kind, default)
+    return found
 
 
 def _assigned(source: str) -> dict[str, tuple[ast.expr | None, ast.expr | None]]:
@@ -126,58 +134,28 @@ def _assigned(source: str) -> dict[str, tuple[ast.expr | None, ast.expr | None]]
     return found
 
 
-def _parameter(annotation: ast.expr | None, value: ast.expr | None) -> Parameter:
-    default = None
-    if value is not None:
-        with suppress(ValueError):
-            default = ast.literal_eval(value)
-    try:
-        kind = _annotation(annotation)
-    except (KeyError, ValueError, TypeError):  # none, or something imported
-        # A bare `steps = None` does not say what it takes.
-        return Parameter(Any if default is None else type(default), default)
-    return Parameter(kind | None if default is None else kind, default)
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Raise a ValueError that says which names are no parameters, and which there are."""
+    said = [f"There is no parameter {n!r}{did_you_mean(n, known)}" for n in names if n not in known]
+    if said:
+        raise ValueError(" ".join([*said, f"There are: {', '.join(known)}.{where}"]))
 
 
-_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
-
-
-def _annotation(node: ast.expr | None) -> Any:
-    """Return the type that an annotation names; nothing of a notebook is run for it.
-
-    Raises:
-        KeyError: it is made of something else than plain types, `Literal`, None and `|`.
-    """
-    match node:
-        case ast.Name(id=name):
-            return _TYPES[name]
-        case ast.Constant(value=None):
-            return None
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _annotation(left) | _annotation(right)
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=values):
-            return Literal[ast.literal_eval(values)]
-        case ast.Subscript(value=outer):  # list[int]
-            return _annotation(outer)
-    raise KeyError(node)
-
-
-def _fitting(name: str, value: Any, parameter: Parameter, notebook: str) -> Any:
-    """Return a value as the parameter's type, or refuse it."""
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    try:
-        return typed(value, parameter.annotation)
-    except ValueError:
-        raise ValueError(
-            f"{name} = {value!r}: {notebook} wants {in_words(parameter.annotation)} "
-            f"(its default is {parameter.default!r})."
-        ) from None
-
-
-def _unknown(names: list[str], known: list[str]) -> str:
-    """Say which names are no parameters, and which there are."""
-    said = [f"There is no parameter {name!r}{did_you_mean(name, known)}" for name in names]
-    return " ".join([*said, f"There are: {', '.join(known)}."])
+def _fitting(values: dict, declared: dict[str, Parameter], notebook: str) -> dict[str, Any]:
+    """Return those values that a notebook declares, as it declares them, or refuse one."""
+    fitting = {}
+    for name, value in values.items():
+        if name not in declared:
+            continue
+        annotation, default = declared[name]
+        try:
+            fitting[name] = typed(value, annotation)
+        except ValueError:
+            raise ValueError(
+                f"{name} = {value!r}: {notebook} wants {in_words(annotation)} "
+                f"(its default is {default!r})."
+            ) from None
+    return fitting
 
 
 # --- running
@@ -190,22 +168,19 @@ def find_notebook(name: str | Path) -> Path:
         FileNotFoundError: none such; names those that there are.
         ValueError: a number that two notebooks begin with.
     """
-    folder = ROOT / "notebooks"
     if Path(name).suffix == ".ipynb" and Path(name).is_file():
         return Path(name)
     stem = Path(name).name.removesuffix(".ipynb")
-    found = [folder / f"{stem}.ipynb"]
-    if not found[0].is_file():
-        found = sorted(folder.glob(f"{stem}_*.ipynb")) if stem.isdigit() else []
+    known = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    found = [n for n in known if n == stem or (stem.isdigit() and n.startswith(f"{stem}_"))]
     if len(found) > 1:
-        raise ValueError(f"{name} could be {' or '.join(path.stem for path in found)}.")
+        raise ValueError(f"{name} could be {' or '.join(found)}.")
     if not found:
-        known = [path.stem for path in sorted(folder.glob("*.ipynb"))]
         raise FileNotFoundError(
             f"There is no notebook {str(name)!r}{did_you_mean(stem, known)} "
-            f"In {folder} there are: {', '.join(known) or 'none'}."
+            f"In {ROOT / 'notebooks'} there are: {', '.join(known) or 'none'}."
         )
-    return found[0]
+    return known[found[0]]
 
 
 def run(
@@ -219,9 +194,9 @@ def run(
     """Run notebooks one after another, each in a kernel of its own, and return the executed copies.
 
     Each gets the parameters that its parameters cell declares, and what the notebooks before it
-    gave by `result`, where it declares that and it is not given by hand. The kernel is always this
-    interpreter's. Ctrl-C and SIGTERM interrupt the running cell, so that a training writes its
-    checkpoint; a second one ends the kernel at once.
+    gave by `result`, where it declares that and it is not given by hand. Ctrl-C and SIGTERM
+    interrupt the running cell, so that a training writes its checkpoint; a second one ends the
+    kernel at once.
 
     Args:
         names: `"03_train"`, `"03"` or paths.
@@ -235,8 +210,7 @@ def run(
     Raises:
         ValueError, FileNotFoundError: before anything runs: no such notebook, a parameter that none
             of them declares, or one of the wrong type.
-        NotebookFailed: an error in a cell, a cell over `timeout`, a dead kernel, or cells that were
-            never run.
+        NotebookFailed: an error in a cell, a cell over `timeout`, or a dead kernel.
         KeyboardInterrupt, SystemExit: it was stopped.
     """
     paths = [find_notebook(n) for n in ([names] if isinstance(names, str | Path) else names)]
@@ -244,23 +218,14 @@ def run(
         raise ValueError("There are no notebooks to run: name one or more, such as 03_train.")
     declared = [read_parameters(path) for path in paths]
     parameters = parameters or {}
-    known = list(dict.fromkeys(name for notebook in declared for name in notebook))
-    unknown = [name for name in parameters if name not in known]
-    if unknown:
-        where = "its cell" if len(paths) == 1 else "their cells"
-        raise ValueError(
-            f"{_unknown(unknown, known)} See {where} tagged 'parameters': "
-            f"{', '.join(path.stem for path in paths)}."
-        )
-
-    def chosen(values: dict, path: Path, own: dict[str, Parameter]) -> dict:
-        return {n: _fitting(n, v, own[n], path.stem) for n, v in values.items() if n in own}
-
-    given = [chosen(parameters, *pair) for pair in zip(paths, declared, strict=True)]
+    where = "its cell" if len(paths) == 1 else "their cells"
+    where = f" See {where} tagged 'parameters': {', '.join(path.stem for path in paths)}."
+    _refuse_unknown(parameters, {name: None for own in declared for name in own}, where)
+    given = [_fitting(parameters, own, p.stem) for p, own in zip(paths, declared, strict=True)]
     copies = _copies(paths, output)
     results = {}
     for path, own, values, copy in zip(paths, declared, given, copies, strict=True):
-        values = chosen(results, path, own) | values
+        values = _fitting(results, own, path.stem) | values
         results |= execute(path, values, copy, timeout, show_progress)
     return copies
 
@@ -268,12 +233,11 @@ def run(
 def _copies(paths: list[Path], output: str | Path | None) -> list[Path]:
     """Return where the executed copies go."""
     place = Path(output).expanduser() if output else outputs_dir() / "notebooks"
-    if place.suffix != ".ipynb":
-        copies = [place / path.name for path in paths]
-    elif len(paths) == 1:
+    copies = [place / path.name for path in paths]
+    if place.suffix == ".ipynb":
+        if len(paths) > 1:
+            raise ValueError(f"{place} is one file for {len(paths)} notebooks: give a folder.")
         copies = [place]
-    else:
-        raise ValueError(f"{place} is one file for {len(paths)} notebooks: give a folder.")
     for path, copy in zip(paths, copies, strict=True):
         if path.resolve() == copy.resolve():
             raise ValueError(f"The executed copy would overwrite {path}: give another place.")
