@@ -171,17 +171,18 @@ class Busy(RuntimeError):
 
 
 @contextmanager
-def lock(run: Path):
+def lock(run: Path, timeout: float = 0):
     """Hold a run's folder against every other process that writes runs.
 
-    The lock is the operating system's: it ends with the process, however that ends.
+    The lock is the operating system's: it ends with the process, however that ends. One that another
+    process holds is waited for as many seconds, and for ever if `timeout` is -1.
 
     Raises:
         Busy: another process holds it.
     """
     run.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run / ".lock", timeout=0):
+        with FileLock(run / ".lock", timeout):
             yield
     except Timeout:
         raise Busy(

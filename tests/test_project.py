@@ -103,7 +103,7 @@ ROOMS = {
     "training": ("losses", "checkpoint", "watched", "checks", "health", "journal", "loop"),
     "workbook": (
         *("export", "headless", "notebooks", "scores", "release"),
-        *("workers", "compare", "variants", "results", "verdicts", "gains"),
+        *("workers", "compare", "variants", "results", "verdicts"),
     ),
 }
 FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems]

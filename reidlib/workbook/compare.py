@@ -4,8 +4,7 @@ A row is found by its settings and training data, whatever the run is called, so
 picks up what is there, and goes on where it was stopped.
 """
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +36,7 @@ class Made(NamedTuple):
 
     folder: Path | None
     problem: str = ""
-    trained: bool = False
-    """Whether it was trained or scored now; False for a row that was there."""
+    trained: bool = False  # or scored, now; False for a row that was there
 
 
 def complete(
@@ -50,7 +48,7 @@ def complete(
     device: str = "auto",
     show_progress: bool = True,
 ) -> dict[str, Made]:
-    """Find each row's run, or train and score it.
+    """Find each row's run, or train and score it; what became of the rows, in order.
 
     A finished run with the row's settings, on the same training images, is taken as it is. A run of
     the row's own name that is unfinished goes on from its checkpoint. One with other settings is
@@ -68,9 +66,6 @@ def complete(
         device: as in `loop.train`.
         show_progress: draw a bar of rows.
 
-    Returns:
-        What became of each row, in order.
-
     Raises:
         ValueError: a bad `split` or `jobs`; held-out scores of a recipe that holds nobody out;
             two rows that would have one run.
@@ -82,84 +77,69 @@ def complete(
     if jobs < 1:
         raise ValueError(f"jobs must be 1 or more, not {jobs}.")
     target = pick_device(device)
-    rows = {
-        label: row._replace(recipe=resolve_precision(row.recipe, target))
-        for label, row in rows.items()
-    }
-    names = _names(rows, split)
-    # Rows that are one run are made once; those that need no work need no process either.
-    once = {name: rows[label] for label, name in names.items()}
-    known = {name: _settled(once[name], find(once[name]), split, train) for name in once}
-    made = {name: done for name, done in known.items() if done}
-    tasks = {name: (once[name], split, train, device) for name in known if name not in made}
+    _data.cache_clear()  # a data set may have changed since the last comparison
+    names, once = {}, {}  # rows that are one run are made once
+    for label, (recipe, tag) in rows.items():
+        row = Row(resolve_precision(recipe, target), tag)
+        if split == "held_out" and not recipe.hold_out:
+            raise ValueError(f"{label}: it has no held-out scores, since hold_out is 0.")
+        names[label] = name = _own(row).name
+        if once.setdefault(name, row) != row:
+            twin = next(other for other in names if names[other] == name)
+            raise ValueError(
+                f"{twin!r} and {label!r} would both be the run {name}: give other tags."
+            )
+    # Those that need no work need no process either.
+    made = {name: done for name, row in once.items() if (done := _settled(row, split, train))}
+    tasks = {name: (row, split, device) for name, row in once.items() if name not in made}
     jobs = min(jobs if target.type == "cpu" else 1, len(tasks))
-    bar = progress(total=len(known), initial=len(made), desc="rows", unit="row", show=show_progress)
+    bar = progress(total=len(once), initial=len(made), desc="rows", unit="row", show=show_progress)
     with closing(bar), closing(workers.each(make, tasks, jobs)) as results:
         for name, result in results:
-            made[name] = Made(None, str(result)) if isinstance(result, workers.Died) else result
+            made[name] = result or Made(None, "Its process was killed; is there enough memory?")
             bar.update()
     if not any(m.folder for m in made.values()):
-        name = next(iter(known))
+        name = next(iter(once))
         raise RuntimeError(f"No row could be made. {name}: {made[name].problem}")
     return {label: made[name] for label, name in names.items()}
 
 
-def _names(rows: Mapping[str, Row], split: Split) -> dict[str, str]:
-    """Return the name of each row's own run, after checking that no two rows would share one."""
-    nobody = [label for label, row in rows.items() if not row.recipe.hold_out]
-    if split == "held_out" and nobody:
-        raise ValueError(f"{nobody[0]}: it has no held-out scores, since hold_out is 0.")
-    forget_data()
-    names = {label: _own(row).name for label, row in rows.items()}
-    for label, name in names.items():
-        twin = next(other for other, its in names.items() if its == name)
-        if rows[twin] != rows[label]:
-            raise ValueError(
-                f"{twin!r} and {label!r} would both be the run {name}: give other tags."
-            )
-    return names
-
-
-def make(row: Row, split: Split, train: bool, device: str) -> Made:
-    """Find one row's run and scores, or make what is missing of them; what fails is told, not raised."""
-    folder, trained = find(row), False
-    if settled := _settled(row, folder, split, train):
-        return settled
-    try:
-        if not folder:
-            folder, trained = _train(row, device), True
-        if not _scored(folder, split):
-            if split == "held_out":
-                return Made(None, f"{folder.name} has no {PER_QUERY['held_out']}: delete it.")
-            scored = score_run(folder, baselines=False, device=device, show_progress=False)
-            board.write_evaluation(folder, scored.retrieval, scored.evaluation)
-            trained = True
-    except Exception as error:  # any row may fail in a way of its own
-        return Made(None, str(error).strip() or type(error).__name__)
-    return Made(folder, trained=trained)
-
-
-def _settled(row: Row, folder: Path | None, split: Split, train: bool) -> Made | None:
-    """Return what becomes of a row that needs no work, given its run; None for one that does."""
+def _settled(row: Row, split: Split, train: bool) -> Made | None:
+    """Return what becomes of a row that needs no work; None for one that does."""
+    folder = find(row)
     if not folder:
-        problem = "No run with these settings is there."
-        return None if train else Made(None, f"{problem} {nearest(row)}")
+        return None if train else Made(None, f"No run with these settings is there. {nearest(row)}")
     try:
-        return Made(folder) if _scored(folder, split) else None
+        if _scored(row, folder, split):
+            return Made(folder)
     except (ValueError, OSError):
         return None  # whoever scores it again says what is wrong
+    if split == "held_out":
+        return Made(None, f"{folder.name} has no {PER_QUERY[split]}: delete it.")
+    return None
+
+
+def make(row: Row, split: Split, device: str) -> Made:
+    """Train and score a row, or what of it is missing; what fails is told, not raised."""
+    try:
+        folder = find(row) or _train(row, device)
+        if split == "test" and not _scored(row, folder, split):
+            scored = score_run(folder, baselines=False, device=device, show_progress=False)
+            board.write_evaluation(folder, scored.retrieval, scored.evaluation)
+    except Exception as error:  # any row may fail in a way of its own
+        return Made(None, str(error).strip() or type(error).__name__)
+    return Made(folder, trained=True)
 
 
 def _train(row: Row, device: str) -> Path:
     """Train a row under its own name, or go on with that run."""
-    own = _own(row)
     while True:
         try:
             return loop.train(row.recipe, row.tag, device=device, show_progress=False)
         except runs.Busy:
             # A comparison that was killed leaves its last trainings behind; they end by themselves.
-            while _busy(own):
-                time.sleep(2)
+            with runs.lock(_own(row), timeout=-1):
+                pass
         if folder := find(row):
             return folder
 
@@ -169,57 +149,36 @@ def find(row: Row) -> Path | None:
 
     The run of the row's own tag goes before others; among those, the first by name.
     """
-    wanted, data = _settings(row.recipe), _train_data(row.recipe.dataset, row.recipe.hold_out)
-    own = _own(row)
-    for folder in [own, *sorted(path.parent for path in outputs_dir().glob("*/manifest.json"))]:
-        try:
-            known = runs.read_json(folder / "manifest.json")
-            finished = known.get("status") == "finished" and known.get("train_data") == data
-            if finished and _settings(runs.read_recipe(folder)) == wanted:
-                return folder
-        except (ValueError, OSError):
-            continue  # a broken run, or one of a version whose settings differ, is not this row
-    return None
+    _, data = _data(row.recipe.dataset, row.recipe.hold_out)
+    wanted, own = (_settings(row.recipe), data), _own(row)
+    found = [folder for folder, *its in _finished() if tuple(its) == wanted]
+    return own if own in found else next(iter(found), None)
 
 
 def nearest(row: Row) -> str:
     """Return in words which finished run is nearest to a row, and what it has set otherwise."""
     wanted, found = _settings(row.recipe), []
-    for file in sorted(outputs_dir().glob("*/manifest.json")):
-        try:
-            finished = runs.read_json(file).get("status") == "finished"
-            its = _settings(runs.read_recipe(file.parent))
-        except (ValueError, OSError):
-            continue
-        if finished:
-            differ = [f"{k} = {its[k]!r}, not {wanted[k]!r}" for k in wanted if its[k] != wanted[k]]
-            # A run of another loss or network is farther than any that differs in the details.
-            far = sum(its[k] != wanted[k] for k in ("loss", "margin", "dataset", "backbone"))
-            found.append((far, len(differ), file.parent.name, differ or ["other training images"]))
+    for folder, its, _ in _finished():
+        differ = [f"{k} = {its[k]!r}, not {wanted[k]!r}" for k in wanted if its[k] != wanted[k]]
+        # A run of another loss or network is farther than any that differs in the details.
+        far = sum(its[k] != wanted[k] for k in ("loss", "margin", "dataset", "backbone"))
+        found.append((far, len(differ), folder.name, differ or ["other training images"]))
     if not found:
         return "There is no finished run at all."
     *_, name, differ = min(found)
     return f"The nearest is {name}: {'; '.join(differ)}."
 
 
-_data = lru_cache(load)
-
-
-@lru_cache
-def _train_data(dataset: str, held_out: int | str) -> str:
-    """Return the fingerprint of what a recipe trains on; reading it again takes seconds."""
-    train = _data(dataset).train
-    return fingerprint(hold_out(train, held_out, seed=0)[0] if held_out else train)
-
-
-def forget_data() -> None:
-    """Look at the data sets anew: they may have changed since the last comparison."""
-    _data.cache_clear()
-    _train_data.cache_clear()
-
-
-def _own(row: Row) -> Path:
-    return outputs_dir() / runs.run_name(_data(row.recipe.dataset).name, row.recipe, row.tag)
+def _finished() -> Iterator[tuple[Path, dict, str]]:
+    """Yield the finished runs by name: folder, settings, and fingerprint of the training images."""
+    for file in sorted(outputs_dir().glob("*/manifest.json")):
+        try:
+            manifest = runs.read_json(file)
+            settings = _settings(runs.read_recipe(file.parent))
+        except (ValueError, OSError):
+            continue  # a broken run, or one of a version whose settings differ, is no row
+        if manifest.get("status") == "finished":
+            yield file.parent, settings, manifest.get("train_data")
 
 
 def _settings(recipe: Recipe) -> dict:
@@ -228,21 +187,24 @@ def _settings(recipe: Recipe) -> dict:
     return settings | {"weights": Path(recipe.weights).name}
 
 
-def _busy(folder: Path) -> bool:
-    """Return whether a process is writing a run."""
-    try:
-        with runs.lock(folder):
-            return False
-    except runs.Busy:
-        return True
+@lru_cache
+def _data(dataset: str, held_out: int | str) -> tuple[str, str]:
+    """Return a data set's name, and the fingerprint of what is trained on: to read it takes seconds."""
+    data = load(dataset)
+    train = hold_out(data.train, held_out, seed=0)[0] if held_out else data.train
+    return data.name, fingerprint(train)
 
 
-def _scored(folder: Path, split: Split) -> bool:
+def _own(row: Row) -> Path:
+    name, _ = _data(row.recipe.dataset, row.recipe.hold_out)
+    return outputs_dir() / runs.run_name(name, row.recipe, row.tag)
+
+
+def _scored(row: Row, folder: Path, split: Split) -> bool:
     """Return whether the scores that a comparison wants are there: without flips, in float32."""
-    if not (folder / PER_QUERY[split]).is_file():
-        return False
-    if split == "held_out":
-        return True
-    metrics = runs.read_json(folder / "metrics.json")
-    own = metrics.get("evaluated_on") == _data(runs.read_recipe(folder).dataset).name
-    return own and metrics.get("flip") is False and metrics.get("precision") == "float32"
+    there = (folder / PER_QUERY[split]).is_file()
+    if split == "held_out" or not there:
+        return there
+    name, _ = _data(row.recipe.dataset, row.recipe.hold_out)
+    wanted = {"evaluated_on": name, "flip": False, "precision": "float32"}
+    return wanted.items() <= runs.read_json(folder / "metrics.json").items()

@@ -1,7 +1,7 @@
 """The rows of the comparison: the variants, the grid of margins, and what makes the numbers."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from reidlib.recipes import Recipe
@@ -18,25 +18,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random soft": {"loss": "random", "margin": "soft"},
 }
 BASE = "batch-hard soft"  # the variant that the ladder leads to
+PLAIN = ("plain", 0)  # the row that it starts from
 
-
-class Departure(NamedTuple):
-    """One change to a variant."""
-
-    label: str
-    variant: str
-    settings: dict[str, Any]
-    what: str
-
-
-DEPARTURES = (
-    Departure("last stride 1", BASE, {"last_stride": 1}, "a feature map of twice the size"),
-    Departure("no head", BASE, {"head": False}, "the embedding is the pooled features"),
-    Departure("sum, not mean", BASE, {"reduction": "sum"}, "a gradient as many times larger"),
-    Departure("epochs of images", BASE, {"epoch": "images"}, "all images are shown equally often"),
-    Departure(
-        "mean over all triplets", "batch-all 0.2", {"mean": "valid"}, "L_BA instead of L_BA≠0"
-    ),
+# Single changes: what the row is called, the variant it departs from, the settings, what they are.
+DEPARTURES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    ("last stride 1", BASE, {"last_stride": 1}, "a feature map of twice the size"),
+    ("no head", BASE, {"head": False}, "the embedding is the pooled features"),
+    ("sum, not mean", BASE, {"reduction": "sum"}, "a gradient as many times larger"),
+    ("epochs of images", BASE, {"epoch": "images"}, "all images are shown equally often"),
+    ("mean over all triplets", "batch-all 0.2", {"mean": "valid"}, "L_BA instead of L_BA≠0"),
 )
 
 
@@ -46,18 +36,15 @@ class Gain(NamedTuple):
     label: str
     after: Key
     before: Key
-    what: str
-    """what the step is, or how you see that your own code lacks it"""
+    what: str  # the step is, or how you see that your own code lacks it
 
 
 class Comparison(NamedTuple):
     """The rows of a comparison, and what is asked of them."""
 
     rows: dict[Key, Row]
-    grid: dict[tuple[str, float | str], Key]
-    """(loss, margin): the row in that place; empty if the grid was not asked for"""
-    gains: list[Gain]
-    """the steps; empty if they were not asked for"""
+    grid: dict[tuple[str, float | str], Key]  # (loss, margin): its row; empty if not asked for
+    gains: list[Gain]  # the steps; empty if not asked for
 
 
 def comparison(
@@ -74,75 +61,54 @@ def comparison(
     """
     # Neither is part of what a row is. A row that is killed loses a fifth of its steps at most.
     often = max(1, (base.steps or 1000) // 5)
-    watch = {"evaluate_every": often, "checkpoint_every": often}
+    shared = base.model_dump() | {"evaluate_every": often, "checkpoint_every": often}
 
-    def row(words: str, **settings: Any) -> Row:
-        label = "_".join(part for part in (tag, words) if part)
-        return Row(Recipe(**(base.model_dump() | watch | settings)), label)
+    def row(words: str, settings: dict[str, Any]) -> Row:
+        return Row(Recipe(**(shared | settings)), "_".join(filter(None, (tag, words))))
 
     rows = {
-        (name, seed): row(f"s{seed}", seed=seed, **settings)
+        (name, seed): row(f"s{seed}", settings | {"seed": seed})
         for name, settings in VARIANTS.items()
         for seed in range(seeds)
     }
-    grid = {}
+    grid, gains = {}, []
     for loss, margin in itertools.product(("batch_all", "batch_hard"), MARGINS) if margins else ():
-        variant = f"{loss.replace('_', '-')} {margin}"
-        grid[loss, margin] = (variant, 0)
-        if variant not in VARIANTS:
-            rows[variant, 0] = row(f"m{margin}", loss=loss, margin=margin)
-    gains = []
+        grid[loss, margin] = key = (f"{loss.replace('_', '-')} {margin}", 0)
+        rows.setdefault(key, row(f"m{margin}", {"loss": loss, "margin": margin}))
     if ladder:
-        for made, gain in (*_path(rows, row), *_departures(rows, row)):
-            rows |= made
-            gains += [gain] * (gain is not None)
+        rows[PLAIN] = row("plain", _plain(base))
+        for gain, words, settings in _steps(rows[BASE, 0].recipe):
+            rows.setdefault(gain.after, row(words, settings))
+            gains.append(gain)
     return Comparison(rows, grid, gains)
 
 
-def plain_settings(base: Recipe) -> dict[str, Any]:
+def _plain(base: Recipe) -> dict[str, Any]:
     """Return what the field's small repositories set otherwise than `base`."""
     half = {"height": max(32, base.height // 2), "width": max(16, base.width // 2)}
     settings = {"loss": "batch_hard", "margin": 0.2, "normalise": "unit", "lr": base.lr / 10}
     return settings | {"decay_start": 1.0, "enlarge": 1.0} | half
 
 
-def _path(rows: Mapping[Key, Row], row):
-    """Yield the rows from the plain recipe up to the base, each with the gain of its step."""
-    base = rows[BASE, 0].recipe
+def _steps(base: Recipe) -> Iterator[tuple[Gain, str, dict[str, Any]]]:
+    """Yield the steps from plain to the base, then from it: gain, tag and settings of the row after."""
     more = "" if base.weights == "none" else ", though the weights were trained with more"
-    steps = [
+    path = [  # the name, the settings that the step gives back, how its lack shows
         ("normalise as ImageNet", ["normalise"], f"pixels divided by 255 and nothing more{more}"),
-        (
-            f"rate {base.lr:g}, not {base.lr / 10:g}",
-            ["lr"],
-            "the loss still falls when training ends",
-        ),
+        (f"rate {base.lr:g}, not {base.lr / 10:g}", ["lr"], "the loss still falls at the end"),
         ("decaying rate", ["decay_start"], "a constant rate: the scores jump until the end"),
         ("resize and crop", ["enlarge"], "training images are resized to the input and no more"),
         ("soft margin", ["margin"], "margin 0.2: triplets right by the margin teach no more"),
-        (
-            f"input {base.height}×{base.width}",
-            ["height", "width"],
-            "images smaller than they could be",
-        ),
+        (f"input {base.height}×{base.width}", ["height", "width"], "images are needlessly small"),
     ]
-    settings, before = plain_settings(base), ("plain", 0)
-    yield {before: row("plain", **settings)}, None
-    for i, (label, given_back, sign) in enumerate(steps, 1):
-        settings |= {name: getattr(base, name) for name in given_back}
-        last = i == len(steps)
-        after = (BASE, 0) if last else (f"+ {label}", 0)
-        made = {} if last else {after: row(f"step{i}", **settings)}
-        yield made, Gain(f"+ {label}", after, before, sign)
+    settings, before = _plain(base), PLAIN
+    for i, (name, given_back, lack) in enumerate(path, 1):
+        settings = settings | {setting: getattr(base, setting) for setting in given_back}
+        after = (BASE if i == len(path) else f"+ {name}", 0)
+        yield Gain(f"+ {name}", after, before, lack), f"step{i}", settings
         before = after
-
-
-def _departures(rows: Mapping[Key, Row], row):
-    """Yield the rows that depart from a variant, each with its gain."""
-    for label, variant, settings, what in DEPARTURES:
-        start = rows[variant, 0].recipe
-        if all(getattr(start, name) == value for name, value in settings.items()):
-            continue  # all rows have it: no departure
-        words = label.replace(",", "").replace(" ", "-")
-        made = {(label, 0): row(words, **VARIANTS[variant], **settings)}
-        yield made, Gain(f"{label} ({variant})", (label, 0), (variant, 0), what)
+    for name, variant, changes, what in DEPARTURES:
+        start = base.model_dump() | VARIANTS[variant]
+        if not changes.items() <= start.items():  # else all rows have it: no departure
+            gain = Gain(f"{name} ({variant})", (name, 0), (variant, 0), what)
+            yield gain, name.replace(",", "").replace(" ", "-"), VARIANTS[variant] | changes

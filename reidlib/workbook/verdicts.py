@@ -1,13 +1,17 @@
-"""Which differences between the variants are real, and the sentences that say so."""
+"""Which differences between the rows are real, and the sentences that say so.
+
+Pairs of variants, margins and single steps are judged alike: subtracted query by query, and corrected
+for how many are claimed at once (`claims`).
+"""
 
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 
 from reidlib.evaluation.intervals import (
+    TABLES,
     Difference,
     Spread,
     confidence_interval,
@@ -15,212 +19,287 @@ from reidlib.evaluation.intervals import (
     holm,
     seed_spread,
 )
-from reidlib.evaluation.metrics import SCORES
-from reidlib.workbook.results import Results, best_of
+from reidlib.evaluation.metrics import SCORES, score_values
+from reidlib.workbook.results import Runs, compared, highest, tables_of
+from reidlib.workbook.variants import BASE, MARGINS, PLAIN, Gain
 
 # A run that went wrong has a spread of its own, which says nothing of the others.
 BROKEN = {"diverging", "collapsed", "near collapse", "not learning"}
 SURE = 0.05
 
 
-def intervals(results: Results) -> dict[str, pd.DataFrame]:
-    """Return each variant's scores with 95 % intervals over people; all seeds in one table."""
-    joined = {name: pd.concat(results.of(name), ignore_index=True) for name in results.compared}
-    return {name: confidence_interval(table, by="pid") for name, table in joined.items()}
+# --- luck
 
 
-def intervals_table(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return all scores with their 95 % intervals in per cent, for people."""
-    return pd.DataFrame.from_dict(
-        {
-            name: {
-                heading: "{value:.1f} ({low:.1f} to {high:.1f})".format(**100 * table.loc[key])
-                for key, heading in SCORES.items()
-            }
-            for name, table in found.items()
-        },
-        orient="index",
-    )
+def intervals(found: Runs) -> pd.DataFrame:
+    """Return each variant's scores, all seeds together, with 95 % intervals over people, in per cent.
+
+    Columns are pairs of a score and `value`, `low` or `high`.
+    """
+    tables = {
+        name: pd.concat(tables_of(found, name), ignore_index=True) for name in compared(found)
+    }
+    scores = {name: confidence_interval(table, by="pid") for name, table in tables.items()}
+    return pd.DataFrame({name: 100 * table.stack() for name, table in scores.items()}).T
 
 
-def steady(results: Results) -> list[str]:
+def intervals_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return `intervals` for people."""
+    form = "{:.1f} ({:.1f} to {:.1f})".format
+    cells = {SCORES[key]: [form(*ends) for ends in scores[key].to_numpy()] for key in SCORES}
+    return pd.DataFrame(cells, index=scores.index)
+
+
+def steady(found: Runs) -> list[str]:
     """Return the variants of which no run went wrong."""
-    broken = {name for (name, _), found in results.findings.items() if BROKEN & {*found}}
-    return [name for name in results.compared if name not in broken]
+    broken = {name for (name, _), run in found.items() if BROKEN & {*run.findings}}
+    return [name for name in compared(found) if name not in broken]
 
 
-def spread_of(results: Results) -> Spread:
+def spread_of(found: Runs) -> Spread:
     """Return how far the seed moves the mAP of the steady variants."""
-    return seed_spread({name: results.of(name) for name in steady(results)})
+    return seed_spread({name: tables_of(found, name) for name in steady(found)})
 
 
-def luck_in_words(results: Results, spread: Spread, found: Mapping[str, pd.DataFrame]) -> str:
-    """Say how far other people and another seed would move a score; `found`: of `intervals`."""
-    ends = [table.loc["mAP", "high"] - table.loc["mAP", "low"] for table in found.values()]
-    sure = steady(results)
-    rows = "all rows" if len(sure) == len(results.compared) else ", ".join(sure)
-    seeds = (
-        f"From seed to seed the mAP of a row has a standard deviation of {100 * spread.deviation:.1f} "
-        f"points ({spread.freedom} degrees of freedom, {rows} together)."
-        if spread.freedom
-        else "One seed each says nothing of the luck of the seed, and what follows leaves it out: it is "
-        "about these very networks."
-    )
+def luck_in_words(found: Runs, spread: Spread, scores: pd.DataFrame) -> str:
+    """Say how far other people and another seed would move a score; `scores`: of `intervals`."""
+    reach = (scores["mAP", "high"] - scores["mAP", "low"]).mean() / 2
+    rows = "all rows" if steady(found) == compared(found) else ", ".join(steady(found))
+    said = f"With other people each mAP would move by about ±{reach:.1f} points."
+    if not spread.freedom:
+        return (
+            f"{said} One seed each says nothing of another: what follows is about these networks."
+        )
     return (
-        f"With other people each mAP would move by about ±{50 * np.mean(ends):.1f} points. {seeds} "
-        "Intervals that overlap do not mean that two rows are equal. Both rows answered *the same "
-        "queries*, so what is hard for one is hard for the other, and most of the luck cancels in their "
-        "difference."
+        f"{said} From seed to seed the mAP of a row has a standard deviation of "
+        f"{100 * spread.deviation:.1f} points ({spread.freedom} degrees of freedom, {rows} together)."
     )
 
 
-class Pairs(NamedTuple):
-    """All pairs of variants: their differences, and p-values for claiming all of them at once."""
-
-    found: dict[tuple[str, str], Difference]
-    adjusted: dict[tuple[str, str], float]
-    spread: Spread
-
-    @property
-    def luck(self) -> str:
-        """What the differences account for, in words."""
-        seed = "another seed" if self.spread.freedom else "(not another seed)"
-        return f"other people and {seed}" if self.spread.freedom else f"other people {seed}"
-
-    @property
-    def hold(self) -> list[tuple[str, str]]:
-        """Pairs that are told apart, all claimed together."""
-        return [pair for pair in self.found if self.adjusted[pair] < SURE]
+# --- claims
 
 
-def pairs_of(results: Results, spread: Spread) -> Pairs:
-    """Compare all variants with each other on the same queries."""
-    pairs = list(itertools.combinations(results.compared, 2))
-    found = {(a, b): difference(results.of(a), results.of(b), spread=spread) for a, b in pairs}
-    adjusted = dict(zip(pairs, holm([d.p for d in found.values()]), strict=True))
-    return Pairs(found, adjusted, spread)
+def claims(
+    sides: Mapping[str, tuple[TABLES, TABLES]], spread: Spread, one_network: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Subtract the mAP of two sides, first minus second, for each of several claims.
+
+    Args:
+        sides: by label, two rows' per-query tables, one for each seed.
+        spread: of the seeds.
+        one_network: labels of which both sides are one network: there the seed is no luck.
+
+    Returns:
+        In points `value`, its 95 % interval `low` to `high`, its errors from `people` and `seeds`;
+        `p` of each alone, `holm` corrected for claiming all of them at once.
+    """
+    found = [
+        difference(*its, spread=None if label in one_network else spread)
+        for label, its in sides.items()
+    ]
+    table = pd.DataFrame(found, list(sides), Difference._fields, dtype=float)
+    p = table.pop("p")
+    return (100 * table).assign(p=p, holm=holm(p))
 
 
-def differences(found: Iterable[Difference], labels: list[str]) -> pd.DataFrame:
-    """Return differences in points: columns `value`, `low` and `high`, a row for each label."""
-    rows = [100 * np.array(d[:3]) for d in found]
-    return pd.DataFrame(rows, index=labels, columns=["value", "low", "high"], dtype=float)
+def luck(table: pd.DataFrame) -> str:
+    """Return in words what claims account for."""
+    known = table["seeds"].notna().any()
+    return "other people " + ("and another seed" if known else "(not another seed)")
 
 
-def pairs_table(pairs: Pairs) -> pd.DataFrame:
-    """Return the pairs for people: difference with its interval, errors, and p-values."""
-    found, labels = pairs.found.values(), [f"{a} − {b}" for a, b in pairs.found]
-    table = differences(found, labels).rename(columns={"value": "mAP, points"})
-    table["error: people"] = [100 * d.people for d in found]
-    if pairs.spread.freedom:
-        table["error: seeds"] = [100 * d.seeds for d in found]
-    return table.assign(p=[d.p for d in found], **{"p, Holm": [*pairs.adjusted.values()]})
+def sure(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the claims that hold, all made together."""
+    return table[table["holm"] < SURE]
 
 
-def pairs_in_words(pairs: Pairs) -> list[str]:
+# --- pairs of variants
+
+
+def pairs_of(found: Runs, spread: Spread) -> pd.DataFrame:
+    """Compare all variants with each other: `claims`, with the columns `higher` and `lower`."""
+    tables = {name: tables_of(found, name) for name in compared(found)}
+    pairs = list(itertools.combinations(tables, 2))
+    table = claims({f"{a} − {b}": (tables[a], tables[b]) for a, b in pairs}, spread)
+    ordered = [(a, b) if v > 0 else (b, a) for (a, b), v in zip(pairs, table["value"], strict=True)]
+    return table.assign(higher=[a for a, _ in ordered], lower=[b for _, b in ordered])
+
+
+def pairs_in_words(pairs: pd.DataFrame) -> Iterator[str]:
     """Say which differences hold, which might, and which cannot be told."""
 
-    def verdict(pair: tuple[str, str]) -> str:
-        a, b = pair if pairs.found[pair].value > 0 else pair[::-1]
-        p = pairs.adjusted[pair]
-        said = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-        return f"{a} beats {b} by {100 * abs(pairs.found[pair].value):.1f} points ({said})"
+    def beats(table: pd.DataFrame) -> str:
+        return "; ".join(
+            f"{d.higher} beats {d.lower} by {abs(d.value):.1f} points (p = {d.holm:.2g})"
+            for d in table.itertuples()
+        )
 
-    found, hold, lines = pairs.found, pairs.hold, []
-    maybe = [pair for pair in found if found[pair].p < SURE <= pairs.adjusted[pair]]
-    rest = [pair for pair in found if found[pair].p >= SURE]
-    if hold:
-        lines.append(
-            f"**These differences hold**, with {pairs.luck}, all claimed together: "
-            f"{'; '.join(map(verdict, hold))}."
-        )
-    elif found:
-        lines.append(f"**No difference holds**, with {pairs.luck}, when all are claimed together.")
-    if maybe:
-        lines.append(
-            f"**Only if that pair had been the one question**, not one of {len(found)}: "
-            f"{'; '.join(map(verdict, maybe))}."
-        )
-    if rest:
-        least = 100 * np.mean([(found[pair].high - found[pair].low) / 2 for pair in rest])
-        lines.append(
-            f"**Not told apart**: {'; '.join(f'{a} and {b}' for a, b in rest)}. That does not make "
-            f"them equal. With these queries and seeds you cannot see a difference of less than about "
+    hold, rest = sure(pairs), pairs[pairs["p"] >= SURE]
+    alone = pairs[(pairs["p"] < SURE) & (pairs["holm"] >= SURE)]
+    if len(hold):
+        yield f"**These differences hold**, with {luck(pairs)}, all claimed together: {beats(hold)}."
+    elif len(pairs):
+        yield f"**No difference holds**, with {luck(pairs)}, when all are claimed together."
+    if len(alone):
+        question = f"**Only if that pair had been the one question**, not one of {len(pairs)}"
+        yield f"{question}: {beats(alone)}."
+    if len(rest):
+        least = (rest["high"] - rest["low"]).mean() / 2
+        yield (
+            f"**Not told apart**: {'; '.join(f'{d.higher} and {d.lower}' for d in rest.itertuples())}. "
+            "That does not make them equal: these queries and seeds show no difference below about "
             f"{least:.1f} points, and a larger one only where it is claimed alone."
         )
-    return lines
 
 
-def conclusion(pairs: Pairs, table: pd.DataFrame) -> str:
-    """Say which variant is best, as far as it can be said."""
-    best, equal = best_of(table)
-    if not pairs.found:
+def conclusion(pairs: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Say which variant is best, as far as it can be said, and how many differences are real."""
+    best, *equal = highest(table)
+    if pairs.empty:
         return f"There is one row alone, {best}: nothing to compare it with."
-    beaten = [name for name in table.index if {name, best} in [{*pair} for pair in pairs.hold]]
+    hold = sure(pairs)
+    beaten = [*hold["lower"][hold["higher"] == best]]
     level = [name for name in table.index if name not in (best, *beaten)]
-    if not beaten:
-        highest = " and ".join([best, *equal])
-        return f"None is shown to be best: no row is told apart from {highest}, the highest."
-    said = f"{best} is best: it beats each of the others."
-    if level:
-        said = f"{best} has the highest mAP. It beats {', '.join(beaten)}, "
-        said += f"and is not told apart from {', '.join(level)}."
-    if not pairs.spread.freedom:
+    if beaten:
+        apart = f"and is not told apart from {', '.join(level)}" if level else "each of the others"
+        said = f"{best} has the highest mAP. It beats {', '.join(beaten)}, {apart}."
+    else:
+        best = " and ".join([best, *equal])
+        said = f"None is shown to be best: no row is told apart from {best}, the highest."
+    if pairs["seeds"].isna().all():
         said += " It is about these very networks: other seeds may turn it round."
+    return (
+        f"{said} Of {len(pairs)} differences between the rows {len(hold)} hold when all are claimed "
+        f"together, with {luck(pairs)}."
+    )
+
+
+# --- margins
+
+
+def margin_table(found: Runs, grid: Mapping, split: str) -> pd.DataFrame:
+    """Return the mAP in per cent over margins, a column for each loss and for its held-out people.
+
+    Columns are (loss, "test" or the split it is), of losses with two margins or more.
+    """
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for (loss, margin), run in ((place, found[key]) for place, key in grid.items() if key in found):
+        cells.setdefault((loss, split), {})[str(margin)] = 100 * run.scores["mAP"]
+        if split == "test" and not np.isnan(run.held_out):
+            cells.setdefault((loss, "held_out"), {})[str(margin)] = run.held_out
+    several = {column: values for column, values in cells.items() if len(values) > 1}
+    return pd.DataFrame(several, index=[str(m) for m in MARGINS], dtype=float)
+
+
+def margins_in_words(
+    found: Runs, grid: Mapping, table: pd.DataFrame, split: str, spread: Spread
+) -> Iterator[str]:
+    """Say which margin to choose for each loss, and which are worse beyond luck."""
+    if table.empty:
+        yield "The grid of margins was not asked for, or its rows are missing."
+    for loss in dict.fromkeys(loss for loss, _ in table.columns):
+        scores = table[loss]
+        on = "held_out" if "held_out" in scores else split
+        chosen, top = scores[on].idxmax(), scores[split].idxmax()
+        tables = {
+            str(margin): [found[key].per_query]
+            for (its, margin), key in grid.items()
+            if its == loss and key in found
+        }
+        against = tables.pop(chosen)
+        others = claims({m: (its, against) for m, its in tables.items()}, spread)
+        said = f"The highest is {chosen}"
+        if on != split:
+            given = scores[split][chosen]
+            said = f"Held-out people choose {chosen}, which gives {given:.1f} % on the test split"
+        if others["value"].get(top, 0) > 0:
+            gap = others.loc[top]
+            said += (
+                f"; {top} would have given {gap.value:.1f} points more (95 % interval {gap.low:+.1f} to "
+                f"{gap.high:+.1f}), but to choose it by that would be to tune on the test split"
+            )
+        real = sure(others)["value"]
+        worse, better = (", ".join(its.index) or "none" for its in (real[real < 0], real[real > 0]))
+        yield (
+            f"**{loss.replace('_', '-')}**: {said}. Beyond luck, worse than {chosen}: {worse}; "
+            f"better: {better}."
+        )
+
+
+# --- what makes the numbers
+
+
+def ladder_of(
+    found: Runs, gains: list[Gain], spread: Spread, flipped: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Compare the two sides of each step whose rows are there.
+
+    Args:
+        found: the runs.
+        gains: the steps.
+        spread: of the seeds.
+        flipped: the per-query table of the base with test-time flips, to make them a step, too.
+
+    Returns:
+        `claims`, with the columns `mAP` (per cent, with the step) and `what`.
+    """
+    sides = {
+        gain.label: ([found[gain.after].per_query], [found[gain.before].per_query])
+        for gain in gains
+        if gain.after in found and gain.before in found
+    }
+    mining, flips = "batch-hard, not random", f"test-time flips ({BASE})"
+    hard, chance = tables_of(found, BASE), tables_of(found, "random soft")
+    if gains and hard and chance:
+        sides[mining] = (hard, chance)
+    if flipped is not None:
+        sides[flips] = ([flipped], [found[BASE, 0].per_query])
+    what = {gain.label: gain.what for gain in gains}
+    what[mining] = "mining: each anchor's hardest triplet, not a random one"
+    what[flips] = "the mirror image at test time too"
+    return claims(sides, spread, one_network=[flips]).assign(
+        mAP=[100 * score_values(pd.concat(after))["mAP"].mean() for after, _ in sides.values()],
+        what=[what[label] for label in sides],
+    )
+
+
+def best_step_in_words(ladder: pd.DataFrame) -> str:
+    """Say which single step brings most; "" where none brings anything."""
+    value = ladder["value"]
+    if not (value > 0).any():
+        return ""
+    return f"Of the single steps, **{value.idxmax()}** brings most: {value.max():+.1f} points."
+
+
+def ladder_in_words(ladder: pd.DataFrame, found: Runs) -> str:
+    """Say which step brings most, and which hold."""
+    if ladder.empty:
+        return "What makes the numbers was not asked for, or its rows are missing."
+    said = best_step_in_words(ladder) or "No step gains anything here."
+    if PLAIN in found:
+        said += f" The plain recipe alone has {100 * found[PLAIN].scores['mAP']:.1f} % mAP."
+    hold = sure(ladder)["value"].sort_values(ascending=False)
+    words = "; ".join(f"{name} ({value:+.1f})" for name, value in hold.items()) or "none"
+    said += f" Gains or losses that hold, all claimed together: {words}."
+    if len(hold) < len(ladder):
+        said += f" The others are within what {luck(ladder)} do by chance."
     return said
 
 
-def real_in_words(pairs: Pairs, table: pd.DataFrame) -> str:
-    """Say in two sentences whether the differences are real."""
-    said = f"Is it real? {conclusion(pairs, table)}"
-    if pairs.found:
-        said += (
-            f" Of {len(pairs.found)} differences between the rows {len(pairs.hold)} hold when all "
-        )
-        said += f"are claimed together, with {pairs.luck}."
-    return said
-
-
-# --- learning
-
-
-def ends_in_words(histories: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Say where trainings ended, from the highest to the lowest: medians of the last quarter."""
-    ends = {name: h.iloc[-max(1, len(h) // 4) :].median() for name, h in histories.items()}
-
-    def ordered(form: str, value) -> str:
-        values = {name: value(end) for name, end in ends.items()}
-        return ", ".join(
-            f"{n} {values[n]:{form}}" for n in sorted(values, key=values.get, reverse=True)
-        )
-
-    apart = ordered(".1f", lambda e: e["negative_p50"] / max(e["positive_p50"], 1e-9))
-    return [
-        f"**Active share**: {ordered('.1%', lambda e: e['active'])}. Under a margin an inactive triplet "
-        "teaches nothing. Under the soft one a triplet is called active when the stranger is no farther "
-        "than the same person; the others still push, the less the farther apart they are. Batch-hard "
-        "counts the worst triplet of each anchor alone, batch-all every one.",
-        f"**Strangers**, median distance: {ordered('.2f', lambda e: e['negative_p50'])}. A margin stops "
-        "pushing where it is reached, the soft one never does. Scale is no merit: what counts is the gap "
-        "between the bands.",
-        f"**Strangers over the same person**, medians: {apart}.",
-        f"**Norm**: {ordered('.1f', lambda e: e['norm'])}.",
-    ]
+# --- single queries
 
 
 def disputed_in_words(aps: pd.DataFrame, shown: int) -> str:
     """Say how much rows disagree: APs (queries × rows), the most disputed query first."""
-    gaps = [(aps[a] - aps[b]).abs().mean() for a, b in itertools.combinations(aps, 2)]
-    first, means = aps.iloc[:20], aps.mean()
+    gaps = np.mean([(aps[a] - aps[b]).abs().mean() for a, b in itertools.combinations(aps, 2)])
+    widest, apart = np.ptp(aps.iloc[0]), np.ptp(aps.mean())
+    first = aps.iloc[:20]
     winners = first.eq(first.max(axis=1), axis=0).sum().sort_values(ascending=False)
-    widest = 100 * (aps.iloc[0].max() - aps.iloc[0].min())
     best = ", ".join(f"{name} answers {count} best" for name, count in winners.items())
-    said = (
-        f"On these {min(shown, len(aps))} queries the AP differs by up to {widest:.0f} points. Of the "
-        f"{len(first)} most disputed, {best} (equal ones count for each). Over all {len(aps):,} queries "
-        f"the AP of two rows differs by {100 * np.mean(gaps):.0f} points on average, either way; their "
-        f"means differ by at most {100 * (means.max() - means.min()):.0f}."
+    hides = " So a mean hides whom each row finds." if gaps > apart else ""
+    return (
+        f"On these {min(shown, len(aps))} queries the AP differs by up to {100 * widest:.0f} points. Of "
+        f"the {len(first)} most disputed, {best} (equal ones count for each). Over all {len(aps):,} "
+        f"queries the AP of two rows differs by {100 * gaps:.0f} points on average, either way; their "
+        f"means differ by at most {100 * apart:.0f}.{hides}"
     )
-    if np.mean(gaps) > means.max() - means.min():
-        said += " So a mean hides how much rows disagree about whom they find."
-    return said

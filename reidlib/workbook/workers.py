@@ -8,13 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
-class Died(Exception):
-    """The process of a task was killed from outside, as where memory runs out."""
-
-
-def each(
-    function: Callable, tasks: Mapping[str, tuple], jobs: int
-) -> Iterator[tuple[str, Any | Died]]:
+def each(function: Callable, tasks: Mapping[str, tuple], jobs: int) -> Iterator[tuple[str, Any]]:
     """Call a function for each task, several at once, and yield results as they come.
 
     Every worker is a pool of its own that is given one task at a time. One pool of several would
@@ -26,7 +20,8 @@ def each(
         jobs: tasks at once, each in a process with its share of the CPU's cores; 1: in this process.
 
     Yields:
-        The name of a task, and what the function returned, or `Died`.
+        The name of a task, and what the function returned; None if its process was killed from
+        outside, as where memory runs out.
 
     Raises:
         BaseException: what the function raised, or what came from outside, as KeyboardInterrupt. The
@@ -52,7 +47,7 @@ def each(
                     result = future.result()
                 except BrokenProcessPool:
                     idle[-1] = _worker(threads)
-                    result = Died("Its process was killed; is there enough memory?")
+                    result = None
                 yield name, result
     finally:
         if running:
