@@ -153,9 +153,9 @@ def score(args) -> int:
 )
 def scores(args) -> int:
     """Print a table of scores in per cent, of runs that were scored before."""
-    from reidlib.workbook.scores import scores_table
+    from reidlib.workbook.scores import scores_text
 
-    print(scores_table(args.runs, baselines=args.baselines, against=args.against))
+    print(scores_text(args.runs, baselines=args.baselines, against=args.against))
     return 0
 
 

@@ -44,12 +44,22 @@ def execute(
     copy.parent.mkdir(parents=True, exist_ok=True)
     running = copy.with_name(f"{copy.stem}.running-{os.getpid()}.ipynb")
     failed = copy.with_name(f"{copy.stem}.failed.ipynb")
-    notebook = _with_parameters(path, parameters)
-    begun, stop = time.monotonic(), _Stop()
+    notebook, stop, begun = _with_parameters(path, parameters), _Stop(), time.monotonic()
+    client = NotebookClient(
+        notebook,
+        km=stop.kernel,
+        timeout=timeout,
+        startup_timeout=120,
+        iopub_timeout=60,  # by default 4 s, which a busy machine exceeds
+        raise_on_iopub_timeout=True,
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr
+    )
+    nbformat.write(notebook, running)
+    hidden = not (show_progress and sys.stderr.isatty())
     say("started")
     try:
-        with stop:
-            _run(notebook, path.stem, running, stop, timeout, show_progress)
+        with stop, tqdm(notebook.cells, path.stem, leave=False, disable=hidden) as cells:
+            _run(client, path.stem, cells, running, stop)
         running.replace(copy)
         failed.unlink(missing_ok=True)
         say("done in", f", {copy}")
@@ -85,43 +95,22 @@ def _with_parameters(path: Path, parameters: dict) -> nbformat.NotebookNode:
     return notebook
 
 
-def _run(
-    notebook: nbformat.NotebookNode,
-    name: str,
-    running: Path,
-    stop: "_Stop",
-    timeout: float | None,
-    show_progress: bool,
-) -> None:
+def _run(client: NotebookClient, name: str, cells: tqdm, running: Path, stop: "_Stop") -> None:
     """Run the cells one by one; after each, the notebook is written to `running`.
 
     Raises:
         NotebookFailed: it did not come to its end.
     """
-    client = NotebookClient(
-        notebook,
-        km=stop.kernel,
-        timeout=timeout,
-        startup_timeout=120,
-        iopub_timeout=60,  # by default 4 s, which a busy machine exceeds
-        raise_on_iopub_timeout=True,
-        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr
-    )
-    nbformat.write(notebook, running)
-    hidden = not (show_progress and sys.stderr.isatty())
     cell = None
     try:
-        with (
-            client.setup_kernel(cleanup_kc=True),
-            tqdm(notebook.cells, desc=name, leave=False, disable=hidden) as cells,
-        ):
+        with client.setup_kernel(cleanup_kc=True):
             for index, cell in enumerate(cells):
                 if stop.signal is not None:  # a kernel between two cells ignores an interrupt
                     raise NotebookFailed("stopped")
                 try:
                     client.execute_cell(cell, index)
                 finally:
-                    nbformat.write(notebook, running)
+                    nbformat.write(client.nb, running)
     except Exception as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0]
         if isinstance(error, CellExecutionError):
@@ -133,11 +122,11 @@ def _run(
 
 def _place(cell: nbformat.NotebookNode | None) -> str:
     """Say which cell: by its number, where it has one, and by its first line of code."""
-    lines = [s for line in cell.source.splitlines() if (s := line.strip())] if cell else []
-    code = next((line for line in lines if not line.startswith("#")), None)
-    count = cell.get("execution_count") if cell else None
-    number = "" if count is None else f" In [{count}]"
-    return f", cell{number} {code!r}" if code else ""
+    for line in cell.source.splitlines() if cell else ():
+        if line.strip() and not line.strip().startswith("#"):
+            count = cell.get("execution_count")
+            return f", cell{f' In [{count}]' if count else ''} {line.strip()!r}"
+    return ""
 
 
 class _Stop:

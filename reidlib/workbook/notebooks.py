@@ -38,10 +38,11 @@ def check_parameters(history: Sequence[str]) -> None:
     ValueError: There is no parameter 'marign'; did you mean 'margin'? There are: margin.
     """
     for before, source in pairwise(history):
-        known = _assigned(before)
-        if known and source.split("\n", 1)[0].strip() == INJECTED:
-            _refuse_unknown(_assigned(source), known)
-            return  # cells that are run again come later
+        if source.split("\n", 1)[0].strip() == INJECTED:
+            with suppress(SyntaxError):  # something of IPython's stands before it
+                if known := _assigned(before):
+                    _refuse_unknown(_assigned(source), known)
+                    return  # cells that are run again come later
 
 
 def given(names: Iterable[str]) -> dict[str, Any]:
@@ -99,38 +100,28 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{notebook} is not a Jupyter notebook (format 4): {error!r}.") from error
     try:
-        ast.parse(source)
+        return _assigned(source)
     except SyntaxError as error:
         raise ValueError(f"The parameters cell of {notebook} is not Python: {error}.") from error
+
+
+def _assigned(source: str) -> dict[str, Parameter]:
+    """Return what a cell assigns at its top level."""
     found = {}
-    for name, (annotation, value) in _assigned(source).items():
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
         default = None
         with suppress(ValueError):
-            default = ast.literal_eval(value)
+            default = ast.literal_eval(node.value)
         # A bare `steps = None` does not say what it takes.
         kind = Any if default is None else type(default)
-        if annotation is not None:
-            with suppress(Exception):  # something that is not among the plain types
-                kind = eval(ast.unparse(annotation), _TYPES)
-                kind = kind | None if default is None else kind
-        found[name] = Parameter(kind, default)
-    return found
-
-
-def _assigned(source: str) -> dict[str, tuple[ast.expr | None, ast.expr | None]]:
-    """Return what a cell assigns at its top level: name -> (annotation, value)."""
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:  # a cell with something of IPython in it
-        return {}
-    found = {}
-    for node in body:
-        match node:
-            case ast.AnnAssign(target=ast.Name(id=name)):
-                found[name] = (node.annotation, node.value)
-            case ast.Assign(targets=targets):
-                names = [target.id for target in targets if isinstance(target, ast.Name)]
-                found |= dict.fromkeys(names, (None, node.value))
+        with suppress(Exception):  # no annotation, or something that is not among the plain types
+            kind = eval(ast.unparse(node.annotation), _TYPES)
+            kind = kind | None if default is None else kind
+        for target in getattr(node, "targets", None) or [node.target]:
+            if isinstance(target, ast.Name):
+                found[target.id] = Parameter(kind, default)
     return found
 
 
@@ -214,8 +205,6 @@ def run(
         KeyboardInterrupt, SystemExit: it was stopped.
     """
     paths = [find_notebook(n) for n in ([names] if isinstance(names, str | Path) else names)]
-    if not paths:
-        raise ValueError("There are no notebooks to run: name one or more, such as 03_train.")
     declared = [read_parameters(path) for path in paths]
     parameters = parameters or {}
     where = "its cell" if len(paths) == 1 else "their cells"

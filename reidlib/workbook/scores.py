@@ -1,7 +1,6 @@
 """The scores of runs in one table, and what each gained over another, from the files of the runs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +16,16 @@ EXPLAINED = (
     "Per cent; higher is better. mAP: mean average precision over all matches of a query;\n"
     "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
 )
+GAINS = (
+    "mAP over that of {}, points, paired over the people of the queries. It is about\nthese very "
+    "networks: how far another seed moves them is not in the interval."
+)
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class RunScores:
-    """What `scores_table` found; printed, it explains itself.
-
-    Attributes:
-        table: per cent; a row for each run and for what belongs to it, a column for each score.
-        notes: a sentence or two on each run: how many queries, where its ranked lists are.
-        against: the run that the others are compared with, or None.
-        gains: mAP over that of `against`, in points, with columns `gain`, `95 % from`, `to` and `p`;
-            a row for each run and split. None if there is no such run.
-    """
-
-    table: pd.DataFrame
-    notes: list[str]
-    against: Path | None = None
-    gains: pd.DataFrame | None = None
-
-    def __repr__(self) -> str:
-        """The table, what its columns are, the gains, the notes."""
-        parts = [self.table.to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
-        if self.gains is not None:
-            form = dict.fromkeys(self.gains.columns, "{:+.2f}".format) | {"p": "{:.2g}".format}
-            parts.append(
-                f"mAP over that of {self.against.name}, points, paired over the people of the queries. "
-                "It is about\nthese very networks: how far another seed moves them is not in the "
-                "interval."
-            )
-            parts.append(self.gains.to_string(formatters=form))
-        return "\n\n".join([*parts, "\n".join(self.notes)]).rstrip()
-
-
-def scores_table(
+def scores_text(
     runs: Sequence[str | Path] = (), *, baselines: bool = False, against: str | Path | None = None
-) -> RunScores:
-    """Return the scores of runs as they were written; nothing is scored here.
+) -> str:
+    """Return a table of the scores of runs and what it means; nothing is scored here.
 
     Args:
         runs: names or folders; by default all runs under `outputs/`.
@@ -70,8 +42,7 @@ def scores_table(
             f"There are no runs in {outputs_dir()} yet. Make one: "
             "python -m reidlib run 03_train 04_evaluate"
         )
-    folders = [find_run(run) for run in runs]
-    rows, notes = [], []
+    folders, rows, notes = [find_run(run) for run in runs], [], []
     for folder in folders:
         file = folder / "metrics.json"
         metrics = read_json(file) if file.is_file() else {}
@@ -79,9 +50,13 @@ def scores_table(
         notes += _notes(folder, metrics)
     labels, scores = zip(*rows, strict=True)
     table = 100 * pd.DataFrame(scores, index=labels).reindex(columns=list(SCORES)).astype(float)
-    if against is None:
-        return RunScores(table, notes)
-    return RunScores(table, notes, find_run(against), _gains(folders, find_run(against)))
+    parts = [table.to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
+    if against is not None:
+        other = find_run(against)
+        gains = _gains(folders, other)
+        form = dict.fromkeys(gains.columns, "{:+.2f}".format) | {"p": "{:.2g}".format}
+        parts += [GAINS.format(other.name), gains.to_string(formatters=form)]
+    return "\n\n".join([*parts, "\n".join(notes)]).rstrip()
 
 
 def _rows(
@@ -110,7 +85,7 @@ def _notes(folder: Path, metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def _gains(folders: Sequence[Path], against: Path) -> pd.DataFrame:
-    """Return gains of mAP with their intervals, and p, on each split that both were scored on."""
+    """Return gains of mAP in points, their intervals, and p: a row for each run and split."""
     gains = {}
     for folder in folders:
         for split, file in PER_QUERY.items():
@@ -125,5 +100,4 @@ def _gains(folders: Sequence[Path], against: Path) -> pd.DataFrame:
             gains[label] = [100 * v for v in (found.value, found.low, found.high)] + [found.p]
     if not gains:
         raise ValueError(f"No run here was scored on the same queries as {against.name}.")
-    columns = ["gain", "95 % from", "to", "p"]
-    return pd.DataFrame(gains.values(), index=list(gains), columns=columns)
+    return pd.DataFrame.from_dict(gains, "index", columns=["gain", "95 % from", "to", "p"])
