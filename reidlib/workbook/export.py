@@ -20,13 +20,13 @@ With NumPy, Pillow and ONNX Runtime alone, and `network_input` copied from this 
     (emb,) = session.run([card["output"]["name"]], {card["input"]["name"]: batch})  # (B, D)
 """
 
-import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -42,25 +42,9 @@ from reidlib.runs import sha256, write_atomically, write_json
 
 TOLERANCE = 1e-4  # the largest difference of any number of an embedding …
 ROUNDING = 1e-5  # … or this share of the largest one, where float32 itself is no more exact
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # what torch's exporter speaks by itself; a newer one would be converted to
 BATCHES = (1, 2, 3)  # sizes that are checked beside the whole set
-PREPARE = {  # how a picture becomes the graph's input, see `network_input`
-    "content": "one person, cropped as a detector would: the graph finds nobody in a scene",
-    "decode": "to 8-bit RGB; apply EXIF orientation; grey, palette and CMYK become RGB, alpha is "
-    "dropped, 16-bit grey keeps its upper 8 bits",
-}
-RESIZE = {
-    "filter": "bilinear (triangle) with antialiasing: when shrinking, its support grows with the "
-    "scale; half-pixel centres; proportions are not kept",
-    "arithmetic": "float32. Pillow: Image.BILINEAR on each channel in mode F; PyTorch: "
-    "interpolate(mode='bilinear', antialias=True). Resizing 8-bit pictures rounds to whole levels (so "
-    "does reidlib where a folder has pictures of several sizes), OpenCV's and ONNX's plain linear "
-    "filters do not antialias: both move embeddings",
-}
-NOTE = (
-    "For research and teaching. Data sets and pretrained weights have licences of their own, and "
-    "people have not agreed to be followed."
-)
 
 
 def export(
@@ -84,11 +68,9 @@ def export(
             embeddings differ by more than `TOLERANCE` (`ROUNDING` where numbers exceed 10).
         FileNotFoundError, ValueError: no such run; no file can be named `out`.
     """
-    missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(n)]
-    if missing:
+    if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:
         raise RuntimeError(
-            f"To export, {', '.join(missing)} must be installed: python -m pip install "
-            f"{' '.join(missing)}"
+            f"To export, you need more packages: python -m pip install {' '.join(missing)}"
         )
     weights, out = weights_file(run), Path(out).expanduser()
     name = weights.parent.name if weights.stem == "weights" else weights.stem
@@ -99,10 +81,9 @@ def export(
     card = _card(model, name, sha256(weights))
     content = _graph(model, card)
     what = "pictures that were given" if images is not None else "random pictures"
-    images = _random_images(model) if images is None else images
-    difference, allowed = _checked(content, model, images)
-    card["parity"] = {"max_abs_difference": difference, "tolerance": allowed}
-    card["parity"]["checked_on"] = f"{len(images)} {what}"
+    if images is None:
+        images = _random_images(model.recipe.height, model.recipe.width)
+    card["parity"] = _parity(content, model, images) | {"checked_on": f"{len(images)} {what}"}
     card["sha256"] = hashlib.sha256(content).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_name(out.name + ".json"), card)
@@ -128,10 +109,9 @@ def network_input(image: np.ndarray, height: int, width: int) -> np.ndarray:
 class _WithNormalisation(nn.Module):
     """The network from pixels in [0, 255], as `Augmentation.plain` normalises them."""
 
-    def __init__(self, model: EmbeddingNet):
+    def __init__(self, model: EmbeddingNet, mean: list[float], std: list[float]):
         super().__init__()
         self.model = model
-        mean, std = _normalisation(model)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
@@ -140,31 +120,22 @@ class _WithNormalisation(nn.Module):
         return self.model((images / 255 - self.mean) / self.std)
 
 
-def _normalisation(model: EmbeddingNet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    of_imagenet = model.recipe.normalise == "imagenet"
-    return (IMAGENET_MEAN, IMAGENET_STD) if of_imagenet else ((0.0,) * 3, (1.0,) * 3)
-
-
 def _card(model: EmbeddingNet, name: str, digest: str) -> dict:
     """Return what a program must know to use the graph, and where it came from."""
-    recipe, (mean, std) = model.recipe, _normalisation(model)
-    h, w = recipe.height, recipe.width
-    normalisation = {"inside_the_graph": True, "formula": "(pixel / 255 - mean) / std"}
-    origin = recipe.model_dump(include={"backbone", "last_stride", "head"})
-    return {
-        "input": {"name": "images", "shape": ["batch", 3, h, w], "dtype": "float32"}
-        | {"layout": "NCHW", "channels": "RGB", "range": [0, 255]},
-        "output": {"name": "embeddings", "shape": ["batch", model.dim], "dtype": "float32"},
-        "distance": "Euclidean; smaller is more alike. Embeddings are not of length 1.",
-        "preprocessing": PREPARE
-        | {"resize": {"height": h, "width": w} | RESIZE}
-        | {"normalisation": normalisation | {"mean": list(mean), "std": list(std)}},
-        "model": {"run": name, "trained_on": Path(recipe.dataset).name, "variant": recipe.variant}
-        | origin
-        | {"weights_sha256": digest},
-        "made_with": {"torch": torch.__version__, "opset": OPSET},
-        "note": NOTE,
-    }
+    recipe = model.recipe
+    height, width = recipe.height, recipe.width
+    of_imagenet = recipe.normalise == "imagenet"
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if of_imagenet else ((0.0,) * 3, (1.0,) * 3)
+    card = json.loads(Path(__file__).with_name("onnx_card.json").read_text(encoding="utf-8"))
+    card["input"]["shape"] = ["batch", 3, height, width]
+    card["output"]["shape"] = ["batch", model.dim]
+    card["preprocessing"]["resize"] |= {"height": height, "width": width}
+    card["preprocessing"]["normalisation"] |= {"mean": list(mean), "std": list(std)}
+    origin = {"run": name, "trained_on": Path(recipe.dataset).name, "variant": recipe.variant}
+    origin |= recipe.model_dump(include={"backbone", "last_stride", "head"})
+    card["model"] = origin | {"weights_sha256": digest}
+    card["made_with"] = {"torch": torch.__version__, "opset": OPSET}
+    return card
 
 
 def _graph(model: EmbeddingNet, card: dict) -> bytes:
@@ -172,19 +143,15 @@ def _graph(model: EmbeddingNet, card: dict) -> bytes:
     import onnx
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+    normalisation = card["preprocessing"]["normalisation"]
+    network = _WithNormalisation(model, normalisation["mean"], normalisation["std"]).eval()
+    images = torch.zeros(2, *card["input"]["shape"][1:])  # sizes 0 and 1 are taken for constants
+    options = {"dynamo": True, "opset_version": OPSET, "verbose": False}
+    options |= {f"{side}_names": [card[side]["name"]] for side in ("input", "output")}
+    options["dynamic_shapes"] = ({0: torch.export.Dim("batch", min=1)},)
     # The exporter likes to talk; results and errors are enough.
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-        program = torch.onnx.export(
-            _WithNormalisation(model).eval(),
-            # A batch of 2: sizes of 0 and 1 would be taken for constants.
-            (torch.zeros(2, *card["input"]["shape"][1:]),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[card["input"]["name"]],
-            output_names=[card["output"]["name"]],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            verbose=False,
-        )
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
+        program = torch.onnx.export(network, (images,), **options)
     # Stack traces of the exporter: half of a small file, and paths of this machine.
     ClearMetadataAndDocStringPass()(program.model)
     program.model.metadata_props["reidlib"] = json.dumps(card, ensure_ascii=False)
@@ -193,17 +160,15 @@ def _graph(model: EmbeddingNet, card: dict) -> bytes:
     return proto.SerializeToString()
 
 
-def _random_images(model: EmbeddingNet) -> list[np.ndarray]:
+def _random_images(height: int, width: int) -> list[np.ndarray]:
     """Return pictures of the input's size and of others, smaller and larger."""
     random = np.random.default_rng(0)
-    h, w = model.recipe.height, model.recipe.width
-    sizes = [(h, w)] * 4 + [(h // 2, w // 2), (2 * h + 1, 3 * w), (h, 2 * w), (128, 64)]
+    sizes = [(height, width)] * 4 + [(height // 2, width // 2), (2 * height + 1, 3 * width)]
+    sizes += [(height, 2 * width), (128, 64)]
     return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def _checked(
-    content: bytes, model: EmbeddingNet, images: Sequence[np.ndarray]
-) -> tuple[float, float]:
+def _parity(content: bytes, model: EmbeddingNet, images: Sequence[np.ndarray]) -> dict[str, float]:
     """Return how far the file's embeddings of pictures are from the library's, and how far they may.
 
     Raises:
@@ -221,18 +186,13 @@ def _checked(
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    worst = 0.0
-    for size in sorted({*BATCHES, len(images)}):
-        rows = np.arange(size) % len(images)  # a single picture makes batches of several, too
-        (emb,) = session.run(None, {name: batch[rows]})
-        if emb.shape != (size, model.dim):
-            raise RuntimeError(f"The ONNX file gives {emb.shape} for a batch of {size}.")
-        difference = float(np.abs(emb - expected[rows]).max())
-        if not difference <= allowed:  # NaN too
-            raise RuntimeError(
-                f"The ONNX file does not compute what the model computes: in a batch of {size} the "
-                f"embeddings differ by {difference:.2g}, and {allowed:.2g} is allowed. Nothing was "
-                "written."
-            )
-        worst = max(worst, difference)
-    return worst, allowed
+    # A single picture makes batches of several, too.
+    rows = [np.arange(size) % len(images) for size in (*BATCHES, len(images))]
+    found = np.concatenate([session.run(None, {name: batch[r]})[0] for r in rows])
+    difference = float(np.abs(found - expected[np.concatenate(rows)]).max())
+    if not difference <= allowed:  # NaN too
+        raise RuntimeError(
+            "The ONNX file does not compute what the model computes: embeddings differ by "
+            f"{difference:.2g}, and {allowed:.2g} is allowed. Nothing was written."
+        )
+    return {"max_abs_difference": difference, "tolerance": allowed}

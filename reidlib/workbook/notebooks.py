@@ -207,8 +207,7 @@ def run(
     paths = [find_notebook(n) for n in ([names] if isinstance(names, str | Path) else names)]
     declared = [read_parameters(path) for path in paths]
     parameters = parameters or {}
-    where = "its cell" if len(paths) == 1 else "their cells"
-    where = f" See {where} tagged 'parameters': {', '.join(path.stem for path in paths)}."
+    where = f" See the cells tagged 'parameters' of {', '.join(path.stem for path in paths)}."
     _refuse_unknown(parameters, {name: None for own in declared for name in own}, where)
     given = [_fitting(parameters, own, p.stem) for p, own in zip(paths, declared, strict=True)]
     copies = _copies(paths, output)

@@ -9,7 +9,6 @@ from typing import Any
 from reidlib.evaluation.scoring import score_run
 from reidlib.look import board
 from reidlib.model.weights import load_model, save_weights
-from reidlib.recipes import Recipe
 from reidlib.runs import find_run, lock, read_json, read_recipe, update_json, write_text
 
 FILES = (  # what is released; the rest of a run is large, or shows people
@@ -21,12 +20,10 @@ FILES = (  # what is released; the rest of a run is large, or shows people
 def release(run: str | Path) -> list[Path]:
     """Halve a run's weights, score these, with flips too, and write its model card.
 
-    All is made beside the run and put in place at the end, the weights last: an error on the way
-    leaves the run as it was.
+    An error on the way leaves the run as it was: all is put in place at the end, the weights last.
 
     Returns:
-        The files to give away: those of `FILES`, and TensorBoard's events. All are in the run's
-        folder; nothing is removed from it.
+        The files to give away, all in the run's folder: `FILES`, and TensorBoard's events.
 
     Raises:
         FileNotFoundError: no such run, one whose training has not ended, or no data to score it on.
@@ -53,48 +50,34 @@ def release(run: str | Path) -> list[Path]:
 
 def model_card(folder: Path) -> str:
     """Return the model card of a scored run, in Markdown; every number is from its files."""
-    recipe, manifest = read_recipe(folder), read_json(folder / "manifest.json")
-    metrics = read_json(folder / "metrics.json")
+    recipe, metrics = read_recipe(folder), read_json(folder / "metrics.json")
+    head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
+    keys = ";\n`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`."
+    scaled = ", less ImageNet's mean, over its standard deviation"
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
-        **recipe.model_dump(include={"backbone", "loss", "margin", "p", "k", "seed"}),
-        **{key: manifest[key] for key in ("train_images", "train_identities", "step", "reproduce")},
-        **{key: metrics[key] for key in ("evaluated_on", "queries", "precision", "protocol")},
-        **_network_in_words(recipe),
         name=folder.name,
+        recipe=recipe,
+        manifest=read_json(folder / "manifest.json"),
+        metrics=metrics,
+        head=head if recipe.head else "(no head)",
+        keys=keys if recipe.head else ".",
+        scaled=scaled if recipe.normalise == "imagenet" else "",
+        stride=",\nits last stride 1 instead of 2" if recipe.last_stride == 1 else "",
         trained_on=Path(recipe.dataset).name,
-        fingerprint=manifest["train_data"][:16],
         weights=Path(recipe.weights).name,
-        trained_in=recipe.precision,
         flips="averaged" if metrics["flip"] else "not averaged",
         table=_score_table(metrics),
     )
 
 
-def _network_in_words(recipe: Recipe) -> dict[str, str]:
-    """Return what a card says of the network and its input."""
-    head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
-    keys = ";\n`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`."
-    scaled = ", less ImageNet's mean, over its standard deviation"
-    return {
-        "size": f"{recipe.height}×{recipe.width}",
-        "head": head if recipe.head else "(no head)",
-        "keys": keys if recipe.head else ".",
-        "scaled": scaled if recipe.normalise == "imagenet" else "",
-        "stride": ",\nits last stride 1 instead of 2" if recipe.last_stride == 1 else "",
-    }
-
-
 def _score_table(metrics: dict[str, Any]) -> str:
     """Return a Markdown table of scores and intervals in per cent."""
-    # The scores with flips came later than the first released runs.
-    flipped = metrics.get("with_flips")
     lines = ["| | per cent | interval |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {100 * metrics[name]:.2f} | {100 * low:.2f} to {100 * high:.2f} |"
-        for name, (low, high) in metrics["intervals"].items()
-    ]
-    if flipped:
+    for name, (low, high) in metrics["intervals"].items():
+        interval = f"{100 * low:.2f} to {100 * high:.2f}"
+        lines.append(f"| {name} | {100 * metrics[name]:.2f} | {interval} |")
+    if flipped := metrics.get("with_flips"):  # the first released runs have none
         ends = [" with flips averaged |", "---|"]
         ends += [f" {100 * flipped[name]:.2f} |" for name in metrics["intervals"]]
         lines = [line + end for line, end in zip(lines, ends, strict=True)]

@@ -1,8 +1,7 @@
 """The scores of runs in one table, and what each gained over another, from the files of the runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -44,10 +43,9 @@ def scores_text(
         )
     folders, rows, notes = [find_run(run) for run in runs], [], []
     for folder in folders:
-        file = folder / "metrics.json"
-        metrics = read_json(file) if file.is_file() else {}
-        rows += _rows(folder, metrics, baselines)
-        notes += _notes(folder, metrics)
+        table, said = _of_run(folder, baselines)
+        rows += table.items()
+        notes += said
     labels, scores = zip(*rows, strict=True)
     table = 100 * pd.DataFrame(scores, index=labels).reindex(columns=list(SCORES)).astype(float)
     parts = [table.to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
@@ -59,29 +57,26 @@ def scores_text(
     return "\n\n".join([*parts, "\n".join(notes)]).rstrip()
 
 
-def _rows(
-    folder: Path, metrics: dict[str, Any], baselines: bool
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """Give the rows of one run, with their labels."""
-    yield folder.name, metrics
+def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Return the rows of one run by their labels, and sentences on what they do not say."""
+    file, picture = folder / "metrics.json", folder / "ranked_lists.jpg"
+    metrics = read_json(file) if file.is_file() else {}
+    rows, notes = {folder.name: metrics}, []
     if "with_flips" in metrics:
-        yield "  with flips averaged", metrics["with_flips"]
+        rows["  with flips averaged"] = metrics["with_flips"]
     if (held_out := folder / PER_QUERY["held_out"]).is_file():
-        yield "  on people held out", score_values(pd.read_csv(held_out)).mean().to_dict()
+        rows["  on people held out"] = score_values(pd.read_csv(held_out)).mean().to_dict()
     for name, scores in metrics.get("baselines", {}).items() if baselines else ():
-        yield f"  {name.replace('_', ' ')}", scores
-
-
-def _notes(folder: Path, metrics: dict[str, Any]) -> Iterator[str]:
-    """Give what the table does not say of one run."""
+        rows[f"  {name.replace('_', ' ')}"] = scores
     if "mAP" in metrics:
         lost = metrics["queries_without_match"]
         without = f", {lost} of them without a match and left out" if lost else ""
-        yield f"{folder.name}: {metrics['queries']} queries{without}"
-    elif not (folder / PER_QUERY["held_out"]).is_file():
-        yield f"{folder.name}: not scored yet; python -m reidlib score {folder.name}"
-    if (picture := folder / "ranked_lists.jpg").is_file():
-        yield f"ranked lists: {picture}"
+        notes.append(f"{folder.name}: {metrics['queries']} queries{without}")
+    elif not held_out.is_file():
+        notes.append(f"{folder.name}: not scored yet; python -m reidlib score {folder.name}")
+    if picture.is_file():
+        notes.append(f"ranked lists: {picture}")
+    return rows, notes
 
 
 def _gains(folders: Sequence[Path], against: Path) -> pd.DataFrame:
