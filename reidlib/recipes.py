@@ -1,6 +1,7 @@
 """The named training recipes: validated, immutable, each setting open to change by name."""
 
 import math
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -10,6 +11,10 @@ from reidlib.words import some
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _setting(default: Any, description: str, **limits: float) -> Any:
+    return Field(default, description=description, **limits)
 
 
 class Recipe(BaseModel):
@@ -23,76 +28,66 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    dataset: str = Field(
-        "market1501", description="market1501, synthetic, or a path (see reidlib.load)"
-    )
-    hold_out: Annotated[int, Field(ge=0)] | str = Field(
+    dataset: str = _setting("market1501", "market1501, synthetic, or a path (see reidlib.load)")
+    hold_out: Annotated[int, Field(ge=0)] | str = _setting(
         0,
-        description="identities held out of training: how many, or their file; "
+        "identities held out of training: how many, or their file; "
         '"market1501" is this repository\'s own, to choose settings on',
     )
-    unreadable: Literal["fail", "skip"] = Field("fail", description="broken images: fail or skip")
+    unreadable: Literal["fail", "skip"] = _setting("fail", "broken images: fail or skip")
 
-    backbone: str = Field(
-        "resnet50", description="resnet8 to resnet101, mobilenet_v2 or mobilenet_v3_small"
-    )
-    weights: str = Field("imagenet", description='"imagenet", the path of a file, or "none"')
-    dim: Count = Field(128, description="length of an embedding")
-    hidden: Count = Field(1024, description="width of the head's hidden layer")
-    last_stride: Literal[1, 2] = Field(2, description="the backbone's last stride: 1 or 2")
-    head: bool = Field(True, description="False: the embedding is the pooled features")
+    backbone: str = _setting("resnet50", "resnet8 to resnet101, mobilenet_v2 or mobilenet_v3_small")
+    weights: str = _setting("imagenet", '"imagenet", the path of a file, or "none"')
+    dim: Count = _setting(128, "length of an embedding")
+    hidden: Count = _setting(1024, "width of the head's hidden layer")
+    last_stride: Literal[1, 2] = _setting(2, "the backbone's last stride: 1 or 2")
+    head: bool = _setting(True, "False: the embedding is the pooled features")
 
-    height: int = Field(256, ge=32, description="height of the network's input, in pixels")
-    width: int = Field(128, ge=16, description="width of the network's input, in pixels")
-    enlarge: float = Field(
-        1.125,
-        ge=1,
-        le=2,
-        description="resize to this times the input, then crop at random; 1: no crop",
+    height: int = _setting(256, "height of the network's input, in pixels", ge=32)
+    width: int = _setting(128, "width of the network's input, in pixels", ge=16)
+    enlarge: float = _setting(
+        1.125, "resize to this times the input, then crop at random; 1: no crop", ge=1, le=2
     )
-    flip: bool = Field(True, description="flip half the images from left to right")
-    erasing: Share = Field(0.0, description="share of images with a random rectangle erased")
-    normalise: Literal["imagenet", "unit"] = Field(
-        "imagenet", description="imagenet: ImageNet's mean and deviation; unit: pixels in [0, 1]"
+    flip: bool = _setting(True, "flip half the images from left to right")
+    erasing: Share = _setting(0.0, "share of images with a random rectangle erased")
+    normalise: Literal["imagenet", "unit"] = _setting(
+        "imagenet", "imagenet: ImageNet's mean and deviation; unit: pixels in [0, 1]"
     )
 
-    loss: Literal["batch_hard", "batch_all", "random"] = Field(
-        "batch_hard", description="which triplets: batch_hard, batch_all or random"
+    loss: Literal["batch_hard", "batch_all", "random"] = _setting(
+        "batch_hard", "which triplets: batch_hard, batch_all or random"
     )
-    margin: Annotated[float, Field(ge=0)] | Literal["soft"] = Field(
-        "soft", description='a number m: max(0, m + d+ - d-); "soft": softplus(d+ - d-)'
+    margin: Annotated[float, Field(ge=0)] | Literal["soft"] = _setting(
+        "soft", 'a number m: max(0, m + d+ - d-); "soft": softplus(d+ - d-)'
     )
-    squared: bool = Field(False, description="squared Euclidean distances")
-    mean: Literal["active", "valid"] = Field(
-        "active",
-        description="batch_all: mean over active triplets (above zero), or over all valid ones",
+    squared: bool = _setting(False, "squared Euclidean distances")
+    mean: Literal["active", "valid"] = _setting(
+        "active", "batch_all: mean over active triplets (above zero), or over all valid ones"
     )
-    reduction: Literal["mean", "sum"] = Field(
-        "mean", description="of the loss over triplets: mean or sum"
+    reduction: Literal["mean", "sum"] = _setting("mean", "of the loss over triplets: mean or sum")
+
+    p: int = _setting(18, "identities in a batch", ge=2)
+    k: int = _setting(4, "images of each identity in a batch", ge=2)
+    epoch: Literal["identities", "images"] = _setting(
+        "identities", "what an epoch shows: identities or images"
+    )
+    steps: Count | None = _setting(25_000, "training steps; or give epochs")
+    epochs: Count | None = _setting(None, "training epochs, instead of steps")
+    lr: Positive = _setting(3e-4, "Adam's learning rate")
+    decay_start: Share = _setting(
+        0.6, "share of the steps after which the learning rate decays; 1: never"
+    )
+    decay_to: Annotated[float, Field(gt=0, le=1)] = _setting(
+        0.001, "what the learning rate is multiplied by at the last step"
+    )
+    seed: int = _setting(0, "of weights, batches and augmentation", ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "float32, bfloat16, or auto: bfloat16 where the device is fast at it"
     )
 
-    p: int = Field(18, ge=2, description="identities in a batch")
-    k: int = Field(4, ge=2, description="images of each identity in a batch")
-    epoch: Literal["identities", "images"] = Field(
-        "identities", description="what an epoch shows: identities or images"
-    )
-    steps: Count | None = Field(25_000, description="training steps; or give epochs")
-    epochs: Count | None = Field(None, description="training epochs, instead of steps")
-    lr: Positive = Field(3e-4, description="Adam's learning rate")
-    decay_start: Share = Field(
-        0.6, description="share of the steps after which the learning rate decays; 1: never"
-    )
-    decay_to: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.001, description="what the learning rate is multiplied by at the last step"
-    )
-    seed: int = Field(0, ge=0, description="of weights, batches and augmentation")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="float32, bfloat16, or auto: bfloat16 where the device is fast at it"
-    )
-
-    log_every: Count = Field(20, description="steps between two rows of history.csv")
-    checkpoint_every: Count = Field(200, description="steps between two checkpoints")
-    evaluate_every: Count = Field(500, description="steps between two held-out scores")
+    log_every: Count = _setting(20, "steps between two rows of history.csv")
+    checkpoint_every: Count = _setting(200, "steps between two checkpoints")
+    evaluate_every: Count = _setting(500, "steps between two held-out scores")
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -135,40 +130,18 @@ RECIPES = {
     # What the field's small repositories do: native size, flips only, a constant small rate. Their
     # epoch has as many batches as the images fill, not the identities: github.com/jainpulkit54's
     # person_reid_batchhard, whose scores are published, makes 50 · (12,936 // 72) = 8,950 steps.
-    "plain": Recipe(
-        height=128,
-        width=64,
-        enlarge=1.0,
-        normalise="unit",
-        margin=0.2,
-        epoch="images",
-        steps=None,
-        epochs=50,
-        lr=3e-5,
-        decay_start=1.0,
-    ),
+    "plain": {"height": 128, "width": 64, "enlarge": 1.0, "normalise": "unit", "margin": 0.2}
+    | {"epoch": "images", "epochs": 50, "steps": None, "lr": 3e-5, "decay_start": 1.0},
     # arXiv 1703.07737, sections 4.3 and 4.4: every default above.
-    "trinet": Recipe(),
+    "trinet": {},
     # Small enough to learn the built-in data from random weights on one CPU core in a minute.
-    "demo": Recipe(
-        dataset="synthetic",
-        backbone="resnet8",
-        weights="none",
-        height=64,
-        width=32,
-        steps=400,
-        lr=1e-3,
-        decay_to=0.01,
-        checkpoint_every=100,
-        evaluate_every=100,
-        hold_out=20,
-    ),
+    "demo": {"dataset": "synthetic", "backbone": "resnet8", "weights": "none", "hold_out": 20}
+    | {"height": 64, "width": 32, "steps": 400, "lr": 1e-3, "decay_to": 0.01}
+    | {"checkpoint_every": 100, "evaluate_every": 100},
 }
-
 
 # Settings of older versions that were taken out, and the value at which each changed nothing.
 RETIRED = {"small": 0.0}
-
 
 # What only watches a training: two runs that differ in these alone learn the same.
 WATCHING = ("log_every", "checkpoint_every", "evaluate_every")
@@ -189,14 +162,11 @@ def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}: choose one of {', '.join(RECIPES)}.")
     changes = {key: value for key, value in changes.items() if value is not None}
-    base = RECIPES[name].model_dump()
+    settings = RECIPES[name] | changes
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in changes:
-            base[other] = None
-    try:
-        return Recipe(**(base | changes))
-    except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        if one in changes and other not in changes:
+            settings[other] = None
+    return _checked(settings)
 
 
 def stored_recipe(settings: dict[str, Any]) -> Recipe:
@@ -205,45 +175,35 @@ def stored_recipe(settings: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: a setting that this version no longer has, at a value that changed something.
     """
-    retired = {name: settings[name] for name in RETIRED.keys() & settings.keys()}
-    used = {name: value for name, value in retired.items() if value != RETIRED[name]}
+    used = [f"{n} = {v!r}" for n, v in settings.items() if v != RETIRED.get(n, v)]
     if used:
         raise ValueError(
-            f"It was made by an older version with {some(f'{n} = {v!r}' for n, v in used.items())}, "
-            "which this version no longer has. The commit in its manifest.json still does."
+            f"It was made by an older version with {some(used)}, which this version no longer has. "
+            "The commit in its manifest.json still does."
         )
-    try:
-        return Recipe(**{name: settings[name] for name in settings if name not in retired})
-    except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+    return _checked({name: value for name, value in settings.items() if name not in RETIRED})
 
 
-def _explain(error: ValidationError) -> str:
-    """Return one plain line for each wrong setting."""
-    lines = []
+def _checked(settings: dict[str, Any]) -> Recipe:
+    """Return the recipe of these settings, or raise a ValueError: a plain line for each wrong one."""
     problems = {}
-    for e in error.errors():
-        problems.setdefault(str(e["loc"][0]) if e["loc"] else "", []).append(e)
-    for name, found in problems.items():
-        if not name:
-            lines.append(found[0]["msg"].removeprefix("Value error, "))
-        elif found[0]["type"] == "extra_forbidden":
-            lines.append(f"Unknown setting {name!r}: there are {', '.join(Recipe.model_fields)}.")
-        else:
-            value = found[0]["input"]
-            wanted = " or ".join(
-                dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in found)
-            )
-            line = f"{name} = {value!r}: should be {wanted}."
-            if isinstance(value, str) and _is_number(value):
-                line += f" It came as text; write the number as {float(value)!r}."
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _is_number(text: str) -> bool:
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return Recipe(**settings)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "".join(map(str, problem["loc"][:1]))
+            problems.setdefault(name, []).append(problem)
+    lines = []
+    for name, found in problems.items():
+        value, told = found[0]["input"], [problem["msg"] for problem in found]
+        wanted = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in told))
+        line = f"{name} = {value!r}: should be {wanted}."
+        if isinstance(value, str):
+            with suppress(ValueError):
+                line += f" It came as text; write the number as {float(value)!r}."
+        if not name:
+            line = wanted.removeprefix("Value error, ")
+        elif found[0]["type"] == "extra_forbidden":
+            line = f"Unknown setting {name!r}: there are {', '.join(Recipe.model_fields)}."
+        lines.append(line)
+    raise ValueError("\n".join(lines))

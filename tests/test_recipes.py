@@ -3,11 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
-from reidlib.recipes import RECIPES, Recipe, make_recipe, stored_recipe
+from reidlib.recipes import Recipe, make_recipe, stored_recipe
 
 
 def test_trinet_is_the_papers():
-    r = RECIPES["trinet"]
+    r = make_recipe("trinet")
     assert (r.backbone, r.weights, r.hidden, r.dim) == ("resnet50", "imagenet", 1024, 128)
     assert (round(r.height * r.enlarge), round(r.width * r.enlarge)) == (288, 144)
     assert (r.height, r.width, r.flip, r.normalise) == (256, 128, True, "imagenet")
@@ -24,7 +24,7 @@ def test_trinet_is_the_papers():
 
 
 def test_plain_is_the_small_repositories():
-    r = RECIPES["plain"]
+    r = make_recipe("plain")
     assert (r.height, r.width, r.enlarge, r.flip, r.normalise) == (128, 64, 1.0, True, "unit")
     assert (r.lr, r.epochs, r.steps, r.margin, r.p, r.k) == (3e-5, 50, None, 0.2, 18, 4)
     assert r.learning_rate(0, 100) == r.learning_rate(100, 100) == 3e-5
@@ -32,7 +32,7 @@ def test_plain_is_the_small_repositories():
 
 def test_recipes_are_immutable():
     with pytest.raises(ValidationError, match="frozen"):
-        RECIPES["demo"].lr = 1.0
+        make_recipe("demo").lr = 1.0
 
 
 def test_changes_and_none():
