@@ -125,7 +125,7 @@ def cases(size: float) -> dict:
     model = build_model(recipe, pretrained=False).to(device).eval()
     paths = files(4 * b)
     table = pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
-    pixels, _ = load_pixels(table, show_progress=False)
+    pixels, _ = load_pixels(table, (128, 64), show_progress=False)
     images = OneByOne(paths, transforms.Resize((128, 64)))
 
     def one_by_one():

@@ -70,7 +70,7 @@ def test_lint():
 # The floor, then the rooms, each with its files: a file imports only files that stand before it.
 ROOMS = {
     "": ("paths", "progress", "words", "typed", "recipes", "runs"),
-    "data": ("people", "synthetic", "files", "tables", "pixels", "check", "augment", "sampler"),
+    "data": ("files", "people", "synthetic", "tables", "pixels", "check", "augment", "sampler"),
     "model": ("depthwise", "network", "weights", "device", "embed"),
     "evaluation": (
         "distances",

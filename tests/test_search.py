@@ -14,7 +14,6 @@ from PIL import Image
 from reidlib import runs
 from reidlib.__main__ import main
 from reidlib.data.pixels import (
-    common_size,
     image_sizes,
     load_images,
     load_training_images,
@@ -151,9 +150,6 @@ def test_sizes_are_those_of_the_decoded_picture(tmp_path):
     assert sizes == [read_image(p).shape[:2] for p in paths] + [None]
     assert set(sizes[:4]) == {(40, 24)} and set(sizes[4:8]) == {(24, 40)}
     table = pd.DataFrame({"path": paths, "pid": -1, "camid": -1})
-    assert common_size(table, (9, 9)) == (9, 9)
-    assert common_size(table[:4], (9, 9)) is None is common_size(table[:4], (9, 9), 960)
-    assert common_size(table[:4], (9, 9), 959) == (9, 9)
     pixels, _ = load_images(table, RECIPE, show_progress=False)
     assert pixels.shape == (8, 64, 32, 3)  # the input's size, at once
     assert load_training_images(table, RECIPE, show_progress=False)[0].shape == (8, 72, 36, 3)

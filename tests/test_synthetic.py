@@ -99,39 +99,18 @@ def test_many_distractors_and_junk_keep_their_own_names(tmp_path, monkeypatch):
     assert (pids[0], pids[-1]) == (600, 400)
 
 
-def test_a_set_drawn_before_is_returned_at_once(root, monkeypatch):
-    monkeypatch.setattr(synthetic, "draw_person", None)  # any drawing would fail
-    assert draw_dataset(root, **TINY) == draw_dataset(str(root), **TINY) == root
-
-
-@pytest.mark.parametrize("change", ["seed", "train_ids", "version"])
-def test_a_set_of_other_settings_is_an_error(root, change):
-    before = files(root)
-    with pytest.raises(FileExistsError, match="not drawn by reidlib with these settings"):
-        draw_dataset(root, **TINY | {change: 4})
-    assert files(root) == before
-
-
-@pytest.mark.parametrize("marker", [None, "not json", '{"mine": 1}'])
-def test_a_folder_of_someone_else_is_an_error_and_untouched(tmp_path, marker):
-    mine = tmp_path / "mine"
-    (mine / "query").mkdir(parents=True)
-    (mine / "query" / "thesis.txt").write_text("the only copy")
-    if marker:
-        (mine / "dataset.json").write_text(marker)
-    before = files(mine)
-    with pytest.raises(FileExistsError, match="mine"):
-        draw_dataset(mine, **TINY)
-    assert files(mine) == before and list(tmp_path.iterdir()) == [mine]
-
-
-def test_a_file_in_the_way_is_an_error_and_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError):
-        draw_dataset(tmp_path / "file", **TINY)
-    (tmp_path / "new").mkdir()
-    root = draw_dataset(tmp_path / "new", **LEAST)
-    assert json.loads((root / "dataset.json").read_text())["train_ids"] == 1
+@pytest.mark.parametrize("kind", ["file", "folder", "drawn"])
+def test_what_is_there_is_an_error_and_untouched(tmp_path, kind, root):
+    there = root if kind == "drawn" else tmp_path / "mine"
+    if kind == "file":
+        there.write_text("x")
+    if kind == "folder":
+        there.mkdir()
+        (there / "thesis.txt").write_text("the only copy")
+    before = files(there.parent)
+    with pytest.raises(FileExistsError, match=f"{there} is there: remove it, or name another"):
+        draw_dataset(there, **TINY)
+    assert files(there.parent) == before and list(there.parent.iterdir()) == [there]
 
 
 @pytest.mark.parametrize("blow", [KeyboardInterrupt, OSError])
@@ -161,7 +140,8 @@ def test_two_at_once_give_one_set(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", late)
     root = draw_dataset(tmp_path / "set", **LEAST)
-    assert list(tmp_path.iterdir()) == [root] and (root / "dataset.json").is_file()
+    assert list(tmp_path.iterdir()) == [root]
+    assert json.loads((root / "dataset.json").read_text())["train_ids"] == 1
 
 
 WRONG = {"cameras": (1, 7), "test_ids": (0, 5000), "train_ids": (0, 5000), "size": ((31, 32), 64)}

@@ -110,16 +110,14 @@ class Augmentation:
         chosen = self._uniform(b) < self.erasing
         area = (0.02 + 0.38 * self._uniform(b)) * h * w
         log_aspect = (2 * self._uniform(b) - 1) * np.log(1 / 0.3)
-        # A rectangle that would not fit is cut at the image's size, where the paper draws again.
-        height = (area * log_aspect.exp()).sqrt().round().clamp(1, h)
-        width = (area / log_aspect.exp()).sqrt().round().clamp(1, w)
-        top = (self._uniform(b) * (h - height + 1)).floor()
-        left = (self._uniform(b) * (w - width + 1)).floor()
-        y, x = torch.arange(h), torch.arange(w)
-        inside_y = (y >= top[:, None]) & (y < (top + height)[:, None])  # (B, h)
-        inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, w)
-        inside_y &= chosen[:, None]
-        mask = inside_y[:, None, :, None] & inside_x[:, None, None, :]  # (B, 1, h, w): true: erased
+        inside = []  # true inside the rectangle: (B, h) and (B, w)
+        for whole, side in ((h, area * log_aspect.exp()), (w, area / log_aspect.exp())):
+            # One that would not fit is cut at the image's size, where the paper draws again.
+            side = side.sqrt().round().clamp(1, whole)[:, None]
+            start = (self._uniform(b)[:, None] * (whole - side + 1)).floor()
+            at = torch.arange(whole)
+            inside.append((at >= start) & (at < start + side))
+        mask = chosen[:, None, None, None] & inside[0][:, None, :, None] & inside[1][:, None, None]
         fill = 0.0 if self.normalise == "imagenet" else 0.5
         return images.masked_fill(mask.to(images.device), fill)
 

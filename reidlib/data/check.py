@@ -1,9 +1,8 @@
 """What is wrong with a data set, named, with what to do about it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +10,42 @@ import pandas as pd
 from reidlib.data.pixels import read_image
 from reidlib.data.tables import Dataset
 from reidlib.words import some
+
+MARKET_COUNTS = {"train": 12936, "query": 3368, "gallery": 19732}
+MARKET_CAUSES = {
+    3362: "6 files that end in .jpg.jpg are lost: unpack the original archive again.",
+    19714: "18 files that end in .jpg.jpg are lost: unpack the original archive again.",
+    15913: "The junk images are left out; scores stay the same.",
+}
+
+# All that may be wrong: severity, problem, what to do; {n} is how many are concerned, {them} who.
+# fmt: off
+PROBLEMS = {
+    "counts": ("warning", "{split} has {found:,} images, Market-1501 has {wanted:,}: scores do not "
+               "compare with published ones.", "{cause}"),
+    "unreadable": ("error", "{n} images cannot be read: {them}.",
+                   "Replace them, or go on without them: drop_unreadable(dataset, report)."),
+    "twice": ("warning", "{n} images are listed twice in {split}: {them}.", "Keep one row an image."),
+    "junk": ("error", "{n} images in {split} have pid -1, junk.",
+             "Junk belongs in the gallery alone: move or remove them."),
+    "distractors": ("warning", "{n} images in {split} have pid 0, distractor.",
+                    "If 0 is a person, number identities from 1."),
+    "single": ("warning", "{n} training identities have one image: {them}.",
+               "They give no positive pair but the image with itself; add images or remove them."),
+    "few": ("note", "{n} training identities have fewer than K = {k} images: {them}.",
+            "PK batches repeat their images."),
+    "alone": ("error", "training has fewer than two identities.", "Triplets need two or more."),
+    "both sides": ("error", "{n} identities are in training and in test: {them}.",
+                   "Scores would be too good; give each person to one side."),
+    "found again": ("error", "{n} queries are in the gallery too and will find themselves: {them}.",
+                    "Take them out of the gallery, or give cameras."),
+    "no cameras": ("warning", "Without cameras nothing is excluded by camera: a query may find the "
+                   "next frame of the same shot.", "Give cameras by a camid column or a pattern."),
+    "no match": ("{severity}", "{n} of {queries} queries have no match {where}; identities: {them}.",
+                 "They are left out of the means."),
+    "remark": ("note", "{them}", ""),
+}
+# fmt: on
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +84,6 @@ class DataReport:
         return "\n".join([*lines, f"{'OK' if self.ok else 'NOT OK'} ({', '.join(counted)})."])
 
 
-MARKET_COUNTS = {"train": 12936, "query": 3368, "gallery": 19732}
-
-# (severity, problem, advice on what to do)
-Findings = Iterator[tuple[str, str, str]]
-
-
 def check(
     dataset: Dataset, k: int = 4, *, decode: bool = True, progress: Callable | None = None
 ) -> DataReport:
@@ -72,18 +101,25 @@ def check(
     """
     paths = list(pd.concat(dataset.splits.values())["path"].unique())
     unreadable = _unreadable(paths, progress) if decode else {}
-    found = [
-        *_market_counts(dataset),
-        *_broken(unreadable),
-        *chain.from_iterable(_split(name, table) for name, table in dataset.splits.items()),
-        *_training(dataset.train, k),
-        *_both_sides(dataset),
-        *_matches(dataset.query, dataset.gallery),
-        *(("note", note, "") for note in dataset.notes),
-    ]
+    found = []
+    for name, them, words in _concerned(dataset, k, unreadable):
+        words |= {"n": len(them), "them": some(dict.fromkeys(them), words.get("most", 5))}
+        if len(them):
+            found.append([text.format(**words) for text in PROBLEMS[name]])
     found.sort(key=lambda row: ("error", "warning", "note").index(row[0]))
     problems = pd.DataFrame(found, columns=["severity", "problem", "advice"])
-    return DataReport(dataset.name, dataset.root, _counts(dataset), problems, unreadable, decode)
+    counts = {
+        split: {
+            "images": len(table),
+            "identities": table["pid"][table["pid"] > 0].nunique(),
+            "cameras": table["camid"][table["camid"] >= 0].nunique(),
+            "junk": (table["pid"] == -1).sum(),
+            "distractors": (table["pid"] == 0).sum(),
+        }
+        for split, table in dataset.splits.items()
+    }
+    counts = pd.DataFrame.from_dict(counts, orient="index")
+    return DataReport(dataset.name, dataset.root, counts, problems, unreadable, decode)
 
 
 def drop_unreadable(dataset: Dataset, report: DataReport) -> Dataset:
@@ -99,19 +135,6 @@ def drop_unreadable(dataset: Dataset, report: DataReport) -> Dataset:
             raise ValueError(f"no image of {split} in {dataset.name} can be read.")
     note = f"{len(bad)} unreadable images left out: {some(sorted(bad), 10)}."
     return replace(dataset, **tables, notes=(*dataset.notes, *([note] if bad else [])))
-
-
-def _counts(dataset: Dataset) -> pd.DataFrame:
-    rows = {}
-    for split, table in dataset.splits.items():
-        rows[split] = {
-            "images": len(table),
-            "identities": table["pid"][table["pid"] > 0].nunique(),
-            "cameras": table["camid"][table["camid"] >= 0].nunique(),
-            "junk": int((table["pid"] == -1).sum()),
-            "distractors": int((table["pid"] == 0).sum()),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _unreadable(paths: list[str], progress: Callable | None) -> dict[str, str]:
@@ -130,124 +153,42 @@ def _unreadable(paths: list[str], progress: Callable | None) -> dict[str, str]:
     return {path: why for path, why in zip(paths, causes, strict=True) if why}
 
 
-# --- what may be wrong
-
-
-def _market_counts(dataset: Dataset) -> Findings:
-    """Splits whose size is not Market-1501's, and the likely cause."""
-    lost = "files that end in .jpg.jpg are lost: unpack the original archive again."
-    causes = {
-        ("query", 3362): f"6 {lost}",
-        ("gallery", 19714): f"18 {lost}",
-        ("gallery", 15913): "The junk images are left out; scores stay the same.",
-    }
+def _concerned(
+    dataset: Dataset, k: int, unreadable: dict[str, str]
+) -> Iterator[tuple[str, Sequence, dict]]:
+    """Yield the name of each of `PROBLEMS`, whom it concerns (nobody: all is well), and its words."""
+    train, query, gallery = dataset.splits.values()
     for split, table in dataset.splits.items():
-        if dataset.name == "market1501" and len(table) != MARKET_COUNTS[split]:
-            yield (
-                "warning",
-                f"{split} has {len(table):,} images, Market-1501 has "
-                f"{MARKET_COUNTS[split]:,}: scores do not compare with published ones.",
-                causes.get((split, len(table)), "Unpack the original archive again."),
-            )
+        found, wanted = len(table), MARKET_COUNTS[split]
+        cause = MARKET_CAUSES.get(found, "Unpack the original archive again.")
+        wrong = [split] * (dataset.name == "market1501" and found != wanted)
+        yield "counts", wrong, dict(split=split, found=found, wanted=wanted, cause=cause)
+    broken = [f"{path} ({cause})" for path, cause in unreadable.items()]
+    yield "unreadable", broken, {"most": 10}
+    for split, table in dataset.splits.items():
+        yield "twice", table["path"][table["path"].duplicated()], {"split": split}
+        if split != "gallery":
+            yield "junk", table[table["pid"] == -1], {"split": split}
+            yield "distractors", table[table["pid"] == 0], {"split": split}
 
-
-def _broken(unreadable: dict[str, str]) -> Findings:
-    if unreadable:
-        named = some([f"{path} ({cause})" for path, cause in unreadable.items()], 10)
-        yield (
-            "error",
-            f"{len(unreadable)} images cannot be read: {named}.",
-            "Replace them, or go on without them: drop_unreadable(dataset, report).",
-        )
-
-
-def _split(split: str, table: pd.DataFrame) -> Findings:
-    """Images listed twice, and junk and distractors where they do not belong."""
-    twice = table["path"][table["path"].duplicated()]
-    if len(twice):
-        yield (
-            "warning",
-            f"{len(twice)} images are listed twice in {split}: {some(twice)}.",
-            "Keep one row an image.",
-        )
-    junk, distractors = ((table["pid"] == pid).sum() for pid in (-1, 0))
-    if split != "gallery" and junk:
-        yield (
-            "error",
-            f"{junk} images in {split} have pid -1, junk.",
-            "Junk belongs in the gallery alone: move or remove them.",
-        )
-    if split != "gallery" and distractors:
-        yield (
-            "warning",
-            f"{distractors} images in {split} have pid 0, distractor.",
-            "If 0 is a person, number identities from 1.",
-        )
-
-
-def _training(train: pd.DataFrame, k: int) -> Findings:
-    """Identities too few, or with too few images."""
     sizes = train["pid"][train["pid"] > 0].value_counts().sort_index()
-    single, few = sizes.index[sizes == 1], sizes.index[(sizes > 1) & (sizes < k)]
-    if len(single):
-        yield (
-            "warning",
-            f"{len(single)} training identities have one image: {some(single)}.",
-            "They give no positive pair but the image with itself; add images or remove them.",
-        )
-    if len(few):
-        yield (
-            "note",
-            f"{len(few)} training identities have fewer than K = {k} images: {some(few)}.",
-            "PK batches repeat their images.",
-        )
-    if len(train) and len(sizes) < 2:
-        yield ("error", f"training has {len(sizes)} identities.", "Triplets need two or more.")
+    yield "single", sizes.index[sizes == 1], {}
+    yield "few", sizes.index[(sizes > 1) & (sizes < k)], {"k": k}
+    yield "alone", train if len(sizes) < 2 else [], {}
+    test = {*query["pid"], *gallery["pid"]} - {-1, 0}
+    yield "both sides", sorted({*train["pid"]} & test), {}
 
-
-def _both_sides(dataset: Dataset) -> Findings:
-    """Identities that are trained on and tested."""
-    test = {*dataset.query["pid"], *dataset.gallery["pid"]} - {-1, 0}
-    both = {*dataset.train["pid"]} & test
-    if both:
-        yield (
-            "error",
-            f"{len(both)} identities are in training and in test: {some(sorted(both))}.",
-            "Scores would be too good; give each person to one side.",
-        )
-
-
-def _matches(query: pd.DataFrame, gallery: pd.DataFrame) -> Findings:
-    """Queries that would find themselves, or nobody."""
-    if not len(query):
-        return
-    cameras = (query["camid"] >= 0).all()
-    both = set(query["path"]) & set(gallery["path"])
-    if both and not cameras:
-        yield (
-            "error",
-            f"{len(both)} queries are in the gallery too and will find themselves: "
-            f"{some(sorted(both))}.",
-            "Take them out of the gallery, or give cameras.",
-        )
+    cameras = (query["camid"] >= 0).all()  # also where there is no query
     if not cameras:
-        yield (
-            "warning",
-            "Without cameras nothing is excluded by camera: a query may find the next "
-            "frame of the same shot.",
-            "Give cameras by a camid column or a pattern.",
-        )
+        yield "found again", sorted({*query["path"]} & {*gallery["path"]}), {}
+        yield "no cameras", ["query", "gallery"], {}
     # A match is a gallery image of the same identity that another camera took.
     matches = query["pid"].map(gallery["pid"].value_counts()).fillna(0)
     if cameras:
         same = gallery.groupby(["pid", "camid"]).size().rename("same").reset_index()
         matches = matches - query.merge(same, how="left", on=["pid", "camid"])["same"].fillna(0)
-    lost = query[(matches == 0) & (query["pid"] > 0)]
-    if len(lost):
-        where = "in another camera" if cameras else "in the gallery"
-        yield (
-            "error" if len(lost) == len(query) else "warning",
-            f"{len(lost)} of {len(query)} queries have no match {where}; identities: "
-            f"{some(sorted(lost['pid'].unique()))}.",
-            "They are left out of the means.",
-        )
+    lost = query["pid"][(matches == 0) & (query["pid"] > 0)].sort_values()
+    words = {"where": "in another camera" if cameras else "in the gallery", "queries": len(query)}
+    words["severity"] = "error" if len(lost) == len(query) else "warning"
+    yield "no match", lost, words
+    yield from (("remark", [note], {}) for note in dataset.notes)

@@ -3,12 +3,13 @@
 import csv
 import os
 import re
-import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 
@@ -38,8 +39,8 @@ def existing(source: str | Path) -> Path:
         if str(source).strip() and path.exists():
             return path
     raise FileNotFoundError(
-        f"there is no {str(source)!r}: looked in {os.getcwd()} and in {data_dir()}. "
-        'Give a folder, a .zip, a .csv, or one of the names "market1501" and "synthetic".'
+        f"there is no {str(source)!r} in {os.getcwd()} or {data_dir()}: give a folder, a .zip, "
+        'a .csv, or one of the names "market1501" and "synthetic".'
     )
 
 
@@ -58,18 +59,17 @@ def find_market1501() -> Path:
         FileNotFoundError: there is neither; says where to get it.
     """
     places = [p for p in data_dir().glob("[!.]*") if is_market1501(p)]
-    places.sort(key=lambda p: (not p.name.startswith(MARKET_FOLDER), p.name))
-    for place in places:
-        if place.is_dir() and find_market(place):
-            return place
+    places.sort(key=lambda p: (p.is_file(), not p.name.startswith(MARKET_FOLDER), p.name))
     for place in places:
         if place.suffix.lower() == ".zip" and place.is_file():
-            return unpack(place)
+            place = unpack(place)
+        if place.is_dir() and (found := find_market(place)):
+            return found
     raise FileNotFoundError(
         f"Market-1501 is not here: looked in {data_dir()} for the folder {MARKET_FOLDER} "
-        "(with bounding_box_train in it) and for Market-1501*.zip. Get it from the "
-        "Market-1501 project page of its author, Liang Zheng, or from a copy on Kaggle, "
-        'and put the folder or the zip there; or use dataset="synthetic".'
+        "(with bounding_box_train in it) and for Market-1501*.zip. Get it from the project page of "
+        "its author, Liang Zheng, or from a copy on Kaggle, and put the folder or the zip there; "
+        'or use dataset="synthetic".'
     )
 
 
@@ -95,17 +95,17 @@ def find_splits(root: Path) -> dict[str, Path]:
     Raises:
         FileNotFoundError: it has some of them.
     """
-    found = {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
-        for split, names in SPLIT_FOLDERS.items()
-    }
-    missing = [split for split, place in found.items() if place is None]
-    if missing and len(missing) < len(found):
-        wanted = ", ".join(f"{s} ({' or '.join(SPLIT_FOLDERS[s])})" for s in missing)
+    found = {}
+    for split, names in SPLIT_FOLDERS.items():
+        inside = [root / name for name in names if (root / name).is_dir()]
+        if inside:
+            found[split] = inside[0]
+    missing = [f"{s} ({' or '.join(n)})" for s, n in SPLIT_FOLDERS.items() if s not in found]
+    if found and missing:
         raise FileNotFoundError(
-            f"{root} lacks a folder for {wanted}: unpack it again, or give the right folder."
+            f"{root} lacks a folder for {', '.join(missing)}: give the right one, or unpack it again."
         )
-    return {} if missing else found
+    return found
 
 
 def find_lists(root: Path) -> dict[str, Path]:
@@ -115,16 +115,16 @@ def find_lists(root: Path) -> dict[str, Path]:
         ValueError: there are several for one split.
     """
     lists = {}
-    for path in sorted(root.glob("*.csv")):
-        words = re.split(r"[^a-z]+", path.stem.lower())
-        for split, names in SPLIT_FOLDERS.items():
-            if set(words) & set(names):
-                if split in lists:
-                    raise ValueError(
-                        f"{lists[split]} and {path.name} are both lists for {split}: "
-                        "put one data set's lists in a folder of their own."
-                    )
-                lists[split] = path
+    words = {p: {*re.split("[^a-z]+", p.stem.lower())} for p in sorted(root.glob("*.csv"))}
+    for split, names in SPLIT_FOLDERS.items():
+        named = [path for path in words if words[path] & {*names}]
+        if len(named) > 1:
+            raise ValueError(
+                f"{named[0]} and {named[1].name} are both lists for {split}: "
+                "put one data set's lists in a folder of their own."
+            )
+        if named:
+            lists[split] = named[0]
     return lists
 
 
@@ -137,33 +137,40 @@ def unpack(archive: Path) -> Path:
     target = archive.with_suffix("")
     if target.is_dir():
         return target
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    outside = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
     try:
-        with zipfile.ZipFile(archive) as opened:
-            for member in opened.infolist():
-                name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
-                outside = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name)
-                if outside or ".." in re.split(r"[\\/]", name):
-                    raise ValueError(f"{archive} is refused: {name!r} would leave the folder.")
-                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise ValueError(f"{archive} is refused: {name!r} is a link, not a file.")
-            part.mkdir()
+        with zipfile.ZipFile(archive) as opened, whole_folder(target) as part:
+            refused = [
+                member.filename
+                for member in opened.infolist()
+                if outside.match(member.filename) or stat.S_ISLNK(member.external_attr >> 16)
+            ]
+            if refused:
+                raise ValueError(f"{archive} is refused: {some(refused)} would leave the folder.")
             opened.extractall(part)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"cannot unpack {archive}: {error}. Download it again, or unpack it yourself."
+        ) from error
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill, which becomes `target` at the end, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        part = Path(temporary, "part")
+        part.mkdir()
+        yield part
         try:
             part.rename(target)
         except OSError:
             if not target.is_dir():  # else another process was first, with the same files
                 raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"cannot unpack {archive}: {error}. Download it again, or unpack it yourself."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
 
 
-# --- folders and lists
+# --- folders and lists: rows of path, pid and camid, all text
 
 
 def walk(place: Path) -> tuple[list[str], list[str]]:
@@ -183,41 +190,44 @@ def walk(place: Path) -> tuple[list[str], list[str]]:
 def read_folder(
     place: Path, pattern: str | None, labelled: bool = True
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return rows (path, pid, camid as text) of one split, and notes.
+    """Return the rows of one folder, and notes.
 
     Args:
         place: the folder.
         pattern: over file names, or None.
         labelled: where the pattern does not say the pid, the sub-folder does; else it is -1.
+
+    Raises:
+        ValueError: no images, or names that say no identity.
     """
     names, notes = walk(place)
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     groups = _groups_of(names, pattern, place)
-    if "pid" not in groups and labelled:
-        loose = [n for n in names if "/" not in n]
-        if len(loose) == len(names):
+    rows = pd.DataFrame({"path": names, "pid": "-1", "camid": "-1"} | groups)
+    if labelled and "pid" not in groups:
+        rows["pid"] = [n.split("/")[0] for n in names]
+        loose = rows["pid"] == rows["path"]
+        if loose.all():
             raise ValueError(
                 f"{place} has images but no sub-folder for each identity. Sort them into "
                 r'sub-folders, or give pattern, e.g. r"^(?P<pid>\d+)_c(?P<camid>\d+)".'
             )
-        if loose:
-            notes.append(f"In {place.name}/ ignored, in no identity's folder: {some(loose)}.")
-        names = [n for n in names if "/" in n]
-        groups = _groups_of(names, pattern, place)
-        groups["pid"] = [n.split("/")[0] for n in names]
-    paths = [str(place / name) for name in names]
-    return pd.DataFrame({"path": paths, "pid": "-1", "camid": "-1"} | groups), notes
+        if loose.any():
+            strays = some(rows["path"][loose])
+            notes.append(f"In {place.name}/ ignored, in no identity's folder: {strays}.")
+        rows = rows[~loose]
+    return rows.assign(path=[str(place / name) for name in rows["path"]]), notes
 
 
 def read_list(
-    source: str | Path,
+    source: Path,
     image_root: str | Path | None,
     pattern: str | None,
     must_exist: bool = True,
     labelled: bool = True,
 ) -> pd.DataFrame:
-    """Return rows (path, pid, camid as text) of one CSV list.
+    """Return the rows of one CSV list.
 
     Args:
         source: the list.
@@ -225,26 +235,29 @@ def read_list(
         pattern: over file names, or None; says the camera where no column does.
         must_exist: the images must be there.
         labelled: a header must name the column `pid`; else it is -1 without it.
+
+    Raises:
+        FileNotFoundError: an image is missing.
+        ValueError: no rows, or a line that cannot be read.
     """
-    source = existing(source)
     base = existing(image_root) if image_root else source.parent
     with open(source, newline="", encoding="utf-8-sig") as file:
         lines = [[cell.strip() for cell in row] for row in csv.reader(file)]
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
-    columns = ["pid", "path", "camid"]
-    header = [cell.lower() for cell in lines[0][1]] if lines else []
-    if {"path", *(["pid"] if labelled else [])} <= set(header):
-        columns, lines = header, lines[1:]
+    columns = [cell.lower() for cell in lines[0][1]] if lines else []
+    if {"path", *["pid"] * labelled} <= set(columns):
+        lines = lines[1:]
+    else:  # no header
+        columns = ["pid", "path", "camid"][: max(2, len(columns))]
     if not lines:
         raise ValueError(f"{source} lists no images.")
-    wanted = columns if columns is header else columns[: max(2, len(lines[0][1]))]
     for number, row in lines:
-        cells = dict(zip(wanted, row, strict=False))
-        if len(row) != len(wanted) or "" in (cells.get(c) for c in ("pid", "path", "camid")):
+        cells = dict(zip(columns, row, strict=False))
+        if len(row) != len(columns) or "" in (cells.get(c) for c in ("pid", "path", "camid")):
             raise ValueError(
-                f"{source}, line {number}: expected {','.join(wanted)}, got {','.join(row)!r}."
+                f"{source}, line {number}: expected {','.join(columns)}, got {','.join(row)!r}."
             )
-    rows = pd.DataFrame([row for _, row in lines], columns=wanted)
+    rows = pd.DataFrame([row for _, row in lines], columns=columns)
     if "pid" not in rows:
         rows["pid"] = "-1"
     if "camid" not in rows:
@@ -260,7 +273,7 @@ def read_list(
 
 
 def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, list[str]]:
-    """Return what the pattern's groups catch in each file name: group -> list of text."""
+    """Return what the pattern's groups pid and camid catch in each file name: group -> texts."""
     if not pattern:
         return {}
     try:
@@ -270,17 +283,14 @@ def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, 
     wanted = {"pid", "camid"} & set(regex.groupindex)
     if not wanted:
         raise ValueError(f"pattern {pattern!r} has neither a group (?P<pid>…) nor (?P<camid>…).")
-    caught = [regex.search(name.rsplit("/", 1)[-1]) for name in names]
-    wrong = [
-        n for n, m in zip(names, caught, strict=True) if not m or None in m.groupdict().values()
-    ]
+    caught = {name: regex.search(name.rsplit("/", 1)[-1]) for name in names}
+    wrong = [n for n in names if not caught[n] or None in caught[n].groupdict().values()]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} of {len(names)} image names in {place} do not fit "
-            f"{regex.pattern}: {some(wrong)}. Rename or remove them, or give "
-            "another pattern."
+            f"{len(wrong)} of {len(names)} image names in {place} do not fit {regex.pattern}: "
+            f"{some(wrong)}. Rename or remove them, or give another pattern."
         )
-    return {group: [m[group] for m in caught] for group in wanted}
+    return {group: [caught[name][group] for name in names] for group in wanted}
 
 
 def _hidden(parts: Iterable[str]) -> bool:

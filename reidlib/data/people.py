@@ -169,7 +169,8 @@ class Pen:
 
         for turn in (-2 * math.pi, 0.0, 2 * math.pi):
             middles = [mid + turn + slant * i / 4 for i in range(5)]
-            ends = [[_facing(middle - half), _facing(middle + half)] for middle in middles]
+            ends = [[middle - half, middle + half] for middle in middles]
+            ends = np.clip(ends, -RIGHT_ANGLE, RIGHT_ANGLE)  # as far as they face us
             if any(lo < hi for lo, hi in ends):
                 (a, b), (c, d) = ends[0], ends[4]
                 outline = [point(0, a + (b - a) * s) for s in (0, 0.25, 0.5, 0.75)]
@@ -190,11 +191,6 @@ class Pen:
         self.draw.rounded_rectangle((left, top, right, bottom), r, colour, dark, thick)
         mid = top + 0.42 * (bottom - top)
         self.draw.line((left + r / 2, mid, right - r / 2, mid), dark, thick)
-
-
-def _facing(angle: float) -> float:
-    """Return the nearest angle that faces us."""
-    return min(RIGHT_ANGLE, max(-RIGHT_ANGLE, angle))
 
 
 # --- the body

@@ -8,9 +8,8 @@ the size that all images share, and else decode them to a size that suits the re
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from reidlib.data.tables import fingerprint
 from reidlib.paths import cache_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
+from reidlib.runs import write_atomically
 
+Size = tuple[int, int]  # height, width
 _FORMAT = 1  # of the cache files; a new one makes old files be ignored
 
 
@@ -40,9 +41,10 @@ def load_images(
     >>> len(pixels) == len(table), pixels.dtype
     (True, dtype('uint8'))
     """
+    size = (recipe.height, recipe.width)
     # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
     largest = 16 * recipe.height * recipe.width
-    return _load(table, (recipe.height, recipe.width), largest, recipe, show_progress)
+    return load_pixels(table, size, largest, recipe.unreadable, show_progress)
 
 
 def load_training_images(
@@ -53,29 +55,16 @@ def load_training_images(
     As `load_images`, but images of several sizes are resized to what the recipe crops from: larger
     than the network's input, so that the crop need not enlarge them and blur them twice.
     """
-    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
-    return _load(table, enlarged, None, recipe, show_progress)
-
-
-def _load(
-    table: pd.DataFrame,
-    otherwise: tuple[int, int],
-    largest: int | None,
-    recipe: Recipe,
-    show_progress: bool,
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Load images in the size that all of them have, or in `otherwise` where that will not do."""
-    data = fingerprint(table, mtime=True) if len(table) else ""
-    size = common_size(table, otherwise, largest, data)
-    return load_pixels(table, size, recipe.unreadable, show_progress, data)
+    size = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
+    return load_pixels(table, size, None, recipe.unreadable, show_progress)
 
 
 def load_pixels(
     table: pd.DataFrame,
-    size: tuple[int, int] | None = None,
+    otherwise: Size,
+    largest: int | None = None,
     unreadable: str = "fail",
     show_progress: bool = True,
-    data: str = "",
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Return all pixels of a table, decoded once and memory-mapped from then on.
 
@@ -84,11 +73,11 @@ def load_pixels(
 
     Args:
         table: `path` and what else; one row an image.
-        size: (height, width) to which images are resized as they are decoded (bilinear, with
-            antialiasing); None keeps their own, which must then be the same for all.
+        otherwise: (height, width) to which images are resized as they are decoded (bilinear, with
+            antialiasing), where they do not all have one size.
+        largest: pixels of an image that may keep its size; None: any.
         unreadable: `"fail"`, or `"skip"` to leave broken images out.
         show_progress: draw a bar while decoding.
-        data: `fingerprint(table, mtime=True)`, where it is known already.
 
     Returns:
         pixels: (N, H, W, 3) uint8, memory-mapped; what is written to it never reaches the file.
@@ -96,19 +85,20 @@ def load_pixels(
             only where unreadable images were skipped.
 
     Raises:
-        ValueError: no rows; unreadable images (named); images of different sizes without `size`.
+        ValueError: no rows, or unreadable images (named).
         OSError: the cache folder cannot be written; says how to move it.
     """
     if len(table) == 0:
         raise ValueError("There are no images to load: the table has no rows.")
-    data = data or fingerprint(table, mtime=True)
-    key = {"data": data, "size": size, "skip": unreadable == "skip"}
-    key = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
-    file, kept_file = cache_dir() / f"{key}.npy", cache_dir() / f"{key}.kept.npy"
-    if not (cached := _read_cache(file, kept_file)):
-        _decode_all(table["path"].tolist(), size, unreadable, file, kept_file, show_progress)
-        cached = _read_cache(file, kept_file)
-    pixels, kept = cached
+    data = fingerprint(table, mtime=True)
+    arguments = (table["path"].tolist(), otherwise, largest, unreadable == "skip", show_progress)
+    try:
+        pixels, kept = _cached(data, *arguments)
+    except OSError as error:
+        raise OSError(
+            f"Decoded images are kept in {cache_dir()}, which cannot be written "
+            f"({error.strerror}). Set REID_CACHE to a folder that can."
+        ) from error
     return pixels, table.iloc[kept].reset_index(drop=True)
 
 
@@ -147,13 +137,13 @@ def read_image(path: str | Path) -> np.ndarray:
 # --- the size of many
 
 
-def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+def image_sizes(paths: Sequence[str]) -> list[Size | None]:
     """Return (height, width) of image files as `read_image` gives them; None for unreadable ones.
 
     Read from the files' headers, without decoding.
     """
 
-    def header(path: str) -> tuple[int, int] | None:
+    def header(path: str) -> Size | None:
         try:
             with Image.open(path) as image:
                 # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
@@ -166,37 +156,38 @@ def image_sizes(paths: Sequence[str]) -> list[tuple[int, int] | None]:
         return list(pool.map(header, paths))
 
 
-def common_size(
-    table: pd.DataFrame, otherwise: tuple[int, int], largest: int | None = None, data: str = ""
-) -> tuple[int, int] | None:
-    """Return the size to decode images to: None, their own, where all have one, else `otherwise`.
-
-    Args:
-        table: one row an image.
-        otherwise: (height, width) for images of several sizes.
-        largest: pixels of an image that may keep its size.
-        data: `fingerprint(table, mtime=True)`: the sizes are kept under it, beside the pixels, so
-            that no header is read at a second start.
-    """
-    file = cache_dir() / f"{data[:24]}.sizes.npy"
-    cached = _read_cache(file) if data else None
-    if cached:
-        (sizes,) = cached
-    else:
-        found = set(image_sizes(table["path"]))
-        sizes = np.array(sorted(found - {None}), np.int64).reshape(-1, 2)  # (height, width) each
-        if data and None not in found:  # what cannot be read today may be there tomorrow
-            with _beside(file) as (temporary,):
-                np.save(temporary, sizes)
-                os.replace(temporary, file)
-    huge = largest is not None and bool((sizes.prod(axis=1) > largest).any())
-    return None if len(sizes) <= 1 and not huge else otherwise
-
-
 # --- the cache
 
 
-def _read_cache(*files: Path) -> list[np.ndarray] | None:
+def _cached(
+    data: str, paths: list[str], otherwise: Size, largest: int | None, skip: bool, show: bool
+) -> list[np.ndarray]:
+    """Return the mapped pixels and the rows that they belong to, made where they are not there."""
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes_file = folder / f"{data[:24]}.sizes.npy"  # so that a second start reads no header
+    if not (cached := _mapped(sizes_file)):
+        found = set(image_sizes(paths))
+        cached = [np.array(sorted(found - {None}), np.int64).reshape(-1, 2)]
+        if None not in found:  # what cannot be read today may be there tomorrow
+            write_atomically(sizes_file, partial(_save, *cached))
+    (sizes,) = cached  # each (height, width) that there is: (n, 2)
+    if not len(sizes):
+        read_image(paths[0])  # raises: not one of them can be read
+    huge = largest is not None and (sizes.prod(axis=1) > largest).any()
+    size = otherwise if len(sizes) > 1 or huge else None  # None: their own
+    key = {"data": data, "size": size, "skip": skip}
+    key = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
+    files = folder / f"{key}.npy", folder / f"{key}.kept.npy"
+    if not (cached := _mapped(*files)):
+        shape = size or tuple(sizes[0].tolist())
+        # Two runs started together decode the same images: each file is whole, or not there.
+        write_atomically(files[0], partial(_decode_all, paths, shape, skip, show, files[1]))
+        cached = _mapped(*files)
+    return cached
+
+
+def _mapped(*files: Path) -> list[np.ndarray] | None:
     """Map cache files into memory; None where one is missing or cut short, to be made again."""
     try:
         # Copy on write: torch wants memory that it could write to.
@@ -205,101 +196,45 @@ def _read_cache(*files: Path) -> list[np.ndarray] | None:
         return None
 
 
-@contextmanager
-def _beside(*files: Path) -> Iterator[list[Path]]:
-    """Give a temporary file for each of these, to be put in its place; none is left behind.
-
-    Raises:
-        OSError: the cache folder cannot be written.
-    """
-    temporary = [file.with_name(f"{file.name}.{os.getpid()}.tmp.npy") for file in files]
-    try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        temporary[0].touch()
-    except OSError as error:
-        raise OSError(
-            f"Decoded images are kept in {files[0].parent}, which cannot be written "
-            f"({error.strerror}). Set REID_CACHE to a folder that can."
-        ) from error
-    try:
-        yield temporary
-    finally:
-        for file in temporary:
-            file.unlink(missing_ok=True)
+def _save(array: np.ndarray, file: Path) -> None:
+    with open(file, "wb") as opened:  # to a path NumPy would append its suffix
+        np.save(opened, array)
 
 
 def _decode_all(
-    paths: list[str],
-    size: tuple[int, int] | None,
-    unreadable: str,
-    file: Path,
-    kept_file: Path,
-    show_progress: bool,
+    paths: list[str], shape: Size, skip: bool, show: bool, kept_file: Path, file: Path
 ) -> None:
-    """Decode every image and write the cache file, complete or not at all."""
-    with _beside(file, kept_file) as (temporary, kept_temporary):
-        shape = (len(paths), *(size or _first_size(paths)), 3)
-        pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        decode = partial(_decode, paths, size, pixels)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = (pool.map if _worth_threads(paths) else map)(decode, range(len(paths)))
-            words = {"desc": "decode images", "unit": "img", "show": show_progress}
-            bar = progress(results, total=len(paths), **words)
-            broken = {row: problem for row, problem in enumerate(bar) if problem}
-        if broken and (unreadable != "skip" or len(broken) == len(paths)):
-            shown = "\n".join([*broken.values()][:10]) + ("\n…" if len(broken) > 10 else "")
-            raise ValueError(
-                f"{len(broken)} of {len(paths)} images cannot be read:\n{shown}\n"
-                f'Replace them, or leave them out with unreadable="skip".'
-            )
-        kept = np.setdiff1d(np.arange(len(paths)), [*broken])
-        if broken:
-            np.save(temporary, pixels[kept])
-        else:
-            pixels.flush()
-        # Two runs started together decode the same images: each file is there whole, or not at all.
-        np.save(kept_temporary, kept)
-        os.replace(kept_temporary, kept_file)
-        os.replace(temporary, file)
+    """Decode every image to a shape, and write the pixels and the rows that they belong to."""
+    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(paths), *shape, 3))
 
-
-def _decode(
-    paths: list[str], size: tuple[int, int] | None, pixels: np.ndarray, row: int
-) -> str | None:
-    """Put one image in its place; return what is wrong with it, if anything."""
-    shape = pixels.shape[1:]
-    try:
-        image = read_image(paths[row])
-    except ValueError as error:
-        return str(error)
-    if size is not None and image.shape != shape:
-        resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        image = np.asarray(resized)
-    if image.shape != shape:
-        raise ValueError(
-            f"Images differ in size: {paths[row]} has {image.shape[0]}×{image.shape[1]} pixels, "
-            f"the first one {shape[0]}×{shape[1]}. Give size=(height, width)."
-        )
-    pixels[row] = image
-    return None
-
-
-def _worth_threads(paths: list[str]) -> bool:
-    """Pillow lets other threads run while it decodes. Where an image takes a fraction of a
-    millisecond, as Market-1501's do, they only wait for each other.
-    """
-    there = [os.path.getsize(path) for path in paths[:100] if os.path.isfile(path)]
-    return bool(there) and float(np.median(there)) > 50_000
-
-
-def _first_size(paths: list[str]) -> tuple[int, int]:
-    """Return (height, width) of the first image that can be read."""
-    errors = []
-    for path in paths:
+    def decode(row: int) -> str | None:
+        """Put one image in its place; return what is wrong with it, if anything."""
         try:
-            return read_image(path).shape[:2]
+            image = read_image(paths[row])
         except ValueError as error:
-            errors.append(str(error))
-    if len(paths) > 1:
-        raise ValueError(f"None of the {len(paths)} images can be read. The first: {errors[0]}")
-    raise ValueError(errors[0])
+            return str(error)
+        if image.shape != pixels.shape[1:]:
+            image = Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR)
+        pixels[row] = image
+        return None
+
+    # Pillow lets other threads run while it decodes. Where an image takes a fraction of a
+    # millisecond, as Market-1501's do, they only wait for each other.
+    bytes_each = [os.path.getsize(path) for path in paths[:100] if os.path.isfile(path)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        over = pool.map if np.median(bytes_each or [0]) > 50_000 else map
+        words = {"desc": "decode images", "unit": "img", "show": show}
+        problems = [*progress(over(decode, range(len(paths))), total=len(paths), **words)]
+    broken = [problem for problem in problems if problem]
+    if broken and (not skip or len(broken) == len(paths)):
+        shown = "\n".join(broken[:10]) + ("\n…" if len(broken) > 10 else "")
+        raise ValueError(
+            f"{len(broken)} of {len(paths)} images cannot be read:\n{shown}\n"
+            f'Replace them, or leave them out with unreadable="skip".'
+        )
+    kept = np.array([row for row, problem in enumerate(problems) if not problem])
+    if broken:
+        _save(pixels[kept], file)
+    else:
+        pixels.flush()
+    write_atomically(kept_file, partial(_save, kept))

@@ -51,10 +51,14 @@ class PKSampler:
             raise ValueError(
                 f"{int((pids < 0).sum())} rows are junk (pid below 0): take them out before training."
             )
-        self.p, self.k, self.epoch = p, k, epoch
+        self.p, self.k = p, k
         order = np.argsort(pids, kind="stable")
         starts = np.flatnonzero(np.diff(pids[order])) + 1
         self._rows = np.split(order, starts)  # of each identity, in order of pid: int64 arrays
+        # Of each identity, the groups of K rows that it gives to an epoch.
+        self._counts = np.ones(len(self._rows), dtype=np.int64)
+        if epoch == "images":
+            self._counts = np.array([-(-len(rows) // k) for rows in self._rows])
         if len(self._rows) < p:
             advice = "lower P, or hold out fewer identities"
             if len(self._rows) < 2:
@@ -68,11 +72,8 @@ class PKSampler:
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        if self.epoch == "identities":
-            return -(-len(self._rows) // self.p)
-        groups = [-(-len(rows) // self.k) for rows in self._rows]
         # An identity may stand in a batch once, so the one with most groups may set the length.
-        return max(-(-sum(groups) // self.p), max(groups))
+        return int(max(-(-self._counts.sum() // self.p), self._counts.max()))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the batches of one epoch, or what is left of an interrupted one after a restore."""
@@ -115,23 +116,17 @@ class PKSampler:
         Two things come on top. Identities may have several groups to give (`epoch = "images"`), and
         never two in one batch. The last batch is filled up, where the loop drops it.
         """
-        counts = np.ones(len(self._rows), dtype=np.int64)
-        if self.epoch == "images":
-            counts = np.array([-(-len(rows) // self.k) for rows in self._rows])
-        groups = [self._groups(rows, n) for rows, n in zip(self._rows, counts, strict=True)]
-        left = counts.copy()
-        batches = []
+        left, batches = self._counts.copy(), []
+        groups = [self._groups(rows, n) for rows, n in zip(self._rows, left, strict=True)]
         for remaining in range(len(self), 0, -1):
             # An identity with as many groups left as there are batches must be in this one; the
             # others are drawn with a chance in proportion to their groups left.
             chance = self._random.random(len(left)) ** (1 / np.maximum(left, 1))
             chance = np.where(left >= remaining, 2 + chance, np.where(left > 0, 1 + chance, chance))
             chosen = np.argsort(-chance, kind="stable")[: self.p]
-            rows = [
-                groups[i].pop() if groups[i] else self._groups(self._rows[i], 1)[0] for i in chosen
-            ]
+            rows = [(groups[i] or self._groups(self._rows[i], 1)).pop() for i in chosen]
             left[chosen] -= 1
-            batches.append(np.concatenate(self._random.permutation(np.stack(rows))))
+            batches.append(self._random.permutation(np.stack(rows)).flatten())
         return batches
 
     def _groups(self, rows: np.ndarray, n: int) -> list[np.ndarray]:

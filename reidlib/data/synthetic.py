@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from pydantic import BaseModel, Field
 
+from reidlib.data.files import whole_folder
 from reidlib.data.people import BAGS, TOPS, Colour, Pen, look, paint_person, pick, random_of, shade
 from reidlib.paths import data_dir
 
@@ -264,7 +264,7 @@ def draw_dataset(root: str | Path, **settings) -> Path:
 
     The pictures depend on seed, pid, camera and frame alone: more identities leave the others as
     they are. All is drawn into a folder beside `root` and renamed at the end, so a half-drawn data
-    set never stands there. A `root` drawn before with the same settings is returned at once.
+    set never stands there.
 
     Args:
         root: the folder.
@@ -272,22 +272,15 @@ def draw_dataset(root: str | Path, **settings) -> Path:
 
     Raises:
         ValueError: settings that make no data set.
-        FileExistsError: `root` is there and is something else; it is left untouched.
+        FileExistsError: `root` is there; it is left untouched.
     """
     root, wanted = Path(root), Settings(**settings)
-    if _drawn_before(root, wanted):
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as part:
-        drawn = Path(part, "drawn")
+    if root.exists():
+        raise FileExistsError(f"{root} is there: remove it, or name another folder.")
+    with whole_folder(root) as part:
         for picture in _pictures(wanted):
-            _save(drawn, wanted, *picture)
-        (drawn / "dataset.json").write_text(_text(wanted))
-        try:
-            drawn.rename(root)
-        except OSError:  # someone else drew it meanwhile
-            if not _drawn_before(root, wanted):
-                raise
+            _save(part, wanted, *picture)
+        (part / "dataset.json").write_text(json.dumps(wanted.model_dump(), indent=1) + "\n")
     return root
 
 
@@ -304,29 +297,8 @@ def built_in_data() -> Path:
         draw_dataset(root)
     marker = root / "dataset.json"
     if not marker.is_file() or json.loads(marker.read_text()).get("version") != VERSION:
-        raise ValueError(
-            f"{root} was not drawn by this version of reidlib: remove that folder, and it is drawn "
-            "again."
-        )
+        raise ValueError(f"{root} is not of this version of reidlib: remove it, to draw it again.")
     return root
-
-
-def _text(settings: Settings) -> str:
-    """Return what `dataset.json` says."""
-    return json.dumps(settings.model_dump(mode="json"), indent=1) + "\n"
-
-
-def _drawn_before(root: Path, wanted: Settings) -> bool:
-    """Say whether root holds this very data set; raise where it holds anything else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    marker = root / "dataset.json"
-    if not (marker.is_file() and marker.read_text() == _text(wanted)):
-        raise FileExistsError(
-            f"{root} is there, but not drawn by reidlib with these settings (its dataset.json would "
-            "name them): remove it or name another folder."
-        )
-    return True
 
 
 def _pictures(s: Settings) -> Iterator[tuple[str, int, int, int, int]]:

@@ -18,6 +18,8 @@ from reidlib.data import files
 from reidlib.data.synthetic import built_in_data
 from reidlib.words import some
 
+Source = str | Path
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -49,25 +51,35 @@ class Dataset:
 
 
 def load(
-    dataset: str | Path = "market1501",
-    *,
-    pattern: str | None = None,
-    image_root: str | Path | None = None,
+    dataset: Source = "market1501", *, pattern: str | None = None, image_root: Source | None = None
 ) -> Dataset:
-    """Load a data set: the one door, and every argument may be a plain string.
+    r"""Load a data set: the one door, and every argument may be a plain string.
+
+    In Market-1501's layout files are named PID_cCsS_FRAME_BOX.jpg. As published, Market-1501 has
+    12,936 training images of 751 identities, 3,368 queries of 750, and 19,732 gallery images, 3,819
+    of them junk and 2,798 distractors; `check` compares with these counts.
+
+    A folder's split is that of its sub-folders train, query and gallery (also bounding_box_train,
+    bounding_box_test and test). Without them identities are split in halves, as in Market-1501;
+    those that are tested have images to be matched by, see `hold_out`.
+
+    A row of a CSV list is `pid,path` or `pid,path,camid`, as triplet-reid writes it; with a header
+    columns may stand in any order, among others.
 
     Args:
         dataset: one of
             - `"market1501"`: the folder `Market-1501-v15.09.15`, or its zip, in the data folder;
             - `"synthetic"`: the built-in data, drawn into the data folder when it is not there;
             - a folder in Market-1501's layout, its parent, or a zip of it;
-            - a folder of identities, split or not, see `folder`;
+            - a folder of identities, split or not: `train/<identity>/any.jpg`;
             - a folder with the lists train.csv, query.csv and gallery.csv (or …_test.csv), or one
-              CSV for training only, see `csv_lists`.
+              CSV for training only. Without a list its table is empty, and a note says so.
             A relative path is looked for in the working directory, then in the data folder.
-        pattern: a regular expression over file names with the groups `pid` and `camid`, or
-            `"market1501"` for Market-1501's own; see `folder` and `csv_lists`.
-        image_root: where the relative paths of CSV lists start.
+        pattern: a regular expression over file names, such as `r"(?P<pid>[a-z]+)_cam(?P<camid>\d)"`,
+            or `"market1501"` for Market-1501's names. Its group `pid` is the identity, not the first
+            sub-folder; its group `camid` is the camera where no column says it. Without both the
+            camera is unknown (-1): never guessed.
+        image_root: where the relative paths of CSV lists start; None: in each list's own folder.
 
     Raises:
         FileNotFoundError: nothing there; says what was looked for and what to do.
@@ -78,77 +90,33 @@ def load(
     ['camid', 'path', 'pid']
     """
     pattern, image_root = pattern or None, image_root or None  # "" is how a notebook says None
-    if str(dataset) in ("market1501", "synthetic"):
+    known = {"market1501": files.find_market1501, "synthetic": built_in_data}
+    if find := known.get(str(dataset)):
         if pattern or image_root:
             raise ValueError(f"pattern and image_root are for your own data, not for {dataset!r}.")
-        if str(dataset) == "market1501":
-            return market1501()
-        return replace(folder(built_in_data()), name="synthetic")
+        return replace(_folder(find(), None), name=str(dataset))
     path = files.existing(dataset)
     kind = path.suffix.lower() if path.is_file() else "folder"
     if kind not in ("folder", ".zip", ".csv"):
         raise ValueError(f"{path} is neither a folder, a .zip nor a .csv list.")
     if kind == ".csv":
-        return csv_lists(train=path, image_root=image_root, pattern=pattern)
-    if kind == ".zip":
-        path = files.unpack(path)
+        return _lists({"train": path}, image_root, pattern)
+    path = files.unpack(path) if kind == ".zip" else path
     market = files.find_market(path)
     lists = {} if market else files.find_lists(path)
     if lists:
-        return csv_lists(**lists, image_root=image_root, pattern=pattern)
+        return _lists(lists, image_root, pattern)
     if image_root:
         raise ValueError(f"image_root goes with CSV lists, and {path} has none.")
-    if market and not pattern and files.is_market1501(market):
-        return market1501(market)
-    return folder(market or path, pattern=pattern)
+    data = _folder(market or path, pattern)
+    official = market and not pattern and files.is_market1501(market)
+    return replace(data, name="market1501") if official else data
 
 
-def market1501(root: str | Path | None = None) -> Dataset:
-    """Load Market-1501.
-
-    Files are named PID_cCsS_FRAME_BOX.jpg. As published: 12,936 training images of 751
-    identities, 3,368 queries of 750, and 19,732 gallery images, 3,819 of them junk and 2,798
-    distractors. `check` compares with these counts.
-
-    Args:
-        root: the folder, or one above it; None looks in the data folder.
-
-    Raises:
-        FileNotFoundError: it is not there; says where to get it.
-    """
-    root = files.find_market1501() if root is None else files.existing(root)
-    base = files.find_market(root)
-    if base is None:
-        raise FileNotFoundError(
-            f"{root} has no folder bounding_box_train, nor has any folder in it: "
-            "give the folder that has bounding_box_train, query and bounding_box_test in it."
-        )
-    return replace(folder(base, pattern="market1501"), name="market1501")
-
-
-def folder(root: str | Path, *, pattern: str | None = None, seed: int = 0) -> Dataset:
-    r"""Load a folder of images; a flat one by `pattern=r"(?P<pid>[a-z]+)_cam(?P<camid>\d)"`.
-
-    The split is that of the sub-folders train, query and gallery (also bounding_box_train,
-    bounding_box_test and test). Without them identities are split in halves, as in Market-1501;
-    those that are tested have images to be matched by, and of each one query a camera (one query
-    where cameras are unknown); see `hold_out`.
-
-    Args:
-        root: the folder.
-        pattern: its group `pid`, found in the file name, is the identity; without it the identity
-            is the first sub-folder (`train/<identity>/any.jpg`). Its group `camid` is the camera,
-            else unknown (-1). Folders in Market-1501's layout have Market-1501's names when no
-            pattern is given.
-        seed: decides who is tested, where no split is given.
-
-    Raises:
-        FileNotFoundError: no such folder, or a split is missing.
-        ValueError: no images, or names that say no identity; says which.
-    """
-    root = files.existing(root)
+def _folder(root: Path, pattern: str | None) -> Dataset:
+    """Load a folder of images, split or not."""
     places = files.find_splits(root)
-    if pattern is None and places and places["train"].name == "bounding_box_train":
+    if not pattern and places and places["train"].name == "bounding_box_train":
         pattern = "market1501"
     raw, notes = {}, []
     for split, place in (places or {"all": root}).items():
@@ -157,60 +125,36 @@ def folder(root: str | Path, *, pattern: str | None = None, seed: int = 0) -> Da
     tables, more = _number(raw)
     notes += more
     if not places:
-        tables = _halves(tables["all"], seed)
-        notes.append(f"No split is given: identities were split in halves with seed {seed}.")
+        tables = _halves(tables["all"])
+        notes.append("No split is given: identities were split in halves with seed 0.")
     return _dataset(root.name, root, tables, notes)
 
 
-def csv_lists(
-    train: str | Path | None = None,
-    query: str | Path | None = None,
-    gallery: str | Path | None = None,
-    *,
-    image_root: str | Path | None = None,
-    pattern: str | None = None,
-) -> Dataset:
-    """Load CSV lists, as triplet-reid writes them or with a header.
-
-    A row is `pid,path` or `pid,path,camid`; with a header `pid,path[,camid]` columns may stand
-    in any order, among others. The data set is named after the lists' folder.
-
-    Args:
-        train, query, gallery: the lists; one that is not given is an empty table, with a note.
-        image_root: where relative paths start; None: in each list's own folder.
-        pattern: its group `camid` is the camera where no column says it (`"market1501"` for
-            Market-1501's names). Without both the camera is unknown: never guessed.
-
-    Raises:
-        FileNotFoundError: a list or an image is missing.
-        ValueError: no list, query without gallery, or a line that cannot be read.
-    """
-    given = {"train": train, "query": query, "gallery": gallery}
-    given = {split: files.existing(source) for split, source in given.items() if source}
-    raw = {s: files.read_list(source, image_root, pattern) for s, source in given.items()}
-    if not raw:
-        raise ValueError("no list given: give train=, or query= and gallery=.")
-    if ("query" in raw) != ("gallery" in raw):
-        raise ValueError("query and gallery go together: give both lists or neither.")
+def _lists(lists: dict[str, Path], image_root: str | Path | None, pattern: str | None) -> Dataset:
+    """Load the CSV lists of some splits, or of all."""
+    if ("query" in lists) != ("gallery" in lists):
+        found = ", ".join(map(str, lists.values()))
+        raise ValueError(f"query and gallery go together, and there is only {found}.")
+    raw = {s: files.read_list(source, image_root, pattern) for s, source in lists.items()}
     tables, notes = _number(raw)
-    absent = [split for split in ("train", "query", "gallery") if split not in raw]
+    absent = [split for split in files.SPLIT_FOLDERS if split not in raw]
     if absent:
         able = "train, not test" if "train" in raw else "test, not train"
         notes.append(f"No list for {' and '.join(absent)} was given: this data set can {able}.")
         tables |= {split: next(iter(tables.values())).iloc[:0] for split in absent}
-    lists = next(iter(given.values())).parent
-    root = files.existing(image_root) if image_root else lists
-    return _dataset(lists.name, root, tables, notes)
+    folder = next(iter(lists.values())).parent
+    root = files.existing(image_root) if image_root else folder
+    return _dataset(folder.name, root, tables, notes)
 
 
 # --- images to embed or to search
 
 
 def image_list(
-    source: str | Path,
+    source: Source,
     *,
     pattern: str | None = None,
-    image_root: str | Path | None = None,
+    image_root: Source | None = None,
     must_exist: bool = True,
 ) -> pd.DataFrame:
     """Return one table of a folder (all images in it, at any depth) or of a CSV list.
@@ -240,12 +184,12 @@ def image_list(
     if "label" in table:
         raise ValueError(
             f"{path} has identities that are names; a list read alone cannot number them so that "
-            "another list agrees. Use numbers, or load the lists together with csv_lists."
+            "another list agrees. Use numbers, or load all lists at once, as one data set."
         )
     return table
 
 
-def ignored_files(source: str | Path) -> str:
+def ignored_files(source: Source) -> str:
     """Return a sentence on what `image_list` passes over in a folder: no images, or hidden; or ""."""
     path = files.existing(source)
     return "".join(files.walk(path)[1]) if path.is_dir() else ""
@@ -255,7 +199,7 @@ def ignored_files(source: str | Path) -> str:
 
 
 def hold_out(
-    train: pd.DataFrame, identities: int | str | Path = 100, seed: int = 0
+    train: pd.DataFrame, identities: int | Source = 100, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Take identities out of training for validation.
 
@@ -281,25 +225,7 @@ def hold_out(
     """
     train = train.reset_index(drop=True)
     rng = np.random.default_rng(seed)
-    held = train["pid"].isin(_whom_to_hold_out(train, identities, rng))
-    test = train[held]
-    mixed = test.iloc[rng.permutation(len(test))]
-    group = mixed.groupby(["pid", "camid"])["pid"]
-    several = group.transform("size") > 1
-    picked = (several & (group.cumcount() == 0)).astype(bool)
-    # Identities with one image in each camera: one query, and the others stay to be found.
-    lone = ~mixed["pid"].isin(mixed["pid"][picked])
-    picked |= lone & ~mixed["pid"].duplicated()
-    query = test.index.isin(mixed.index[picked])
-    return tuple(t.reset_index(drop=True) for t in (train[~held], test[query], test[~query]))
-
-
-def _whom_to_hold_out(
-    train: pd.DataFrame, identities: int | str | Path, rng: np.random.Generator
-) -> np.ndarray:
-    """Draw so many identities, or read those that a file names; all of them can be matched."""
-    matchable = _matchable(train)
-    total = train.loc[train["pid"] > 0, "pid"].nunique()
+    matchable, total = _matchable(train), train.loc[train["pid"] > 0, "pid"].nunique()
     named = None if isinstance(identities, int) else split_file(identities)
     count = identities if named is None else len(named)
     wrong = [] if named is None else named[~np.isin(named, matchable)]
@@ -313,7 +239,16 @@ def _whom_to_hold_out(
             f"cannot hold out {count} of {total} identities: {len(matchable)} have images of "
             "two cameras (or two images, with no cameras), and some must stay for training."
         )
-    return rng.choice(matchable, size=count, replace=False) if named is None else named
+    named = rng.choice(matchable, size=count, replace=False) if named is None else named
+    held = train["pid"].isin(named)
+    test = train[held]
+    mixed = test.iloc[rng.permutation(len(test))]
+    group = mixed.groupby(["pid", "camid"])["pid"]
+    picked = (group.transform("size") > 1) & (group.cumcount() == 0)
+    # Identities with one image in each camera: one query, and the others stay to be found.
+    picked |= ~mixed["pid"].isin(mixed["pid"][picked]) & ~mixed["pid"].duplicated()
+    query = test.index.isin(mixed.index[picked])
+    return tuple(t.reset_index(drop=True) for t in (train[~held], test[query], test[~query]))
 
 
 def _matchable(table: pd.DataFrame) -> np.ndarray:
@@ -323,7 +258,7 @@ def _matchable(table: pd.DataFrame) -> np.ndarray:
     return counts.index[counts > 1].to_numpy()
 
 
-def split_file(name: str | Path) -> np.ndarray:
+def split_file(name: Source) -> np.ndarray:
     """Read the identities (pids) that a file names, one a line; `#` starts a comment.
 
     Args:
@@ -380,33 +315,26 @@ def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
 
 def _number(raw: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Turn text to int64 with one map for all splits: numbers stay, names count from 1, sorted."""
-    notes, maps = [], {}
-    for column, word in (("pid", "identities"), ("camid", "cameras")):
-        texts = sorted(set().union(*(rows[column] for rows in raw.values())))
+    rows, notes = pd.concat(raw), []
+    for column, word, special in (("pid", "identities", (-1, 0)), ("camid", "cameras", (-1,))):
+        texts = sorted(rows[column].unique())
         kept = {t: int(t) for t in texts if re.fullmatch(r"-?\d{1,18}", t)}
         if len(kept) < len(texts):  # names: only "-1" and "0000" keep their meaning
-            special = (-1, 0) if column == "pid" else (-1,)
             kept = {t: number for t, number in kept.items() if number in special}
             named = {t: i for i, t in enumerate((t for t in texts if t not in kept), 1)}
             shown = some([f"{t} = {i}" for t, i in named.items()])
             notes.append(f"The {word} are names and were numbered: {shown}.")
             kept |= named
+            if column == "pid":
+                rows["label"] = rows["pid"]
         below = [t for t, number in kept.items() if number < -1]
         if below:
             raise ValueError(f"{word} below -1 have no meaning: {some(below)}.")
-        maps[column] = kept
-    tables = {}
-    for split, rows in raw.items():
-        table = pd.DataFrame({"path": rows["path"]})
-        for column in ("pid", "camid"):
-            table[column] = rows[column].map(maps[column]).astype("int64")
-        if notes and "identities" in notes[0]:
-            table["label"] = rows["pid"]
-        tables[split] = table.reset_index(drop=True)
-    return tables, notes
+        rows[column] = rows[column].map(kept).astype("int64")
+    return {split: rows.loc[split].reset_index(drop=True) for split in raw}, notes
 
 
-def _halves(table: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
+def _halves(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Half of the identities for training, half for testing; pid -1 and 0 go to the gallery."""
     people = table[table["pid"] > 0]
     identities = min(people["pid"].nunique() // 2, len(_matchable(people)))
@@ -415,7 +343,7 @@ def _halves(table: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
             "too few identities to split: two are needed, and one of them with "
             "images of two cameras (or two images, with no cameras)."
         )
-    train, query, gallery = hold_out(people, identities, seed)
+    train, query, gallery = hold_out(people, identities)
     gallery = pd.concat([gallery, table[table["pid"] <= 0]], ignore_index=True)
     return {"train": train, "query": query, "gallery": gallery}
 
@@ -426,16 +354,13 @@ def _dataset(name: str, root: Path, tables: dict[str, pd.DataFrame], notes: list
         known = pd.concat([tables[split] for split in splits])["camid"] >= 0
         if known.any() and not known.all():
             raise ValueError(
-                f"{name}: {known.sum()} of {len(known)} images in {where} have a "
-                "camera; same-camera exclusion needs all or none."
+                f"{name}: {known.sum()} of {len(known)} images in {where} have a camera; "
+                "same-camera exclusion needs all or none."
             )
     everything = pd.concat(tables.values())
     if (everything["camid"] == -1).all():
         notes.append("No camera is known: camid is -1 everywhere.")
         if all(re.match(files.MARKET_NAME, os.path.basename(p)) for p in everything["path"]):
-            notes.append(
-                'The file names look like Market-1501\'s: pattern="market1501" would '
-                "read the cameras from them."
-            )
+            notes.append('pattern="market1501" would read the cameras from the file names.')
     safe = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-") or "data"  # it names folders of runs
     return Dataset(safe, root, **tables, notes=tuple(notes))
