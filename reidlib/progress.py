@@ -31,19 +31,16 @@ def in_notebook() -> bool:
         return False
 
 
-def progress(iterable=None, *, total=None, desc="", show=True, unit="it", initial=0) -> tqdm:
-    """Return a tqdm bar around an iterable, for a terminal (standard error) or a notebook."""
-    bar = _NotebookBar if in_notebook() else tqdm
-    live = bar is _NotebookBar or sys.stderr.isatty()
-    return bar(
-        iterable,
-        file=io.StringIO() if bar is _NotebookBar else None,  # its last newline belongs nowhere
-        total=total,
-        desc=desc,
-        unit=unit,
-        initial=initial,
-        disable=not show,
-        mininterval=0.5 if live else 60,  # a log file keeps every line
-        dynamic_ncols=bar is tqdm,
-        **({"ncols": 90, "ascii": False} if bar is _NotebookBar else {}),
-    )
+def progress(iterable=None, *, show=True, **options) -> tqdm:
+    """Return a tqdm bar around an iterable, for a terminal (standard error) or a notebook.
+
+    `options` are tqdm's: `total`, `desc`, `unit`, `initial`.
+    """
+    options |= {"disable": not show}
+    if in_notebook():
+        # Its last newline belongs nowhere.
+        return _NotebookBar(
+            iterable, file=io.StringIO(), ncols=90, ascii=False, mininterval=0.5, **options
+        )
+    live = sys.stderr.isatty()  # a log file keeps every line
+    return tqdm(iterable, mininterval=0.5 if live else 60, dynamic_ncols=True, **options)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -77,16 +77,14 @@ def newest_run() -> Path:
     Raises:
         FileNotFoundError: no run has ended yet, and the example is not there.
     """
-    finished = [
-        path
-        for path in outputs_dir().glob("*/weights.safetensors")
-        if (path.parent / "checkpoint.pt").is_file()
-    ]
-    if finished:
-        return max(finished, key=lambda path: path.stat().st_mtime).parent.resolve()
-    if (outputs_dir() / EXAMPLE / "weights.safetensors").is_file():
-        return (outputs_dir() / EXAMPLE).resolve()
-    raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
+    files = outputs_dir().glob("*/weights.safetensors")
+    found = [file for file in files if (file.parent / "checkpoint.pt").is_file()]
+    example = outputs_dir() / EXAMPLE / "weights.safetensors"
+    if not found and example.is_file():
+        found = [example]
+    if not found:
+        raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
+    return max(found, key=lambda file: file.stat().st_mtime).parent.resolve()
 
 
 # --- files, whole or not at all
@@ -175,7 +173,7 @@ def lock(run: Path, timeout: float = 0):
     """Hold a run's folder against every other process that writes runs.
 
     The lock is the operating system's: it ends with the process, however that ends. One that another
-    process holds is waited for as many seconds, and for ever if `timeout` is -1.
+    process holds is waited for as many seconds as `timeout`; -1: for ever.
 
     Raises:
         Busy: another process holds it.
@@ -207,7 +205,7 @@ def environment() -> dict:
         "command": _command(sys.argv),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
     }
 
@@ -221,19 +219,11 @@ def _command(argv: list[str]) -> str:
     return " ".join(["python -m reidlib" if ours else program.name, shlex.join(argv[1:])]).strip()
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _git_commit() -> str | None:
     """Return the commit of this repository, with `+changes` where the tree differs from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        run = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changed else "")
