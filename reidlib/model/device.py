@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -18,21 +19,16 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"(?m)^model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    model = found[1] if found else platform.processor() or platform.machine()
     return f"{model}, {os.cpu_count()} cores"
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device: `"auto"` takes CUDA, then Apple's MPS, then the CPU.
+    """Return the device, or raise a ValueError if it is not there.
 
-    Raises:
-        ValueError: the device asked for is not there.
+    `"auto"` takes CUDA, then Apple's MPS, then the CPU.
     """
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,9 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         cause = str(error).split("\n")[0]
-        raise ValueError(
-            f"There is no device {name!r} here ({cause}). Use 'auto' or 'cpu'."
-        ) from None
+        raise ValueError(f"There is no device {name!r} ({cause}). Use 'auto' or 'cpu'.") from None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -60,10 +54,8 @@ def bfloat16_problem(recipe: Recipe, device: torch.device) -> str:
     """
     if device.type != "cpu" or (recipe.height >= 64 and recipe.width >= 48):
         return ""
-    return (
-        f"On the CPU bfloat16 needs an input of 64×48 at least, not {recipe.height}×{recipe.width}: "
-        'use precision = "float32".'
-    )
+    size = f"{recipe.height}×{recipe.width}"
+    return f'On the CPU bfloat16 needs 64×48 at least, not {size}: use precision = "float32".'
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
@@ -107,15 +99,11 @@ def race(
 ) -> dict[str, list[float]]:
     """Time some functions in turn, round after round, after a round to warm up.
 
-    In turn, so that other work on the machine meets all of them: compare them within a round.
-
-    Args:
-        contenders: functions, by name.
-        rounds: that count.
-        seconds: whoever has run for so long in all drops out, but not before its second round.
+    In turn, so that other work on the machine meets all of them: compare them within a round. Who
+    has run for `seconds` in all drops out, but not before its second round.
 
     Returns:
-        By name, the seconds of each round.
+        By name, the seconds of each round that counts.
     """
     times = {name: [] for name in contenders}
     for this in range(rounds + 1):

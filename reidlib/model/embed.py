@@ -24,13 +24,7 @@ VIEWS = ("plain", "mirrored", "crops", "mirrored crops")
 
 
 def embed(
-    model: nn.Module,
-    pixels: np.ndarray,
-    recipe: Recipe,
-    flip: bool = False,
-    batch: int | None = None,
-    precision: str = "float32",
-    show_progress: bool = True,
+    model: nn.Module, pixels: np.ndarray, recipe: Recipe, flip: bool = False, **options
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of uint8 pixels (N, H, W, 3).
 
@@ -39,15 +33,7 @@ def embed(
         pixels: what `load_images` returned.
         recipe: says the size and the normalisation of the input.
         flip: embed the mirrored image too and take the mean of both.
-        batch: images at a time; by default 16 on the CPU, whose caches hold what a layer makes of
-            them (twice as fast as 128 at 256×128), and 128 elsewhere.
-        precision: `"float32"`, the default, gives the same scores on every machine, on CUDA too:
-            its TensorFloat32 is switched off. `"bfloat16"` is faster and moves them by some
-            hundredths of a point.
-        show_progress: draw a bar.
-
-    Raises:
-        ValueError: no images.
+        options: `batch`, `precision` and `show_progress`; they and the errors are `embed_views`'s.
 
     >>> from reidlib.model.weights import build_model
     >>> from reidlib.recipes import make_recipe
@@ -56,8 +42,7 @@ def embed(
     >>> embed(build_model(recipe), pixels, recipe, show_progress=False).shape
     (2, 128)
     """
-    names = ("plain", "mirrored") if flip else ("plain",)
-    views = embed_views(model, pixels, recipe, names, batch, precision, show_progress)
+    views = embed_views(model, pixels, recipe, VIEWS[:2] if flip else VIEWS[:1], **options)
     return sum(views.values()) / len(views)
 
 
@@ -76,11 +61,14 @@ def embed_views(
     `"plain"` is the whole image, `"mirrored"` its mirror image. `"crops"` is the mean over five: the
     image enlarged as in training (`recipe.enlarge`), its four corners and its centre cut out;
     `"mirrored crops"` the same of the mirror images. The paper's augmentation (arXiv 1703.07737,
-    section 4.3) is the mean of these last two. Crops cost five times a plain view, unless
-    `enlarge` is 1: then they are the plain image, and embedded once.
+    section 4.3) is the mean of these last two. Where `enlarge` is 1, crops are the plain image.
 
     Args:
-        views: some of `VIEWS`, each computed once; the other arguments are those of `embed`.
+        views: some of `VIEWS`.
+        batch: images at a time; by default 16 on the CPU, whose caches hold what a layer makes of
+            them (twice as fast as 128 at 256×128), and 128 elsewhere.
+        precision: `"float32"` gives the same scores on every machine, for TensorFloat32 is switched
+            off; `"bfloat16"` is faster and moves them by some hundredths of a point.
 
     Raises:
         ValueError: no images, no such view, or bfloat16 where it is wrong.
@@ -89,10 +77,6 @@ def embed_views(
         raise ValueError("There are no images to embed.")
     if not views or not set(views) <= set(VIEWS):
         raise ValueError(f"views = {views!r}: choose some of {', '.join(VIEWS)}.")
-    size = (recipe.height, recipe.width)
-    enlarged = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
-    # A view, its mirror image, and the size from which it is cut out.
-    kinds = [("plain", "mirrored", size), ("crops", "mirrored crops", enlarged)]
     device = next(model.parameters()).device
     if precision == "bfloat16" and (problem := bfloat16_problem(recipe, device)):
         raise ValueError(problem)
@@ -100,43 +84,35 @@ def embed_views(
     model = folded(model).to(memory_format=torch.channels_last)
     # On CUDA, float32 convolutions would be rounded to TensorFloat32's ten bits.
     flags = {key: getattr(cudnn, key) for key in ("enabled", "benchmark", "deterministic")}
-    flags["allow_tf32"] = False
     parts = {view: [] for view in views}
-    bar = progress(total=len(pixels), desc="embed", unit="img", show=show_progress)
-    for start in range(0, len(pixels), batch):
-        block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch])).to(device)
-        for straight, mirrored, resized in kinds:
-            if not {straight, mirrored} & parts.keys():
-                continue
-            augmentation = Augmentation(resized, normalise=recipe.normalise)
-            # One (B, 3, h, w), or five.
-            cut = _five_crops(augmentation.plain(block), size)
-            cut = [images.contiguous(memory_format=torch.channels_last) for images in cut]
-            with autocast(device, precision), cudnn.flags(**flags):
-                for view in {straight, mirrored} & parts.keys():
-                    sides = [images.flip(3) for images in cut] if view == mirrored else cut
-                    emb = sum(model(images).float() for images in sides) / len(sides)  # (B, D)
-                    parts[view].append(emb.cpu())
-        bar.update(len(block))
-    bar.close()
+    with progress(total=len(pixels), desc="embed", unit="img", show=show_progress) as bar:
+        for start in range(0, len(pixels), batch):
+            block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch])).to(device)
+            for view, of_view in parts.items():
+                images = _inputs(block, recipe, view)
+                with autocast(device, precision), cudnn.flags(**flags, allow_tf32=False):
+                    emb = sum(model(x).float() for x in images) / len(images)  # (B, D)
+                of_view.append(emb.cpu())
+            bar.update(len(block))
     return {view: torch.cat(of_view).numpy() for view, of_view in parts.items()}
 
 
-def _five_crops(images: Tensor, size: tuple[int, int]) -> list[Tensor]:
-    """(B, 3, H, W) to four corners and the centre, each (B, 3, h, w); itself, if of that size."""
-    (h, w), (room_y, room_x) = size, (images.shape[2] - size[0], images.shape[3] - size[1])
-    if room_y == room_x == 0:
-        return [images]
-    corners = [(y, x) for y in (0, room_y) for x in (0, room_x)]
-    places = [*corners, (room_y // 2, room_x // 2)]
-    return [images[:, :, y : y + h, x : x + w] for y, x in places]
+def _inputs(pixels: Tensor, recipe: Recipe, view: str) -> list[Tensor]:
+    """(B, H, W, 3) to what a view shows the network: one (B, 3, h, w), or five for crops."""
+    h, w = recipe.height, recipe.width
+    enlarge = recipe.enlarge if "crops" in view else 1
+    size = (round(h * enlarge), round(w * enlarge))
+    images = Augmentation(size, normalise=recipe.normalise).plain(pixels)
+    y, x = size[0] - h, size[1] - w  # room to crop
+    places = [(0, 0), (0, x), (y, 0), (y, x), (y // 2, x // 2)] if y or x else [(0, 0)]
+    cut = [images[:, :, y : y + h, x : x + w] for y, x in places]
+    if "mirrored" in view:
+        cut = [images.flip(3) for images in cut]
+    return [images.contiguous(memory_format=torch.channels_last) for images in cut]
 
 
 def write_embeddings(
-    path: str | Path,
-    emb: np.ndarray | Tensor,
-    table: pd.DataFrame,
-    about: Mapping[str, str] | None = None,
+    path: str | Path, emb: np.ndarray | Tensor, table: pd.DataFrame, about: Mapping | None = None
 ) -> None:
     """Write embeddings and what they belong to as HDF5, atomically.
 
@@ -144,12 +120,9 @@ def write_embeddings(
     `about` says of them (weights, flips, precision) becomes attributes of the file.
 
     >>> from tempfile import TemporaryDirectory
-    >>> table = pd.DataFrame({"path": ["a.jpg", "b.jpg"], "pid": [1, 2], "camid": [1, 1]})
+    >>> table = pd.DataFrame({"path": ["a.jpg"], "pid": [1], "camid": [1]})
     >>> with TemporaryDirectory() as folder:
-    ...     write_embeddings(f"{folder}/here.h5", np.eye(2, 128), table)
-    ...     emb, same = read_embeddings(f"{folder}/here.h5")
-    >>> emb.shape, same["pid"].tolist()
-    ((2, 128), [1, 2])
+    ...     write_embeddings(f"{folder}/here.h5", np.eye(1, 128), table)
     """
     emb = np.asarray(emb, dtype=np.float32)
     if len(emb) != len(table):
@@ -188,20 +161,20 @@ def read_embeddings(
         csv: for a file with `emb` alone, the list of images it belongs to (`pid,path[,camid]`).
 
     Returns:
-        emb: (N, D) floating point, as stored.
-        table: `path`, `pid`, `camid` (−1 where the file does not say).
+        Embeddings (N, D) floating point, as stored, and their table: `path`, `pid`, `camid`, "" and
+        −1 where the file does not say.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not HDF5, no `emb`, no identities, or lengths that differ.
 
     >>> from tempfile import TemporaryDirectory
-    >>> table = pd.DataFrame({"path": ["a.jpg", "b.jpg"], "pid": [1, 2], "camid": [1, 1]})
+    >>> table = pd.DataFrame({"path": ["a.jpg"], "pid": [1], "camid": [1]})
     >>> with TemporaryDirectory() as folder:
-    ...     write_embeddings(f"{folder}/here.h5", np.eye(2, 128), table)
-    ...     emb, same = read_embeddings(f"{folder}/here.h5")
-    >>> emb.shape, same["pid"].tolist()
-    ((2, 128), [1, 2])
+    ...     write_embeddings(f"{folder}/here.h5", np.eye(1, 128), table)
+    ...     read_embeddings(f"{folder}/here.h5")[1]
+        path  pid  camid
+    0  a.jpg    1      1
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -214,37 +187,26 @@ def read_embeddings(
     if "emb" not in content:
         raise ValueError(f"{path} has no dataset 'emb' with the embeddings.")
     emb = content["emb"]
-    if emb.ndim != 2 or not np.issubdtype(emb.dtype, np.floating):
-        raise ValueError(
-            f"'emb' in {path} must be (N, D) floating point, not {emb.shape} {emb.dtype}."
-        )
+    if emb.ndim != 2 or emb.dtype.kind != "f":
+        raise ValueError(f"'emb' in {path} must be (N, D) floats, not {emb.shape} {emb.dtype}.")
     if csv is not None:
         table = image_list(csv, must_exist=False)
     elif "pid" in content:
-        n = len(content["pid"])
-        paths = [
-            p.decode() if isinstance(p, bytes) else str(p) for p in content.get("path", [""] * n)
-        ]
-        table = pd.DataFrame(
-            {"path": paths, "pid": content["pid"], "camid": content.get("camid", np.full(n, -1))}
-        ).astype({"pid": np.int64, "camid": np.int64})
+        paths = content.get("path", [b""] * len(content["pid"]))
+        table = pd.DataFrame({"path": [name.decode() for name in paths], "pid": content["pid"]})
+        table = table.assign(camid=content.get("camid", -1)).astype({"pid": int, "camid": int})
     else:
-        raise ValueError(
-            f"{path} does not say who is in its images: give the list it belongs to as CSV."
-        )
+        raise ValueError(f"{path} does not say who is in its images: give their list as CSV.")
     if len(table) != len(emb):
-        raise ValueError(
-            f"{path} holds {len(emb)} embeddings, the list of its images {len(table)} rows."
-        )
+        raise ValueError(f"{path} has {len(emb)} embeddings, the list of images {len(table)} rows.")
     return emb, table
 
 
 def folded(model: nn.Module) -> nn.Module:
     """Return a copy for inference in which each convolution has taken in the BatchNorm after it.
 
-    γ (W∗x − μ) / √(σ² + ε) + β is itself a convolution with a bias, so one pass over the image is
-    saved. The BatchNorm of a convolution is taken to be the module that is registered after it, as in
-    every backbone here.
+    γ (W∗x − μ) / √(σ² + ε) + β is itself a convolution with a bias. The BatchNorm of a convolution is
+    taken to be the module that is registered after it, as in every backbone here.
     """
     model = copy.deepcopy(model).eval()
     leaves = [(name, m) for name, m in model.named_modules() if not [*m.children()]]

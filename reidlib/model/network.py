@@ -1,55 +1,33 @@
 """The embedding network: a torchvision backbone, global average pooling, TriNet's head.
 
-TriNet (arXiv 1703.07737, section 4.3): ResNet-50 > global average pooling > Linear 1024 > BatchNorm
-> ReLU > Linear 128.
+TriNet (arXiv 1703.07737, section 4.3) is the network as its defaults make it.
 """
 
 from collections import OrderedDict
 
-import torchvision
 from torch import Tensor, nn
+from torchvision import models
 
 from reidlib.model.depthwise import quicken_depthwise
 
 
-def _resnet(model: nn.Module) -> tuple[nn.Module, int]:
-    """Return a ResNet without its pooling and classifier, and its channels."""
-    return nn.Sequential(OrderedDict(list(model.named_children())[:-2])), model.fc.in_features
+def _resnet8() -> nn.Module:
+    """Return three stages of one block: small enough to learn from random weights in a minute."""
+    model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+    del model.layer4
+    return model
 
 
-def _resnet8(weights: None = None) -> nn.Module:
-    """Return torchvision's ResNet with one basic block a stage."""
-    blocks = torchvision.models.resnet.BasicBlock
-    return torchvision.models.ResNet(blocks, [1, 1, 1, 1])
-
-
-def _three_stages(model: nn.Module) -> tuple[nn.Module, int]:
-    """Return a ResNet's stem and first three stages, and their channels."""
-    backbone, _ = _resnet(model)
-    return backbone[:-1], model.layer4[0].conv1.in_channels
-
-
-def _mobilenet(model: nn.Module) -> tuple[nn.Module, int]:
-    """Return a MobileNet's features, and their channels."""
-    return nn.Sequential(OrderedDict(features=model.features)), model.features[-1].out_channels
-
-
-# name: (torchvision's constructor, its ImageNet weights or None, what cuts the classifier off).
-# To add a backbone, add a line; last_stride finds the last stride of 2 by itself.
-# resnet8, three stages of one block, is small enough to learn from random weights in a minute.
-_models = torchvision.models
+# To add a backbone, add a line: what comes after its pooling is cut off, the number of its channels
+# and its last stride are found, and its ImageNet weights are torchvision's of that name.
 BACKBONES = {
-    "resnet8": (_resnet8, None, _three_stages),
-    "resnet18": (_models.resnet18, _models.ResNet18_Weights.IMAGENET1K_V1, _resnet),
-    "resnet34": (_models.resnet34, _models.ResNet34_Weights.IMAGENET1K_V1, _resnet),
-    "resnet50": (_models.resnet50, _models.ResNet50_Weights.IMAGENET1K_V1, _resnet),
-    "resnet101": (_models.resnet101, _models.ResNet101_Weights.IMAGENET1K_V1, _resnet),
-    "mobilenet_v2": (_models.mobilenet_v2, _models.MobileNet_V2_Weights.IMAGENET1K_V1, _mobilenet),
-    "mobilenet_v3_small": (
-        _models.mobilenet_v3_small,
-        _models.MobileNet_V3_Small_Weights.IMAGENET1K_V1,
-        _mobilenet,
-    ),
+    "resnet8": _resnet8,
+    "resnet18": models.resnet18,
+    "resnet34": models.resnet34,
+    "resnet50": models.resnet50,
+    "resnet101": models.resnet101,
+    "mobilenet_v2": models.mobilenet_v2,
+    "mobilenet_v3_small": models.mobilenet_v3_small,
 }
 
 
@@ -64,10 +42,8 @@ class EmbeddingNet(nn.Module):
         hidden: width of the head's hidden layer.
         last_stride: 2 as torchvision builds it, or 1 for a feature map of twice the height and
             width ("Bag of Tricks", arXiv 1903.07071, section 3.4). The weights fit both.
-        head: True for Linear > BatchNorm > ReLU > Linear; False gives the pooled features.
-
-    Attributes:
-        dim: length of an embedding: `dim`, or the backbone's channels where there is no head.
+        head: True for Linear > BatchNorm > ReLU > Linear; False gives the pooled features, and
+            `dim` becomes the number of the backbone's channels.
 
     Raises:
         ValueError: unknown backbone, or bad sizes.
@@ -88,29 +64,27 @@ class EmbeddingNet(nn.Module):
     ):
         super().__init__()
         if backbone not in BACKBONES:
-            raise ValueError(
-                f"Unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}."
-            )
-        if last_stride not in (1, 2):
-            raise ValueError(f"last_stride must be 1 or 2, got {last_stride}.")
-        if min(dim, hidden) < 1:
-            raise ValueError(f"dim and hidden must be at least 1, got {dim} and {hidden}.")
-        constructor, _, cut = BACKBONES[backbone]
-        self.backbone, channels = cut(constructor(weights=None))
+            raise ValueError(f"Unknown backbone {backbone!r}: choose {', '.join(BACKBONES)}.")
+        if last_stride not in (1, 2) or min(dim, hidden) < 1:
+            sizes = f"{last_stride=}, {dim=}, {hidden=}"
+            raise ValueError(f"last_stride must be 1 or 2, dim and hidden at least 1, not {sizes}.")
+        children = BACKBONES[backbone]().named_children()
+        cut = ("avgpool", "fc", "classifier")
+        self.backbone = nn.Sequential(OrderedDict(c for c in children if c[0] not in cut))
         if last_stride == 1:
             _unstride_last_block(self.backbone)
         quicken_depthwise(self.backbone)
-        self.dim = dim if head else channels
-        self.head = (
-            nn.Sequential(
+        norms = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        channels = norms[-1].num_features
+        self.dim, self.head = channels, nn.Identity()
+        if head:
+            self.dim = dim
+            self.head = nn.Sequential(
                 nn.Linear(channels, hidden),
                 nn.BatchNorm1d(hidden),
                 nn.ReLU(inplace=True),
                 nn.Linear(hidden, dim),
             )
-            if head
-            else nn.Identity()
-        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, D) of normalised images (B, 3, H, W)."""
@@ -120,12 +94,9 @@ class EmbeddingNet(nn.Module):
 
 def _unstride_last_block(backbone: nn.Module) -> None:
     """Set the last stride of 2 to 1, in the shortcut beside it too."""
-    strided = [
-        (name.split(".")[:2], module)  # a block is layer4.0 or features.14
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Conv2d) and module.stride == (2, 2)
-    ]
-    last_block = strided[-1][0]
-    for block, module in strided:
-        if block == last_block:
-            module.stride = (1, 1)
+    convolutions = {n: m for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
+    strided = [name for name, module in convolutions.items() if module.stride == (2, 2)]
+    last_block = strided[-1].split(".")[:2]  # layer4.0 or features.14
+    for name in strided:
+        if name.split(".")[:2] == last_block:
+            convolutions[name].stride = (1, 1)

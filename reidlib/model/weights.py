@@ -8,8 +8,9 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
-from reidlib.model.network import BACKBONES, EmbeddingNet
+from reidlib.model.network import EmbeddingNet
 from reidlib.paths import data_dir
 from reidlib.recipes import Recipe, stored_recipe
 from reidlib.runs import find_run, write_atomically
@@ -31,33 +32,28 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
     >>> build_model(make_recipe("demo", dim=64)).dim
     64
     """
-    weights = None if recipe.weights == "none" or not pretrained else recipe.weights
-    if weights not in (None, "imagenet") and not Path(weights).expanduser().is_file():
-        in_data = data_dir() / weights
-        weights = in_data if in_data.is_file() else weights
+    sizes = recipe.model_dump(include={"backbone", "dim", "hidden", "last_stride", "head"})
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        model = EmbeddingNet(
-            recipe.backbone, recipe.dim, recipe.hidden, recipe.last_stride, recipe.head
-        )
-    if weights is not None:
-        load_backbone_weights(model.backbone, recipe.backbone, weights)
+        model = EmbeddingNet(**sizes)
+    if pretrained and recipe.weights != "none":
+        _load_backbone(model.backbone, recipe.backbone, recipe.weights)
     return model
 
 
-def save_weights(path: Path, model: torch.nn.Module, recipe: Recipe, *, half: bool = False) -> None:
+def save_weights(path: Path, model: nn.Module, recipe: Recipe, *, half: bool = False) -> None:
     """Write a model alone, with its recipe in the file, so that one file is enough to load it.
 
     `half`: matrices and filters as float16. The rest is little, and a small variance of a BatchNorm
     would be lost.
     """
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    if half:
-        state = {k: v.half() if v.dim() > 1 else v for k, v in state.items()}
+    state = {
+        key: (value.half() if half and value.dim() > 1 else value).contiguous()
+        for key, value in model.state_dict().items()
+    }
     # One entry: the order of several is not fixed, and equal models shall make equal files.
-    metadata = {"reidlib_recipe": recipe.model_dump_json()}
     # Not safetensors' save_file: what it makes only its owner may read.
-    content = safetensors.torch.save(state, metadata)
+    content = safetensors.torch.save(state, {"reidlib_recipe": recipe.model_dump_json()})
     write_atomically(path, lambda file: file.write_bytes(content))
 
 
@@ -71,9 +67,7 @@ def weights_file(run: str | Path) -> Path:
     if not (path.suffix == ".safetensors" and path.is_file()):
         path = find_run(run) / "weights.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} has no weights.safetensors: its training has not ended."
-        )
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: its training has not ended.")
     return path.resolve()
 
 
@@ -85,7 +79,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
         device: where to put it.
 
     Returns:
-        The network in evaluation mode; its `recipe` attribute says what input it expects.
+        The network in evaluation mode; its attribute `recipe` says what input it expects.
 
     Raises:
         FileNotFoundError: no such run, or a run without weights.
@@ -102,50 +96,41 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
     try:
         with safetensors.safe_open(path, "pt") as file:
             recipe = stored_recipe(json.loads((file.metadata() or {})["reidlib_recipe"]))
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
+        state = safetensors.torch.load_file(path)
     except KeyError as error:
         raise ValueError(
             f"{path} has no recipe inside, so it is not a model of this library. "
-            f"Backbone weights from elsewhere go into training: weights=PATH."
+            "Backbone weights from elsewhere go into training: weights=PATH."
         ) from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     model = build_model(recipe, pretrained=False)
-    model.load_state_dict(
-        {k: v.long() if k.endswith("num_batches_tracked") else v for k, v in state.items()}
-    )
+    model.load_state_dict(state)  # float16 becomes float32
     model.recipe = recipe
     return model.eval().to(device)
 
 
-def load_backbone_weights(backbone: nn.Module, name: str, weights: str | Path) -> None:
+def _load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
     """Load `"imagenet"` weights or a file of weights into a backbone, every key or none.
 
-    A classifier in the file is passed over. Nothing is unpickled beyond tensors.
-
-    Raises:
-        ValueError: keys missing, unknown, or of another shape; a file that cannot be read.
-        FileNotFoundError: no such file.
-        RuntimeError: the download failed.
+    A classifier in the file is passed over.
     """
-    state = _imagenet_weights(name) if weights == "imagenet" else read_weights(weights)
+    state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
     state = {k.removeprefix("module."): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
     own = backbone.state_dict()
+    both = [k for k in own if k in state]
     # Files older than PyTorch 0.4.1 lack BatchNorm's counter, which nothing here reads.
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unknown = [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    broken = [k for k in own if k in state and not state[k].isfinite().all()]
-    for keys, what in (
-        (missing, "lacks"),
-        (unknown, "has unknown"),
-        (shapes, "has other shapes in"),
-        (broken, "has NaN or infinity in"),
-    ):
+    problems = {
+        "lacks": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+        "has unknown": [k for k in state if k not in own],
+        "has other shapes in": [k for k in both if own[k].shape != state[k].shape],
+        "has NaN or infinity in": [k for k in both if not state[k].isfinite().all()],
+    }
+    for what, keys in problems.items():
         if keys:
             raise ValueError(
-                f"The weights {str(weights)!r} do not fit {name}: the file {what} {len(keys)} of its "
+                f"The weights {weights!r} do not fit {name}: the file {what} {len(keys)} of its "
                 f"{len(own)} keys: {some(keys)}. It must be a state dict of torchvision's {name}."
             )
     backbone.load_state_dict(state, strict=False)
@@ -153,31 +138,24 @@ def load_backbone_weights(backbone: nn.Module, name: str, weights: str | Path) -
 
 def _imagenet_weights(name: str) -> dict[str, Tensor]:
     """Download torchvision's ImageNet weights, or take them from its cache."""
-    _, source, _ = BACKBONES[name]
-    if source is None:
+    if name not in models.list_models():
         raise ValueError(f'There are no ImageNet weights of {name}: choose weights="none".')
+    source = models.get_model_weights(name).IMAGENET1K_V1
     try:
         return source.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"The ImageNet weights of {name} could not be had from {source.url} ({error}). "
-            f"Download that file on a machine that can, and give its path: weights=PATH. "
-            f'Or train from random weights: weights="none".'
+            f"The ImageNet weights of {name} could not be had from {source.url} ({error}). Download "
+            'that file where you can, and give its path: weights=PATH. Or train without: "none".'
         ) from error
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a `.safetensors` file, or with `weights_only=True` from any other.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a file of weights, or a truncated one.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'There is no file of weights at {path}. Give a path, "imagenet", or "none".'
-        )
+def _read_weights(name: str) -> dict[str, Tensor]:
+    """Read a state dict from a `.safetensors` file, or with `weights_only=True` from any other."""
+    places = (Path(name).expanduser(), data_dir() / name)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f'No file of weights {name!r}: give a path, "imagenet" or "none".')
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
