@@ -155,7 +155,7 @@ def _read_weights(name: str) -> dict[str, Tensor]:
     places = (Path(name).expanduser(), data_dir() / name)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f'No file of weights {name!r}: give a path, "imagenet" or "none".')
+        raise FileNotFoundError(f'There is no file of weights {name!r}: give a path or "imagenet".')
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
