@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,23 +55,19 @@ class State:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned; torch's random state is set, too."""
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.sampler.load_state_dict(state["sampler"])
+        for part in ("model", "optimiser", "sampler"):
+            getattr(self, part).load_state_dict(state[part])
         self.augmentation.generator.set_state(state["augmentation"])
         torch.set_rng_state(state["torch_random"])
-        self.step, self.best, self.seconds = (state[key] for key in ("step", "best", "seconds"))
-        self.history, self.facts = state["history"], state.get("facts", {})
+        for value in ("step", "best", "seconds", "history"):
+            setattr(self, value, state[value])
+        self.facts = state.get("facts", {})  # checkpoints had none before there was a health report
 
 
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-def _known_digests(path: Path) -> list[str]:
-    sidecar = _sidecar(path)
-    lines = sidecar.read_text().splitlines() if sidecar.exists() else []
-    return [line.split()[0] for line in lines if line.strip()]
+def _digests(path: Path) -> list[str]:
+    """Return the digests in the file beside `path`, whose lines are those of `sha256sum`."""
+    sidecar = Path(f"{path}.sha256")
+    return sidecar.read_text().split()[::2] if sidecar.exists() else []
 
 
 def _put_in_place(path: Path, write: Callable[[Path], None], digest: str) -> None:
@@ -79,13 +76,11 @@ def _put_in_place(path: Path, write: Callable[[Path], None], digest: str) -> Non
     A file and its digest are two renames. Between them a kill may fall, so the sidecar first lists
     the new digest and the old one, then the file changes, then the sidecar keeps the new alone.
     """
-
-    def note(digests: list[str]) -> None:
-        write_text(_sidecar(path), "".join(f"{d}  {path.name}\n" for d in digests))
-
-    note([digest, *(_known_digests(path)[:1] if path.exists() else [])])
+    sidecar, line = Path(f"{path}.sha256"), f"{digest}  {path.name}\n"
+    old = f"{_digests(path)[0]}  {path.name}\n" if path.exists() and _digests(path) else ""
+    write_text(sidecar, line + old)
     write_atomically(path, write)
-    note([digest])
+    write_text(sidecar, line)
 
 
 def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None:
@@ -93,14 +88,16 @@ def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         torch.save(state, fresh)
-        digest = sha256(fresh)
-        if keep_previous and path.exists() and len(_known_digests(path)) == 1:
-            old_digest = _known_digests(path)[0]
-            previous = path.with_name(f"{path.stem}_previous.pt")
-            _put_in_place(previous, lambda temporary: _link_or_copy(path, temporary), old_digest)
-        _put_in_place(path, lambda temporary: os.replace(fresh, temporary), digest)
+        digest, old = sha256(fresh), _digests(path)
+        if keep_previous and path.exists() and len(old) == 1:
+            _put_in_place(_previous(path), partial(_link_or_copy, path), old[0])
+        _put_in_place(path, partial(os.replace, fresh), digest)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_previous.pt")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -119,20 +116,16 @@ def load_checkpoint(path: Path) -> dict:
     """
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    problem = ""
-    if not _known_digests(path):
-        problem = f"has no {_sidecar(path).name} beside it to compare with"
-    elif sha256(path) not in _known_digests(path):
+    if not (known := _digests(path)):
+        problem = f"has no {path.name}.sha256 beside it to compare with"
+    elif sha256(path) not in known:
         problem = "is truncated or altered: its SHA-256 is not the one written beside it"
-    if not problem:
+    else:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises a dozen kinds
             problem = "cannot be read: " + str(error).split("\n")[0]
-    previous = path.with_name(f"{path.stem}_previous.pt")
-    offer = (
-        f'The one before it is there: resume from {previous.name} with resume="previous".'
-        if previous.exists() and previous != path
-        else "There is none before it: train again under another tag, or delete the run's folder."
-    )
+    offer = "There is none before it: train again under another tag, or delete the run's folder."
+    if _previous(path).exists():
+        offer = f'Go on from the one before it, {_previous(path).name}, with resume="previous".'
     raise ValueError(f"{path} {problem}. {offer}")

@@ -1,39 +1,26 @@
 """What can be wrong with a training: one function a check.
 
-A check takes what is `Watched` and returns a `Finding` or None. To add one, write such a function and
-add it to `health.CHECKS`; a finding's name is its function's, with spaces. Thresholds are constants
-with a reason. They were set so that all four variants and random triplets, on the built-in data for 60
-to 400 steps and on Market-1501, are healthy; the numbers of those runs stand beside the thresholds.
+A check takes what is `Watched` and returns None, or three sentences: what happened, the numbers that
+show it, and what to try first. To add one, write such a function and add it to `CHECKS`; its name, with
+spaces, is the finding's.
+
+Thresholds are constants with a reason. They were set so that all four variants and random triplets, on
+the built-in data for 60 to 400 steps and on Market-1501, are healthy; the numbers of those runs stand
+beside the thresholds.
 """
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
-from reidlib.training.watched import Watched, falls, stretch
+from reidlib.training.watched import MIN_ROWS, Watched, falls, stretch
 from reidlib.words import some
 
-# A trend needs this many logged rows; with fewer, Kendall's test cannot reach 1 % in half of them.
-MIN_ROWS = 10
+Sentences = tuple[str, str, str] | None
+
 # The learning rate is as good as 0 below this share of the recipe's: the schedule has ended.
 DECAYED = 0.05
 # A held-out mAP is a mean over some 50 to 300 queries; two scores of one network differ by so much.
 MAP_NOISE = 0.02
-
-
-class Finding(NamedTuple):
-    """Something that is wrong with a run, or was."""
-
-    name: str
-    """what it is called: "collapsed", "too easy", …"""
-    says: str
-    """one sentence: what happened"""
-    evidence: str
-    """the numbers that show it"""
-    try_first: str
-    """what to do about it"""
-
-
 # TriNet's rate for Adam, and that of most recipes since.
 GOOD_RATE = 3e-4
 
@@ -41,45 +28,35 @@ GOOD_RATE = 3e-4
 # --- before the first step
 
 
-def weights_did_not_load(run: Watched) -> Finding | None:
+def weights_did_not_load(run: Watched) -> Sentences:
     """The backbone was to start from a file of weights, and some of its layers are as made."""
-    if not run.fresh:
-        return None
-    return Finding(
-        "weights did not load",
-        f"Layers of the backbone were never trained, although its weights are said to come from "
-        f"{Path(run.recipe.weights).name!r}.",
-        f"{len(run.fresh)} BatchNorm layers are as PyTorch makes them (mean 0 and variance 1, or "
-        f"scale 1 and shift 0): {some(run.fresh, 4)}",
-        'Take the file from its source again, or weights="imagenet"; or say weights="none", if the '
-        "network is meant to start from random weights.",
-    )
+    if run.fresh:
+        return (
+            f"Layers of the backbone have no weights of {Path(run.recipe.weights).name!r}.",
+            f"{len(run.fresh)} BatchNorm layers are as PyTorch makes them: {some(run.fresh, 4)}",
+            'Take the file from its source again, or weights="imagenet"; "none" starts from random ones.',
+        )
 
 
-def wrong_normalisation(run: Watched) -> Finding | None:
+def wrong_normalisation(run: Watched) -> Sentences:
     """Pretrained weights expect the pixels that they were trained on."""
-    if run.recipe.weights == "none" or run.recipe.normalise == "imagenet":
-        return None
-    return Finding(
-        "wrong normalisation",
-        "The backbone's weights were trained on pixels of ImageNet's mean and deviation, and are "
-        "given others.",
-        f'normalise = "{run.recipe.normalise}" with weights = {Path(run.recipe.weights).name!r}',
-        'normalise="imagenet"',
-    )
+    weights, normalise = run.recipe.weights, run.recipe.normalise
+    if weights != "none" and normalise != "imagenet":
+        return (
+            "The backbone's weights expect pixels of ImageNet's mean and deviation, and get others.",
+            f'normalise = "{normalise}" with weights = {Path(weights).name!r}',
+            'normalise="imagenet"',
+        )
 
 
-def no_margin(run: Watched) -> Finding | None:
+def no_margin(run: Watched) -> Sentences:
     """A hinge with margin 0 asks for nothing that one point for all images does not give."""
-    if run.recipe.margin != 0:
-        return None
-    return Finding(
-        "no margin",
-        "With a margin of 0 a network that maps all images to one point has no loss: nothing pushes "
-        "people apart, and the loss cannot show a collapse.",
-        "margin = 0, so a collapsed network sits at a loss of 0, where one that has learnt all does",
-        'margin=0.2 to 1, or margin="soft".',
-    )
+    if run.recipe.margin == 0:
+        return (
+            "With a margin of 0 nothing pushes people apart: one point for all images has no loss.",
+            "margin = 0, so a collapsed network sits at a loss of 0, where one that has learnt all does",
+            'margin=0.2 to 1, or margin="soft".',
+        )
 
 
 # Below 2 P identities each batch shows more than half of all people: an anchor meets the same
@@ -89,27 +66,20 @@ MIN_BATCHES_OF_IDENTITIES = 2
 MAX_SHORT_IDENTITIES = 0.2
 
 
-def too_few_identities(run: Watched) -> Finding | None:
+def too_few_identities(run: Watched) -> Sentences:
     """P × K batches want many identities, with K images each."""
-    p, k, identities = run.recipe.p, run.recipe.k, run.identities
-    if identities is None:
-        return None
-    says, advice = [], []
+    p, k, identities, short = run.recipe.p, run.recipe.k, run.identities, run.short
+    advice = []
     if identities < MIN_BATCHES_OF_IDENTITIES * p:
-        says += ["each batch shows the same people, or more than half of them"]
-        advice += [f"p={max(2, identities // 4)}, or more identities"]
-    if run.short is not None and run.short > MAX_SHORT_IDENTITIES * identities:
-        says += ["many identities fill their K images with copies of the same ones"]
-        advice += ["a smaller k, or leave out people with few images"]
-    if not says:
-        return None
-    return Finding(
-        "too few identities",
-        f"The data is small for batches of P × K: {'; '.join(says)}.",
-        f"P = {p} of {identities} identities"
-        + (f"; {run.short} have fewer than K = {k} images" if run.short else ""),
-        f"{'; '.join(advice)}. Trust held-out scores only.",
-    )
+        advice.append(f"p={max(2, identities // 4)}, or more identities.")
+    if short > MAX_SHORT_IDENTITIES * identities:
+        advice.append("A smaller k, or leave out people with few images.")
+    if advice:
+        return (
+            "The data is small for batches of P × K: they show the same people or images again and again.",
+            f"P = {p} of {identities} identities; {short} have fewer than K = {k} images",
+            f"{' '.join(advice)} Trust held-out scores only.",
+        )
 
 
 # --- the loss and the distances
@@ -123,87 +93,60 @@ LOSS_ENDED_HIGHER = 1.25
 NORM_GROWN = 30.0
 
 
-def diverging(run: Watched) -> Finding | None:
+def diverging(run: Watched) -> Sentences:
     """The loss or the embeddings grow out of bounds."""
-    loss, norm, steps = run.loss, run.history["norm"], run.history["step"]
-    high = max(loss.iloc[0], run.recipe.collapsed_loss)
-    lower = f"A lower learning rate (now lr = {run.recipe.lr:g}): " + (
-        f"{GOOD_RATE:g}" if run.recipe.lr > 10 * GOOD_RATE else "a tenth of it"
+    recipe, loss, norm, steps = run.recipe, run.loss, run.history["norm"], run.history["step"]
+    advice = f"A lower learning rate: {min(GOOD_RATE, recipe.lr / 10):g} (now lr = {recipe.lr:g})"
+    advice += ', or precision="float32"' if recipe.precision == "bfloat16" else ""
+    advice += ", or squared=False." if recipe.squared else "."
+    evidence = (
+        f"loss {loss.iloc[0]:.3g} → {loss.iloc[-1]:.3g}, at most {loss.max():.3g}; embedding norm "
+        f"{norm.iloc[0]:.3g} → {norm.iloc[-1]:.3g}, at most {norm.max():.3g}"
     )
-    lower += ", or squared=False" if run.recipe.squared else ""
     if run.failed:
-        logged = loss.notna().any()
-        return Finding(
-            "diverging",
-            f"{run.failed} became NaN or infinite, so training stopped.",
-            f"loss {loss.iloc[0]:.3g} at step {steps.iloc[0]:.0f}, {loss.iloc[-1]:.3g} at step "
-            f"{steps.iloc[-1]:.0f}, the last that was logged"
-            if logged
-            else "it was the first step, before any weight had changed",
-            f"{lower}."
-            if logged
-            else "Look at what goes in: the file of weights, and the images (00_explore_data).",
-        )
-    for values, first, limit, name in (
-        (loss, high, LOSS_GROWN, "loss"),
-        (norm, max(norm.iloc[0], 1.0), NORM_GROWN, "embedding norm"),
-    ):
-        first_step, last_step, rows = stretch(values > limit * first, steps)
-        if rows >= 2:
-            over = "has" if last_step == steps.iloc[-1] else "had for a while"
-            return Finding(
-                "diverging",
-                f"The {name} {over} grown far beyond where it began.",
-                f"{name} {values.iloc[0]:.3g} at step {steps.iloc[0]:.0f}, up to "
-                f"{values.max():.3g}, {values.iloc[-1]:.3g} at the end; over {limit:g} times the "
-                f"start from step {first_step:.0f} to {last_step:.0f}",
-                lower + ".",
-            )
-    if len(loss) >= MIN_ROWS and run.loss_at_end > LOSS_ENDED_HIGHER * high:
-        return Finding(
-            "diverging",
-            "The loss ended higher than it began.",
-            f"{loss.iloc[0]:.3g} at the start, {run.loss_at_end:.3g} at the end (median of the "
-            f"last quarter of the logged batches)",
-            lower + ".",
-        )
-    return None
+        if loss.isna().all():
+            evidence = "it was the first step, before any weight had changed"
+            advice = "Look at what goes in: the file of weights, and the images (00_explore_data)."
+        return f"{run.failed} became NaN or infinite, so training stopped.", evidence, advice
+    high, high_norm = max(loss.iloc[0], recipe.collapsed_loss), max(norm.iloc[0], 1.0)
+    grown = {"loss": loss > LOSS_GROWN * high, "embedding norm": norm > NORM_GROWN * high_norm}
+    for name, too_high in grown.items():
+        if found := stretch(too_high, steps):
+            over = "has" if found[1] == steps.iloc[-1] else "had for a while"
+            evidence = f"{evidence}; too high from step {found[0]} to {found[1]}"
+            return f"The {name} {over} grown far beyond where it began.", evidence, advice
+    if run.shows_trends and run.loss_at_end > LOSS_ENDED_HIGHER * high:
+        evidence = f"{evidence}; median loss of the last quarter {run.loss_at_end:.3g}"
+        return "The loss ended higher than it began.", evidence, advice
 
 
 # Distances that are a tenth of what the loss asks for leave it within a tenth of its value at 0.
 COLLAPSED = 0.1
 
 
-def collapsed(run: Watched) -> Finding | None:
+def collapsed(run: Watched) -> Sentences:
     """All embeddings are nearly equal, at the end or for a while.
 
     It is called so when, in two logged batches in a row, even the largest distances between
     identities (95th percentile) are below a tenth of the margin. For the soft margin, and margins
     above 1, below 0.1.
     """
-    recipe, rows = run.recipe, run.history
-    small = rows["negative_p95"] < COLLAPSED * run.asked
-    first, last, long = stretch(small, rows["step"])
-    if long < 2:
+    far, steps = run.history["negative_p95"], run.history["step"]
+    found = stretch(far < COLLAPSED * run.asked, steps)
+    if not found:
         return None
-    at_end, from_start = last == rows["step"].iloc[-1], first == rows["step"].iloc[0]
-    says = "The network has collapsed: it maps all images to nearly one point."
-    if not at_end:
-        says = "The network had collapsed for a while, and has left it."
-    value = "ln 2 = 0.693" if recipe.margin == "soft" else f"the margin, {recipe.margin:g}"
-    return Finding(
-        "collapsed",
-        says,
-        f"from step {first:.0f} to {last:.0f}, 95 % of the distances between identities were at most "
-        f"{rows.loc[rows['step'].between(first, last), 'negative_p95'].max():.2g}; the loss was "
-        f"{run.loss.iloc[-1]:.3f} at step {rows['step'].iloc[-1]:.0f}, and a collapsed network sits "
-        f"at {value}",
-        "Look at the images (00_explore_data): they give one embedding from the start, as black or "
-        "identical pictures do"
-        + (". Or the file of weights: zeros do so, too." if recipe.weights != "none" else ".")
-        if from_start
-        else 'A lower learning rate, or loss="batch_all". Some runs leave it by themselves, with more '
-        "steps. If none helps, look at the labels (00_explore_data): wrong ones cannot be learnt.",
+    says = "has collapsed: it maps all images to nearly one point."
+    if found[1] != steps.iloc[-1]:
+        says = "had collapsed for a while, and has left it."
+    advice = 'A lower learning rate, loss="batch_all", or more steps. Then look at the labels.'
+    if found[0] == steps.iloc[0]:
+        advice = "Look at the images and any file of weights: black pictures do this, and zeros."
+    return (
+        f"The network {says}",
+        f"from step {found[0]} to {found[1]}, 95 % of the distances between identities were at most "
+        f"{far[steps.between(*found)].max():.2g}; the loss ended at {run.loss.iloc[-1]:.3f}, where a "
+        f"collapsed network sits at {run.recipe.collapsed_loss:.3f}",
+        f"{advice} (00_explore_data shows images and labels.)",
     )
 
 
@@ -214,59 +157,43 @@ SHRUNK = 0.25
 NEAR_COLLAPSED_LOSS = 0.85
 
 
-def near_collapse(run: Watched) -> Finding | None:
+def near_collapse(run: Watched) -> Sentences:
     """Distances have shrunk below what the loss asks for, and it sits where a collapsed one does."""
-    if len(run.history) < MIN_ROWS:
-        return None
-    start, end = run.start["negative_p50"], run.end["negative_p50"]
-    sits = run.loss_at_end > NEAR_COLLAPSED_LOSS * run.recipe.collapsed_loss
-    if not (sits and end < run.asked and end < SHRUNK * start):
-        return None
-    return Finding(
-        "near collapse",
-        "The network has drawn all images together, and its loss sits where a collapsed one's does.",
-        f"median distance between identities {start:.2f} → {end:.2f}; loss {run.loss_at_end:.3f} at "
-        f"the end, collapsed: {run.recipe.collapsed_loss:.3f}; active triplets {run.end['active']:.0%}",
-        'A lower learning rate, loss="batch_all", fewer augmentations at first, or more steps before '
-        "the rate decays.",
+    start, end, floor = (
+        run.start["negative_p50"],
+        run.end["negative_p50"],
+        run.recipe.collapsed_loss,
     )
+    near = end < run.asked and end < SHRUNK * start
+    if run.shows_trends and near and run.loss_at_end > NEAR_COLLAPSED_LOSS * floor:
+        return (
+            "The network has drawn all images together, and its loss sits where a collapsed one's does.",
+            f"median distance between identities {start:.2f} → {end:.2f}; loss {run.loss_at_end:.3f} at "
+            f"the end, collapsed: {floor:.3f}; active triplets {run.end['active']:.0%}",
+            'A lower learning rate, loss="batch_all", less augmentation, or a rate that decays later.',
+        )
 
 
 # A network that learns puts strangers 1.4 (60 steps) to 2.9 times as far as the same person.
 MOVED_APART = 1.1
 
 
-def not_learning(run: Watched) -> Finding | None:
+def not_learning(run: Watched) -> Sentences:
     """Strangers are no farther than before training, or are not found any better."""
-    if len(run.history) < MIN_ROWS:
-        return None
-    evidence, says = [], "The network tells people apart no better than before training."
-    if len(run.held_out) and run.before is not None:
-        best = run.held_out.max()
-        if best < run.before + MAP_NOISE:
-            evidence = [f"held-out mAP {run.before:.1%} before training, {best:.1%} at best"]
-            says = "People whom the network never saw are found no better than before training."
-    before, after = run.moved_apart
+    evidence, best, before, after = [], run.held_out.max(), run.apart(run.start), run.apart(run.end)
+    if best < run.before + MAP_NOISE:
+        evidence.append(f"held-out mAP {run.before:.1%} before training, {best:.1%} at best")
     if after < MOVED_APART * max(1, before) and run.end["active"] > 0.1:
-        evidence += [
-            f"a stranger is {after:.2f} times as far as the same person (medians), "
-            f"{before:.2f} at the start",
-            f"loss {run.loss.iloc[0]:.3f} → {run.loss_at_end:.3f}",
-        ]
-    if not evidence:
-        return None
-    data = (
-        "the labels and images (00_explore_data): do the pictures of one identity show one person?"
-    )
-    rate = f"learning rate (now lr = {run.recipe.lr:g}; {GOOD_RATE:g} is a good first one)."
-    return Finding(
-        "not learning",
-        says,
-        "; ".join(evidence),
-        f"A higher {rate} Then look at {data}"
-        if run.recipe.lr < GOOD_RATE / 10
-        else f"Look at {data} Then the {rate}",
-    )
+        apart = f"{before:.2f} → {after:.2f} times as far as the same person (medians)"
+        evidence.append(f"strangers {apart}; loss {run.loss.iloc[0]:.3f} → {run.loss_at_end:.3f}")
+    if run.shows_trends and evidence:
+        return (
+            "The network tells people apart no better than before training.",
+            "; ".join(evidence),
+            f"A higher learning rate (now lr = {run.recipe.lr:g}; {GOOD_RATE:g} is a good first one)."
+            if run.recipe.lr < GOOD_RATE / 10
+            else "Look at the labels and images (00_explore_data): does each identity show one person?",
+        )
 
 
 # --- nothing left to learn, or too much
@@ -276,67 +203,54 @@ def not_learning(run: Watched) -> Finding | None:
 SOFT_IDLE = 1e-3
 
 
-def too_easy(run: Watched) -> Finding | None:
+def too_easy(run: Watched) -> Sentences:
     """Most batches of the last half of the run have no active triplet."""
-    if len(run.history) < MIN_ROWS:
-        return None
     half = run.history.iloc[len(run.history) // 2 :]
     soft = run.recipe.margin == "soft"
     idle = (half["loss"] < SOFT_IDLE) if soft else (half["active"] == 0)
-    if idle.mean() <= 0.5:
-        return None
-    return Finding(
-        "too easy",
-        "No active triplets are left: most batches teach nothing any more.",
-        f"{idle.sum()} of the {len(half)} batches logged since step {half['step'].iloc[0]:.0f} have "
-        + (f"a loss below {SOFT_IDLE:g}" if soft else "no active triplet at all"),
-        'loss="batch_hard"'
-        if run.recipe.loss != "batch_hard"
-        else "Stop here if the held-out scores are good. Or harder batches: a larger p, a larger "
-        "margin, or erasing=0.5.",
+    have = f"a loss below {SOFT_IDLE:g}" if soft else "no active triplet at all"
+    advice = (
+        "Stop here if the held-out scores are good. Or a larger p, a larger margin, or erasing=0.5."
     )
+    if run.shows_trends and idle.mean() > 0.5:
+        return (
+            "No active triplets are left: most batches teach nothing any more.",
+            f"{idle.sum()} of the {len(half)} batches logged since step {half['step'].iloc[0]} have {have}",
+            advice if run.recipe.loss == "batch_hard" else 'loss="batch_hard"',
+        )
 
 
-def margin_out_of_reach(run: Watched) -> Finding | None:
+def margin_out_of_reach(run: Watched) -> Sentences:
     """The margin asks for a distance that hardly two images have."""
-    if run.recipe.margin == "soft" or len(run.history) < MIN_ROWS:
-        return None
     margin, far = run.recipe.margin, run.end["negative_p95"]
-    if margin <= far:
-        return None
-    return Finding(
-        "margin out of reach",
-        "The margin is larger than the distances between people, so every triplet is active, the "
-        "learnt ones too.",
-        f"margin {margin:g}; 95 % of the distances between identities are below {far:.2f} at the "
-        f"end; active triplets {run.end['active']:.0%}",
-        'A smaller margin (0.2 to 1), or margin="soft".',
-    )
+    if run.shows_trends and margin != "soft" and margin > far:
+        return (
+            "The margin is larger than distances between people: every triplet is active, learnt ones too.",
+            f"margin {margin:g}; 95 % of the distances between identities end below {far:.2f}; active "
+            f"triplets {run.end['active']:.0%}",
+            'A smaller margin (0.2 to 1), or margin="soft".',
+        )
 
 
 # Five points below the best is more than the noise of both scores.
 MAP_FALLEN = 0.05
 
 
-def overfitting(run: Watched) -> Finding | None:
+def overfitting(run: Watched) -> Sentences:
     """Held-out scores fall while the loss falls."""
     scores = run.held_out
     if len(scores) < 3:
         return None
-    best_step = scores.idxmax()
-    late = scores[scores.index > scores.index[-1] * 2 / 3]
-    late = late[late.index > best_step]
-    loss = run.loss.groupby(run.history["step"] > best_step).median()
-    if late.empty or scores.max() - late.mean() < MAP_FALLEN or loss[True] >= loss[False]:
-        return None
-    return Finding(
-        "overfitting",
-        "Retrieval of people that it never saw gets worse while the loss falls: it learns the "
-        "training images by heart.",
-        f"held-out mAP {scores.max():.1%} at step {best_step}, {scores.iloc[-1]:.1%} at the end; "
-        f"loss {loss[False]:.3f} → {loss[True]:.3f} (medians before and after)",
-        "Fewer steps (checkpoint_best.pt is the best network), more identities, or erasing=0.5.",
-    )
+    best = scores.idxmax()
+    late = scores[scores.index > max(best, scores.index[-1] * 2 / 3)]
+    loss = run.loss.groupby(run.history["step"] > best).median()
+    if not late.empty and scores.max() - late.mean() >= MAP_FALLEN and loss[True] < loss[False]:
+        return (
+            "It learns the training images by heart: people it never saw are found less and less well.",
+            f"held-out mAP {scores.max():.1%} at step {best}, {scores.iloc[-1]:.1%} at the end; median loss "
+            f"{loss[False]:.3f} up to then, {loss[True]:.3f} since",
+            "Fewer steps (checkpoint_best.pt is the best network), more identities, or erasing=0.5.",
+        )
 
 
 # The loss of healthy runs whose schedule has ended is below 0.25 times the first one, and 0.3 to
@@ -345,7 +259,7 @@ LOSS_LEFT = 0.3
 LOSS_FALLING = 0.9
 
 
-def still_learning(run: Watched) -> Finding | None:
+def still_learning(run: Watched) -> Sentences:
     """The run ended while it was still getting better.
 
     With held-out scores: the mean of the last third of the steps is above that of the third before
@@ -354,40 +268,31 @@ def still_learning(run: Watched) -> Finding | None:
     whose learning rate has decayed has ended by design, unless its loss was falling before the decay
     and a large part of it is left.
     """
-    rows, scores = run.history, run.held_out
-    if len(rows) < MIN_ROWS:
-        return None
-    if rows["lr"].iloc[-1] < DECAYED * run.recipe.lr:
-        learning = run.loss[run.learning]
-        left = run.loss_at_end / max(run.loss.iloc[0], 1e-12)
-        if left <= LOSS_LEFT or not falls(learning.iloc[len(learning) // 4 :]):
-            return None
-        evidence = (
-            f"the loss fell until the rate decayed, and {left:.0%} of the first one is left: "
-            f"{run.loss.iloc[0]:.3f} → {run.loss_at_end:.3f}"
-        )
+    lr, loss, scores, step = run.history["lr"], run.loss, run.held_out, run.history["step"].iloc[-1]
+    if lr.iloc[-1] < DECAYED * run.recipe.lr:
+        before = loss[lr > 0.5 * run.recipe.lr]
+        left = run.loss_at_end / max(loss.iloc[0], 1e-12)
+        better = left > LOSS_LEFT and falls(before.iloc[len(before) // 4 :])
+        evidence = f"the loss fell until the rate decayed, and {left:.0%} of the first one is left"
     elif len(scores) >= 3:
         third = scores.index[-1] / 3
         last = scores[scores.index > 2 * third].mean()
         middle = scores[(scores.index > third) & (scores.index <= 2 * third)].mean()
-        if not last > middle + MAP_NOISE:
-            return None
+        better = last > middle + MAP_NOISE
         evidence = (
             f"held-out mAP {middle:.1%} in the second third of the steps, {last:.1%} in the last"
         )
     else:
-        half = run.loss.iloc[len(run.loss) // 2 :]
+        half = loss.iloc[len(loss) // 2 :]
         one, two = half.iloc[: len(half) // 2].median(), half.iloc[len(half) // 2 :].median()
-        if two > LOSS_FALLING * one or not falls(half):
-            return None
+        better = two <= LOSS_FALLING * one and falls(half)
         evidence = f"loss {one:.3f} → {two:.3f} from the third quarter of the steps to the last"
-    return Finding(
-        "still learning",
-        "The run stopped while it was still getting better.",
-        evidence
-        + f"; learning rate {rows['lr'].iloc[-1]:.2g} at the end, {run.recipe.lr:g} at most",
-        f"More steps: {2 * int(rows['step'].iloc[-1])} instead of {rows['step'].iloc[-1]:.0f}.",
-    )
+    if run.shows_trends and better:
+        return (
+            "The run stopped while it was still getting better.",
+            f"{evidence}; learning rate {lr.iloc[-1]:.2g} at the end, {run.recipe.lr:g} at most",
+            f"More steps: {2 * step} instead of {step}.",
+        )
 
 
 # bfloat16 keeps 8 bits: at 5 times the distance from the origin, rounding is 1 % of the distance.
@@ -395,36 +300,44 @@ def still_learning(run: Watched) -> Finding | None:
 FAR = 5.0
 
 
-def far_from_origin(run: Watched) -> Finding | None:
+def far_from_origin(run: Watched) -> Sentences:
     """The embeddings lie in a small cloud far from 0.
 
     Half the mean squared distance of two embeddings is their variance, so the centre c of the cloud
     follows from what is logged: ‖c‖² = norm² − D²/2, with D the median distance between identities.
     """
-    end = run.end
-    distance = run.plain(end["negative_p50"])
-    centre = math.sqrt(max(0.0, end["norm"] ** 2 - distance**2 / 2))
-    if centre <= FAR * distance:
-        return None
-    return Finding(
-        "far from origin",
-        "The embeddings lie in a small cloud far from the origin: in half precision their distances "
-        "drown in rounding, and cosines say nothing.",
-        f"the centre is {centre:.3g} from the origin, the median distance between identities "
-        f"{distance:.3g}, {centre / max(distance, 1e-12):.0f} times less",
-        "A lower learning rate; and subtract the mean of the embeddings before they are stored in "
-        "half precision or compared by angle.",
-    )
+    distance = run.plain(run.end["negative_p50"])
+    centre = math.sqrt(max(0.0, run.end["norm"] ** 2 - distance**2 / 2))
+    if centre > FAR * distance:
+        return (
+            "The embeddings lie in a small cloud far from the origin: half precision and cosines blur it.",
+            f"their centre is {centre:.3g} from the origin, their median distance {distance:.3g}",
+            "A lower learning rate; and subtract the embeddings' mean before you store or compare them.",
+        )
 
 
-def too_short(run: Watched) -> Finding | None:
+def too_short(run: Watched) -> Sentences:
     """Too few rows are logged to judge a trend."""
-    rows = run.history
-    if len(rows) >= MIN_ROWS:
-        return None
-    return Finding(
-        "too short",
-        "Too few batches were logged to judge how the run went on.",
-        f"{len(rows)} rows for {rows['step'].iloc[-1]:.0f} steps; trends need {MIN_ROWS}",
-        f"More steps, or log_every={max(1, int(rows['step'].iloc[-1]) // (2 * MIN_ROWS))}.",
-    )
+    rows, step = len(run.history), run.history["step"].iloc[-1]
+    if not run.shows_trends:
+        return (
+            "Too few batches were logged to judge how the run went on.",
+            f"{rows} rows for {step} steps; trends need {MIN_ROWS}",
+            f"More steps, or log_every={max(1, step // (2 * MIN_ROWS))}.",
+        )
+
+
+# --- all of them, by when they can be made
+
+
+# Worth a line as soon as they are seen: the rest of the run is lost time.
+AT_ONCE = (
+    *(weights_did_not_load, wrong_normalisation, no_margin, too_few_identities),
+    *(diverging, collapsed),
+)
+# Of a run that was stopped or killed on its way; the others ask how it ended.
+UNDER_WAY = (*AT_ONCE, near_collapse)
+CHECKS = (
+    *(*UNDER_WAY, not_learning, margin_out_of_reach, too_easy),
+    *(overfitting, still_learning, far_from_origin, too_short),
+)

@@ -8,38 +8,32 @@ told; `EXPLAINS` says which.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from reidlib import runs
 from reidlib.recipes import Recipe
-from reidlib.training import checks as of
-from reidlib.training.checks import Finding
+from reidlib.training.checks import AT_ONCE, CHECKS, UNDER_WAY
 from reidlib.training.watched import Watched
 
-# Worth a line as soon as they are seen: the rest of the run is lost time.
-AT_ONCE = (
-    of.weights_did_not_load,
-    of.wrong_normalisation,
-    of.no_margin,
-    of.too_few_identities,
-    of.diverging,
-    of.collapsed,
-)
-# Of a run that was stopped or killed on its way; the others ask how it ended.
-UNDER_WAY = (*AT_ONCE, of.near_collapse)
-CHECKS = (
-    *UNDER_WAY,
-    of.not_learning,
-    of.margin_out_of_reach,
-    of.too_easy,
-    of.overfitting,
-    of.still_learning,
-    of.far_from_origin,
-    of.too_short,
-)
+
+class Finding(NamedTuple):
+    """Something that is wrong with a run, or was."""
+
+    name: str  # its check's, with spaces: "collapsed", "too easy", …
+    says: str  # one sentence: what happened
+    evidence: str  # the numbers that show it
+    try_first: str  # what to do about it
+
+
+def named(checks=CHECKS) -> list[str]:
+    """Return the names of checks, which are those of their findings."""
+    return [check.__name__.replace("_", " ") for check in checks]
+
+
 # Beside a loss out of bounds or a collapse, nothing that is found later says more.
-_LATER = {check.__name__.replace("_", " ") for check in CHECKS if check not in AT_ONCE}
+_LATER = {*named(CHECKS)} - {*named(AT_ONCE)}
 EXPLAINS = {
     "diverging": _LATER,
     "collapsed": _LATER,
@@ -56,48 +50,48 @@ def report(
     """Return what is wrong with a run, in the order of `checks`; an empty list for a healthy one.
 
     Args:
-        history: the rows of history.csv so far.
+        history: the rows of history.csv so far. Without any, only checks `AT_ONCE` can be made.
         recipe: the run's settings.
         checks: which to make.
         facts: the other fields of `Watched`.
     """
     rows = pd.DataFrame(history)
-    if rows.empty:  # it failed in the first step
-        nothing = dict.fromkeys(("loss", "active", "lr", "norm", "negative_p95"), math.nan)
+    if rows.empty:
+        nothing = dict.fromkeys(("loss", "active", "norm", "negative_p95"), math.nan)
         rows = pd.DataFrame([{"step": 1} | nothing])
-        checks = tuple(check for check in checks if check in AT_ONCE)
     run = Watched(rows, recipe, **facts)
-    findings = [finding for check in checks if (finding := check(run))]
-    explained = set().union(*(EXPLAINS.get(f.name, set()) for f in findings))
-    return [f for f in findings if f.name not in explained]
+    told = {name: check(run) for name, check in zip(named(checks), checks, strict=True)}
+    findings = [Finding(name, *sentences) for name, sentences in told.items() if sentences]
+    explained = set().union(*(EXPLAINS.get(finding.name, set()) for finding in findings))
+    return [finding for finding in findings if finding.name not in explained]
 
 
 def report_run(run: str | Path) -> list[Finding]:
     """Return the findings of a run, by its name or folder: from its manifest, which has all.
 
-    Runs from before there was a report are judged by their history: what only the training could
-    see (its weights before the first step) stays unknown there.
+    Runs from before there was a report, and those under way, are judged by their history: what only
+    the training could see (its weights before the first step) is taken from the manifest, if there.
 
     Raises:
         FileNotFoundError: no such run, or one that has logged nothing yet.
     """
     folder = runs.find_run(run)
     manifest, file = runs.read_json(folder / "manifest.json"), folder / "history.csv"
-    written = [Finding(**finding) for finding in manifest.get("health", [])]
-    if "health" in manifest and manifest["status"] not in ("running", "stopped"):
-        return written
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder.name} has no history.csv: its training has just begun.")
-    checks = _checks(manifest["status"])
-    recipe, identities = runs.read_recipe(folder), manifest["train_identities"]
-    found = report(pd.read_csv(file), recipe, checks, identities=identities)
-    names = {finding.name for finding in found}
-    return [finding for finding in written if finding.name not in names] + found
+    found = {finding["name"]: Finding(**finding) for finding in manifest.get("health", [])}
+    checks = _checks(manifest)
+    if "health" not in manifest or checks == UNDER_WAY:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{folder.name} has no history.csv: its training has just begun."
+            )
+        history, recipe = pd.read_csv(file), runs.read_recipe(folder)
+        now = report(history, recipe, checks, identities=manifest["train_identities"])
+        found |= {finding.name: finding for finding in now}
+    return [*found.values()]
 
 
-def _checks(status: str) -> tuple:
-    """Return the checks that can be made of a run of this status."""
-    return UNDER_WAY if status in ("running", "stopped") else CHECKS
+def _checks(manifest: dict) -> tuple:
+    return UNDER_WAY if manifest["status"] in ("running", "stopped") else CHECKS
 
 
 def run_text(run: str | Path) -> str:
@@ -108,39 +102,28 @@ def run_text(run: str | Path) -> str:
     """
     folder = runs.find_run(run)
     manifest = runs.read_json(folder / "manifest.json")
-    text = as_text(report_run(folder), checks := _checks(manifest["status"]))
-    left_out = [check for check in CHECKS if check not in checks]
-    if left_out:
+    text = as_text(report_run(folder), checks := _checks(manifest))
+    if checks == UNDER_WAY:
         step = pd.read_csv(folder / "history.csv")["step"].iloc[-1]  # a kill leaves no other trace
-        step = f"step {step:,} of {manifest['steps']:,}"
-        text += f"\nIts training has not ended ({step}), so not checked: {checked(left_out)}."
+        left_out = ", ".join(named(check for check in CHECKS if check not in checks))
+        text += f"\nIts training has not ended (step {step:,} of {manifest['steps']:,}), so not checked: "
+        text += f"{left_out}."
     return text
 
 
 def as_text(findings: Sequence[Finding], checks=CHECKS) -> str:
     """Return a report for the terminal: two lines a finding, or one that names what was checked."""
     if not findings:
-        return f"Health: no finding. Checked: {checked(checks)}."
+        return f"Health: no finding. Checked: {', '.join(named(checks))}."
     lines = [f"Health: {len(findings)} finding{'s' * (len(findings) > 1)}."]
-    for finding in findings:
-        lines += [
-            f"- {finding.name}: {finding.says} ({finding.evidence}.)",
-            f"  Try first: {finding.try_first}",
-        ]
+    for name, says, evidence, try_first in findings:
+        lines += [f"- {name}: {says} ({evidence}.)", f"  Try first: {try_first}"]
     return "\n".join(lines)
-
-
-def checked(checks=CHECKS) -> str:
-    """Return the names of checks, by default of all."""
-    return ", ".join(check.__name__.replace("_", " ") for check in checks)
 
 
 def summary(findings: Sequence[Finding]) -> str:
     """Return a report in one or two sentences, for a notebook."""
     if not findings:
-        return f"**The health report has no finding.** Checked: {checked()}."
-    first = findings[0]
-    return (
-        f"**{len(findings)} of {len(CHECKS)} checks found something.** Begin with **{first.name}**: "
-        f"{first.says} What stands below it may come from it."
-    )
+        return f"**The health report has no finding.** Checked: {', '.join(named())}."
+    found = f"**{len(findings)} of {len(CHECKS)} checks found something.**"
+    return f"{found} Begin with **{findings[0].name}**: what stands below it may come from it."

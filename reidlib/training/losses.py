@@ -29,18 +29,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 INF = float("inf")
+Margin = float | Literal["soft"]
 
 
 def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False) -> Tensor:
-    """Return Euclidean distances: (B, D) -> (B, B), or (B, D) and (C, D) -> (B, C).
+    """Return Euclidean distances of embeddings, or their squares: (B, D), (C, D) -> (B, C).
 
-    Half precision is lifted to float32, also under autocast; float64 stays. The gradient where two
-    embeddings are equal is 0.
-
-    Args:
-        x: (B, D) embeddings.
-        y: (C, D) others; by default `x` itself.
-        squared: return the squares of the distances.
+    By default `y` is `x`. Half precision is lifted to float32, also under autocast; float64 stays. The
+    gradient where two embeddings are equal is 0.
 
     Raises:
         TypeError: integers.
@@ -72,29 +68,23 @@ def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False)
 class TripletLoss(NamedTuple):
     """A loss and what comes free with it; only `loss` and `total` have a gradient. On the device.
 
-    The fields are cheap and made at every step. The properties are computed when asked for, and
-    `diagnostics` makes plain floats of both. Distances are squared if the loss was asked for that.
+    The properties are computed when asked for; `diagnostics` makes plain floats of them and of the
+    fields. Distances are squared if the loss was asked for that.
     """
 
-    loss: Tensor
-    """() the loss, to call `backward` on. An exact 0, still part of the graph, if no triplets."""
-    total: Tensor
-    """() the sum that `loss` is the mean of."""
+    loss: Tensor  # () to call `backward` on. An exact 0, still part of the graph, if no triplets
+    total: Tensor  # () the sum that `loss` is the mean of
+    # (B,) mean loss of each anchor over the triplets that `loss` counts; NaN if it has none at all,
+    # 0 if it has some and none of them is counted
     per_anchor: Tensor
-    """(B,) mean loss of each anchor over the triplets that `loss` counts; NaN if it has none
-    at all, 0 if it has some and none of them is counted."""
-    triplets: Tensor
-    """() int64, number of triplets: anchors for batch-hard and random, all (a, p, n) else."""
+    triplets: Tensor  # () int64, how many: anchors for batch-hard and random, all (a, p, n) else
+    # () share of them that is active, 0 to 1; 0 if there are none. For a margin m: loss > 0. For
+    # "soft", where every triplet has some loss: gap ≥ 0, the negative is no farther than the positive,
+    # which is where the loss is ln 2 or more. A collapsed network shows 1 in both cases (m > 0).
     active: Tensor
-    """() share of them that is active, 0 to 1. For a margin m: loss > 0. For "soft", where every
-    triplet has some loss: gap ≥ 0, the negative is no farther than the positive, which is where
-    the loss is ln 2 or more. A collapsed network shows 1 in both cases (m > 0). 0 if none."""
-    distances: Tensor
-    """(B, B) the distances that the loss was computed from."""
-    pids: Tensor
-    """(B,) the identities."""
-    norms: Tensor
-    """(B,) the Euclidean norms of the embeddings."""
+    distances: Tensor  # (B, B) that the loss was computed from
+    pids: Tensor  # (B,) the identities
+    norms: Tensor  # (B,) the Euclidean norms of the embeddings
 
     @property
     def positives(self) -> Tensor:
@@ -109,29 +99,17 @@ class TripletLoss(NamedTuple):
     @property
     def hardest_positive(self) -> Tensor:
         """(B,) each anchor's largest distance to a positive; NaN if it has none."""
-        # (B, B) -> (B,)
         hardest = _to_positives(self.distances, self.pids).amax(dim=1)
         return hardest.masked_fill(hardest == -INF, math.nan)
 
     @property
     def hardest_negative(self) -> Tensor:
         """(B,) each anchor's smallest distance to a negative; NaN if it has none."""
-        # (B, B) -> (B,)
         hardest = _to_negatives(self.distances, self.pids).amin(dim=1)
         return hardest.masked_fill(hardest == INF, math.nan)
 
 
-class Batch(NamedTuple):
-    """Embeddings (B, D), their identities (B,), and the distances between all of them (B, B)."""
-
-    emb: Tensor
-    pids: Tensor
-    distances: Tensor
-
-
-def batch_hard(
-    emb: Tensor, pids: Tensor, margin: float | Literal["soft"], *, squared: bool = False
-) -> TripletLoss:
+def batch_hard(emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = False) -> TripletLoss:
     """Batch-hard: each anchor with its farthest positive and its nearest negative.
 
     L_BH = mean over anchors a of loss(max_p D(a, p) − min_n D(a, n)), over the anchors that have
@@ -149,31 +127,25 @@ def batch_hard(
         loss is 0 with gradient 0, and `triplets` is 0.
 
     Raises:
-        TypeError, ValueError: anything else; says what was expected.
+        TypeError, ValueError: anything else.
 
     >>> emb = torch.tensor([[0.0], [1.0], [3.0], [3.5]])
     >>> result = batch_hard(emb, torch.tensor([7, 7, 8, 8]), margin=1.5)
     >>> result.per_anchor.tolist(), result.loss.item(), result.active.item()
     ([0.0, 0.5, 0.0, 0.0], 0.125, 0.25)
     """
-    _check(emb, pids, margin)
-    distances = pairwise_distance(emb, squared=squared)
+    distances = _distances(emb, pids, margin, squared)
     # (B, B) -> (B,)
     positive = _to_positives(distances, pids).amax(dim=1)
     negative = _to_negatives(distances, pids).amin(dim=1)
     anchor = torch.arange(len(emb), device=emb.device)
     # (B,) -> (B, 1)
     gap = (positive - negative)[:, None]
-    return _reduce(gap, anchor, margin, "valid", Batch(emb, pids, distances))
+    return _reduce(gap, anchor, margin, "valid", emb, pids, distances)
 
 
 def batch_all(
-    emb: Tensor,
-    pids: Tensor,
-    margin: float | Literal["soft"],
-    *,
-    squared: bool = False,
-    mean: Literal["active", "valid"] = "active",
+    emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = False, mean: str = "active"
 ) -> TripletLoss:
     """Batch-all: every triplet (a, p, n) of the batch.
 
@@ -196,10 +168,9 @@ def batch_all(
     >>> batch_all(emb, pids, margin=1.5, mean="valid").loss.item()
     0.0625
     """
-    _check(emb, pids, margin)
     if mean not in ("active", "valid"):
         raise ValueError(f'mean is "active" or "valid", not {mean!r}.')
-    distances = pairwise_distance(emb, squared=squared)
+    distances = _distances(emb, pids, margin, squared)
     # (B, B) -> (pairs,), (pairs,): who is whose positive. Waits for the GPU, to count the pairs.
     anchor, positive = _is_positive(pids).nonzero(as_tuple=True)
     # (B, B) -> (pairs, B). index_select, not [anchor]: torch promises no fixed order for adding up
@@ -207,31 +178,23 @@ def batch_all(
     negatives = _to_negatives(distances, pids).index_select(0, anchor)
     # (pairs,) -> (pairs, 1) -> (pairs, B)
     gap = distances[anchor, positive][:, None] - negatives
-    return _reduce(gap, anchor, margin, mean, Batch(emb, pids, distances))
+    return _reduce(gap, anchor, margin, mean, emb, pids, distances)
 
 
 def random_triplet(
-    emb: Tensor,
-    pids: Tensor,
-    margin: float | Literal["soft"],
-    *,
-    squared: bool = False,
-    generator: torch.Generator | None = None,
+    emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = False, generator=None
 ) -> TripletLoss:
     """One random triplet an anchor: a positive and a negative, each drawn uniformly.
 
-    Mean over the anchors that have both.
-
     Args:
         emb, pids, margin, squared: as in `batch_hard`, and so are errors and batches without triplets.
-        generator: of the draws, on the device of `emb`; by default torch's global one.
+        generator: torch's, of the draws, on the device of `emb`; by default the global one.
 
     >>> emb, pids = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([7, 7, 8])
     >>> random_triplet(emb, pids, margin=1.0).triplets.item()  # the third has no positive
     2
     """
-    _check(emb, pids, margin)
-    distances = pairwise_distance(emb, squared=squared)
+    distances = _distances(emb, pids, margin, squared)
     # The largest of uniform numbers is a uniform choice. One matrix serves both draws: an image is
     # never positive and negative at once, so they use different entries of it.
     draw = torch.rand(distances.shape, generator=generator, device=emb.device)
@@ -243,7 +206,7 @@ def random_triplet(
     # (B, B) -> (B, 1)
     gap = _to_positives(distances, pids).gather(1, positive)
     gap = gap - _to_negatives(distances, pids).gather(1, negative)
-    return _reduce(gap, anchor, margin, "valid", Batch(emb, pids, distances))
+    return _reduce(gap, anchor, margin, "valid", emb, pids, distances)
 
 
 LOSSES = {"batch_all": batch_all, "batch_hard": batch_hard, "random": random_triplet}
@@ -256,17 +219,16 @@ def diagnostics(result: TripletLoss) -> dict[str, float]:
     active stays near 1, and the loss sits at the margin, or at ln 2 for "soft".
 
     Returns:
-        Always the same keys; what a batch does not have (no positives at all, say) is NaN. `loss`,
-        `active`, `triplets`; `positive_p5`, `positive_p50`, `positive_p95` and the same for `negative`,
-        percentiles of the distances within and between identities; means of `hardest_positive` and
-        `hardest_negative` over the anchors that have one; `norm`, the mean embedding norm.
+        `loss`, `active`, `triplets`; `positive_p5`, `_p50`, `_p95` and the same for `negative`,
+        percentiles of the distances within and between identities; `hardest_positive` and
+        `hardest_negative`, means over the anchors that have one; `norm`, the mean one of embeddings.
+        What a batch does not have (no positives at all, say) is NaN.
     """
     values = {"loss": result.loss, "active": result.active, "triplets": result.triplets}
     for name, distances in (("positive", result.positives), ("negative", result.negatives)):
         levels = distances.new_tensor([0.05, 0.5, 0.95])
-        # quantile knows no empty input: (pairs,) -> (3,)
-        empty = torch.full_like(levels, math.nan)
-        percentiles = distances.quantile(levels) if len(distances) else empty
+        # (pairs,) -> (3,); quantile knows no empty input
+        percentiles = distances.quantile(levels) if len(distances) else levels * math.nan
         values |= zip((f"{name}_p5", f"{name}_p50", f"{name}_p95"), percentiles, strict=True)
     values["hardest_positive"] = result.hardest_positive.nanmean()
     values["hardest_negative"] = result.hardest_negative.nanmean()
@@ -276,8 +238,8 @@ def diagnostics(result: TripletLoss) -> dict[str, float]:
     return dict(zip(values, numbers, strict=True))
 
 
-def _check(emb: Tensor, pids: Tensor, margin: float | str) -> None:
-    """Raise TypeError or ValueError for arguments that no triplet loss can mean."""
+def _distances(emb: Tensor, pids: Tensor, margin: Margin, squared: bool) -> Tensor:
+    """(B, D) -> (B, B), after a look at all that goes into a loss: says what is wrong with it."""
     if emb.ndim != 2 or not len(emb):
         raise ValueError(f"emb has shape (B, D) with B ≥ 1, not {tuple(emb.shape)}.")
     if not isinstance(pids, Tensor) or pids.is_floating_point() or pids.dtype == torch.bool:
@@ -288,10 +250,9 @@ def _check(emb: Tensor, pids: Tensor, margin: float | str) -> None:
             f"pids holds one identity a row of emb, on its device: expected shape ({len(emb)},) on "
             f"{emb.device}, not {tuple(pids.shape)} on {pids.device}."
         )
-    if not isinstance(margin, Real | str):
-        raise TypeError(f'margin is a number or "soft", not {type(margin).__name__}.')
-    if margin != "soft" and (isinstance(margin, str) or not 0 <= margin < INF):
+    if margin != "soft" and not (isinstance(margin, Real) and 0 <= margin < INF):
         raise ValueError(f'margin is a finite number ≥ 0 or "soft", not {margin!r}.')
+    return pairwise_distance(emb, squared=squared)
 
 
 def _is_positive(pids: Tensor) -> Tensor:
@@ -310,9 +271,7 @@ def _to_negatives(distances: Tensor, pids: Tensor) -> Tensor:
     return distances.masked_fill(pids[:, None] == pids, INF)
 
 
-def _reduce(
-    gap: Tensor, anchor: Tensor, margin: float | str, mean: str, batch: Batch
-) -> TripletLoss:
+def _reduce(gap, anchor, margin, mean, emb, pids, distances) -> TripletLoss:
     """Turn gaps (R, N), −∞ where there is no triplet, and their anchors (R,) into a loss."""
     # (R, N) each: true where there is a triplet, its loss, true where it is active
     valid = ~gap.isneginf()
@@ -321,24 +280,22 @@ def _reduce(
     active = (gap >= 0) & valid if soft else terms > 0
     # Under softplus every loss is above zero, even where float32 no longer shows it.
     counted = valid if mean == "valid" or soft else active
-    # (R, N) -> ()
     total = terms.sum()
-    # At least 1: without triplets the sum is 0, part of the graph, and so is the loss.
-    loss = total / counted.sum().clamp(min=1)
 
-    # (R, N) -> (R,) -> (B,)
     def per_anchor(values: Tensor) -> Tensor:
+        # (R, N) -> (R,) -> (B,)
         rows = values.detach().sum(dim=1)
-        return rows.new_zeros(len(batch.emb)).index_add(0, anchor, rows)
+        return rows.new_zeros(len(emb)).index_add(0, anchor, rows)
 
     means = per_anchor(terms) / per_anchor(counted).clamp(min=1)
     return TripletLoss(
-        loss=loss,
+        # At least 1: without triplets the sum is 0, part of the graph, and so is the loss.
+        loss=total / counted.sum().clamp(min=1),
         total=total,
         per_anchor=means.masked_fill(per_anchor(valid) == 0, math.nan),
         triplets=valid.sum(),
         active=active.sum() / valid.sum().clamp(min=1),
-        distances=batch.distances.detach(),
-        pids=batch.pids,
-        norms=torch.linalg.vector_norm(batch.emb.detach(), dim=1, dtype=batch.distances.dtype),
+        distances=distances.detach(),
+        pids=pids,
+        norms=torch.linalg.vector_norm(emb.detach(), dim=1, dtype=distances.dtype),
     )
