@@ -1,7 +1,6 @@
 """Rows of a comparison: each a run, found where it was trained before, else trained and scored now.
 
-A row is found by its settings and training data, whatever the run is called, so that a comparison
-picks up what is there, and goes on where it was stopped.
+A row is found by its settings and training data, whatever the run is called.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,16 @@ class Row(NamedTuple):
     tag: str
 
 
+class Sought(NamedTuple):
+    """A row, and what its run is known by; to find that out takes seconds."""
+
+    recipe: Recipe
+    tag: str
+    folder: Path  # its own, should it be trained here
+    dataset: str
+    data: str  # the fingerprint of its training images
+
+
 class Made(NamedTuple):
     """What became of a row: the folder of its run, or why it has none."""
 
@@ -48,42 +57,39 @@ def complete(
     device: str = "auto",
     show_progress: bool = True,
 ) -> dict[str, Made]:
-    """Find each row's run, or train and score it; what became of the rows, in order.
+    """Find each row's run, or train and score it; return what became of each, in order.
 
     A finished run with the row's settings, on the same training images, is taken as it is. A run of
-    the row's own name that is unfinished goes on from its checkpoint. One with other settings is
-    named and left alone: give the row a tag that no other run has. A row that fails does not keep
-    the others from being made.
+    the row's own name that is unfinished goes on from its checkpoint; one with other settings is
+    named and left alone. A row that fails leaves the others alone.
 
     Args:
         rows: by label.
-        split: `"test"` scores by `score_run`, in float32. `"held_out"` takes the last held-out scores
-            of training, and never looks at the test split.
-        train: False takes the runs that are there, scores those that have no scores yet, and says of
-            every other row what the nearest run has set otherwise.
-        jobs: rows at once, each in a process with its share of the CPU's cores; 1 where the device is
-            no CPU. One alone is made in this process.
-        device: as in `loop.train`.
-        show_progress: draw a bar of rows.
+        split: `"test"` scores in float32; `"held_out"` takes the last held-out scores of training, and
+            never looks at the test split.
+        train: False trains nothing, scores what has no scores yet, and says of every row without a
+            run what the nearest run has set otherwise.
+        jobs: rows at once, each in a process of its own; always 1 on another device than the CPU.
+        device, show_progress: as in `loop.train`.
 
     Raises:
         ValueError: a bad `split` or `jobs`; held-out scores of a recipe that holds nobody out;
             two rows that would have one run.
         RuntimeError: no row at all could be made; says why the first could not.
-        KeyboardInterrupt: stopped; the runs under way have written checkpoints.
     """
     if split not in PER_QUERY:
         raise ValueError(f"split = {split!r}: choose test or held_out.")
     if jobs < 1:
         raise ValueError(f"jobs must be 1 or more, not {jobs}.")
-    target = pick_device(device)
-    _data.cache_clear()  # a data set may have changed since the last comparison
+    target, known = pick_device(device), lru_cache(_data)
     names, once = {}, {}  # rows that are one run are made once
     for label, (recipe, tag) in rows.items():
-        row = Row(resolve_precision(recipe, target), tag)
         if split == "held_out" and not recipe.hold_out:
             raise ValueError(f"{label}: it has no held-out scores, since hold_out is 0.")
-        names[label] = name = _own(row).name
+        recipe = resolve_precision(recipe, target)
+        dataset, data = known(recipe.dataset, recipe.hold_out)
+        names[label] = name = runs.run_name(dataset, recipe, tag)
+        row = Sought(recipe, tag, outputs_dir() / name, dataset, data)
         if once.setdefault(name, row) != row:
             twin = next(other for other in names if names[other] == name)
             raise ValueError(
@@ -104,11 +110,20 @@ def complete(
     return {label: made[name] for label, name in names.items()}
 
 
-def _settled(row: Row, split: Split, train: bool) -> Made | None:
+def _data(dataset: str, held_out: int | str) -> tuple[str, str]:
+    """Return a data set's name, and the fingerprint of the images that are trained on."""
+    data = load(dataset)
+    train = hold_out(data.train, held_out, seed=0)[0] if held_out else data.train
+    return data.name, fingerprint(train)
+
+
+def _settled(row: Sought, split: Split, train: bool) -> Made | None:
     """Return what becomes of a row that needs no work; None for one that does."""
-    folder = find(row)
+    folder = _find(row)
     if not folder:
-        return None if train else Made(None, f"No run with these settings is there. {nearest(row)}")
+        return (
+            None if train else Made(None, f"No run with these settings is there. {_nearest(row)}")
+        )
     try:
         if _scored(row, folder, split):
             return Made(folder)
@@ -119,10 +134,10 @@ def _settled(row: Row, split: Split, train: bool) -> Made | None:
     return None
 
 
-def make(row: Row, split: Split, device: str) -> Made:
+def make(row: Sought, split: Split, device: str) -> Made:
     """Train and score a row, or what of it is missing; what fails is told, not raised."""
     try:
-        folder = find(row) or _train(row, device)
+        folder = _find(row) or _train(row, device)
         if split == "test" and not _scored(row, folder, split):
             scored = score_run(folder, baselines=False, device=device, show_progress=False)
             board.write_evaluation(folder, scored.retrieval, scored.evaluation)
@@ -131,31 +146,27 @@ def make(row: Row, split: Split, device: str) -> Made:
     return Made(folder, trained=True)
 
 
-def _train(row: Row, device: str) -> Path:
+def _train(row: Sought, device: str) -> Path:
     """Train a row under its own name, or go on with that run."""
     while True:
         try:
             return loop.train(row.recipe, row.tag, device=device, show_progress=False)
         except runs.Busy:
             # A comparison that was killed leaves its last trainings behind; they end by themselves.
-            with runs.lock(_own(row), timeout=-1):
+            with runs.lock(row.folder, timeout=-1):
                 pass
-        if folder := find(row):
+        if folder := _find(row):
             return folder
 
 
-def find(row: Row) -> Path | None:
-    """Return the folder of a finished run with a row's settings and training images, or None.
-
-    The run of the row's own tag goes before others; among those, the first by name.
-    """
-    _, data = _data(row.recipe.dataset, row.recipe.hold_out)
-    wanted, own = (_settings(row.recipe), data), _own(row)
+def _find(row: Sought) -> Path | None:
+    """Return a finished run with a row's settings and training images: its own, or the first by name."""
+    wanted = (_settings(row.recipe), row.data)
     found = [folder for folder, *its in _finished() if tuple(its) == wanted]
-    return own if own in found else next(iter(found), None)
+    return row.folder if row.folder in found else next(iter(found), None)
 
 
-def nearest(row: Row) -> str:
+def _nearest(row: Sought) -> str:
     """Return in words which finished run is nearest to a row, and what it has set otherwise."""
     wanted, found = _settings(row.recipe), []
     for folder, its, _ in _finished():
@@ -187,24 +198,10 @@ def _settings(recipe: Recipe) -> dict:
     return settings | {"weights": Path(recipe.weights).name}
 
 
-@lru_cache
-def _data(dataset: str, held_out: int | str) -> tuple[str, str]:
-    """Return a data set's name, and the fingerprint of what is trained on: to read it takes seconds."""
-    data = load(dataset)
-    train = hold_out(data.train, held_out, seed=0)[0] if held_out else data.train
-    return data.name, fingerprint(train)
-
-
-def _own(row: Row) -> Path:
-    name, _ = _data(row.recipe.dataset, row.recipe.hold_out)
-    return outputs_dir() / runs.run_name(name, row.recipe, row.tag)
-
-
-def _scored(row: Row, folder: Path, split: Split) -> bool:
+def _scored(row: Sought, folder: Path, split: Split) -> bool:
     """Return whether the scores that a comparison wants are there: without flips, in float32."""
     there = (folder / PER_QUERY[split]).is_file()
     if split == "held_out" or not there:
         return there
-    name, _ = _data(row.recipe.dataset, row.recipe.hold_out)
-    wanted = {"evaluated_on": name, "flip": False, "precision": "float32"}
+    wanted = {"evaluated_on": row.dataset, "flip": False, "precision": "float32"}
     return wanted.items() <= runs.read_json(folder / "metrics.json").items()

@@ -22,7 +22,7 @@ class Run(NamedTuple):
     per_query: pd.DataFrame
     history: pd.DataFrame
     minutes: float  # of training
-    findings: list[str]  # names of what is wrong with its health
+    findings: list[str]  # names of health findings
 
     @property
     def scores(self) -> dict[str, float]:
@@ -67,7 +67,7 @@ def compared(keys: Iterable[Key]) -> list[str]:
 
 
 def seeds_of(found: Runs, name: str) -> list[Run]:
-    """Return the runs of a row, one for each seed that is there, the lowest first."""
+    """Return the runs of a row, the lowest seed first."""
     return [run for (its, _), run in found.items() if its == name]
 
 
@@ -79,10 +79,9 @@ def tables_of(found: Runs, name: str) -> list[pd.DataFrame]:
 def made_in_words(made: Mapping[Key, Made], minutes: float) -> str:
     """Say how many rows were made now, were there, and are missing."""
     now, there = sum(m.trained for m in made.values()), sum(bool(m.folder) for m in made.values())
-    missing = f"; missing: {len(made) - there}, see below." if there < len(made) else "."
     return (
-        f"{now} of {len(made)} rows were made now, in {minutes:.1f} minutes; "
-        f"{there - now} were there before{missing}"
+        f"{now} of {len(made)} rows were made now, in {minutes:.1f} minutes; {there - now} were there "
+        f"before; missing: {len(made) - there}."
     )
 
 
@@ -109,8 +108,8 @@ def summary(found: Runs) -> pd.DataFrame:
         if not np.isnan(held).any():
             line["held-out mAP"] = np.mean(held)
         line["minutes"] = np.mean([run.minutes for run in its])
-        health_ = sorted({name for run in its for name in run.findings})
-        lines[name] = line | {"health": "; ".join(health_)}
+        findings = {finding for run in its for finding in run.findings}
+        lines[name] = line | {"health": "; ".join(sorted(findings))}
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
@@ -134,17 +133,11 @@ def highest(table: pd.DataFrame) -> list[str]:
 
 def table_in_words(table: pd.DataFrame) -> str:
     """Say which row is highest, and what mining is worth."""
-    best = highest(table)
-    said = (
-        f"**{' and '.join(best)}** {'has' if len(best) == 1 else 'have'} the highest mAP, "
-        f"{table['mAP'].max():.1f} %; section 4 says whether that is more than luck."
-    )
-    mined = [name for name in ("batch-hard soft", "batch-all soft") if name in table.index]
-    if "random soft" not in table.index or not mined:
-        return said
-    chance = table["mAP"]["random soft"]
-    worth = ", ".join(f"{name} {table['mAP'][name] - chance:+.1f}" for name in mined)
-    return (
-        f"{said} Random triplets reach {chance:.1f} %. Choosing triplets is worth, under the same "
-        f"soft margin and in points over random ones: {worth}."
-    )
+    mAP, best = table["mAP"], " and ".join(highest(table))
+    said = f"Highest mAP: **{best}**, {mAP.max():.1f} %; section 4 says whether that is more than luck."
+    mined = [name for name in ("batch-hard soft", "batch-all soft") if name in mAP]
+    if "random soft" in mAP and mined:
+        worth = ", ".join(f"{name} {mAP[name] - mAP['random soft']:+.1f}" for name in mined)
+        said += f" Random triplets reach {mAP['random soft']:.1f} %. Choosing triplets is worth, in points "
+        said += f"under the same soft margin: {worth}."
+    return said

@@ -19,7 +19,7 @@ from reidlib.evaluation.intervals import (
     holm,
     seed_spread,
 )
-from reidlib.evaluation.metrics import SCORES, score_values
+from reidlib.evaluation.metrics import score_values
 from reidlib.workbook.results import Runs, compared, highest, tables_of
 from reidlib.workbook.variants import BASE, MARGINS, PLAIN, Gain
 
@@ -28,26 +28,16 @@ BROKEN = {"diverging", "collapsed", "near collapse", "not learning"}
 SURE = 0.05
 
 
-# --- luck
-
-
 def intervals(found: Runs) -> pd.DataFrame:
     """Return each variant's scores, all seeds together, with 95 % intervals over people, in per cent.
 
     Columns are pairs of a score and `value`, `low` or `high`.
     """
-    tables = {
-        name: pd.concat(tables_of(found, name), ignore_index=True) for name in compared(found)
-    }
-    scores = {name: confidence_interval(table, by="pid") for name, table in tables.items()}
-    return pd.DataFrame({name: 100 * table.stack() for name, table in scores.items()}).T
-
-
-def intervals_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return `intervals` for people."""
-    form = "{:.1f} ({:.1f} to {:.1f})".format
-    cells = {SCORES[key]: [form(*ends) for ends in scores[key].to_numpy()] for key in SCORES}
-    return pd.DataFrame(cells, index=scores.index)
+    scores = {}
+    for name in compared(found):
+        table = pd.concat(tables_of(found, name), ignore_index=True)
+        scores[name] = 100 * confidence_interval(table, by="pid").stack()
+    return pd.DataFrame(scores).T
 
 
 def steady(found: Runs) -> list[str]:
@@ -67,9 +57,7 @@ def luck_in_words(found: Runs, spread: Spread, scores: pd.DataFrame) -> str:
     rows = "all rows" if steady(found) == compared(found) else ", ".join(steady(found))
     said = f"With other people each mAP would move by about ±{reach:.1f} points."
     if not spread.freedom:
-        return (
-            f"{said} One seed each says nothing of another: what follows is about these networks."
-        )
+        return f"{said} One seed says nothing of another: what follows is about these networks."
     return (
         f"{said} From seed to seed the mAP of a row has a standard deviation of "
         f"{100 * spread.deviation:.1f} points ({spread.freedom} degrees of freedom, {rows} together)."
@@ -91,7 +79,7 @@ def claims(
 
     Returns:
         In points `value`, its 95 % interval `low` to `high`, its errors from `people` and `seeds`;
-        `p` of each alone, `holm` corrected for claiming all of them at once.
+        `p` of each alone, `holm` corrected for claiming all of them at once, and whether it `holds`.
     """
     found = [
         difference(*its, spread=None if label in one_network else spread)
@@ -99,18 +87,14 @@ def claims(
     ]
     table = pd.DataFrame(found, list(sides), Difference._fields, dtype=float)
     p = table.pop("p")
-    return (100 * table).assign(p=p, holm=holm(p))
+    adjusted = holm(p)
+    return (100 * table).assign(p=p, holm=adjusted, holds=adjusted < SURE)
 
 
 def luck(table: pd.DataFrame) -> str:
     """Return in words what claims account for."""
     known = table["seeds"].notna().any()
     return "other people " + ("and another seed" if known else "(not another seed)")
-
-
-def sure(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the claims that hold, all made together."""
-    return table[table["holm"] < SURE]
 
 
 # --- pairs of variants
@@ -134,15 +118,14 @@ def pairs_in_words(pairs: pd.DataFrame) -> Iterator[str]:
             for d in table.itertuples()
         )
 
-    hold, rest = sure(pairs), pairs[pairs["p"] >= SURE]
-    alone = pairs[(pairs["p"] < SURE) & (pairs["holm"] >= SURE)]
+    hold, rest = pairs[pairs["holds"]], pairs[pairs["p"] >= SURE]
+    alone = pairs[(pairs["p"] < SURE) & ~pairs["holds"]]
     if len(hold):
         yield f"**These differences hold**, with {luck(pairs)}, all claimed together: {beats(hold)}."
     elif len(pairs):
         yield f"**No difference holds**, with {luck(pairs)}, when all are claimed together."
     if len(alone):
-        question = f"**Only if that pair had been the one question**, not one of {len(pairs)}"
-        yield f"{question}: {beats(alone)}."
+        yield f"**Only if that pair had been the one question** of {len(pairs)}: {beats(alone)}."
     if len(rest):
         least = (rest["high"] - rest["low"]).mean() / 2
         yield (
@@ -157,7 +140,7 @@ def conclusion(pairs: pd.DataFrame, table: pd.DataFrame) -> str:
     best, *equal = highest(table)
     if pairs.empty:
         return f"There is one row alone, {best}: nothing to compare it with."
-    hold = sure(pairs)
+    hold = pairs[pairs["holds"]]
     beaten = [*hold["lower"][hold["higher"] == best]]
     level = [name for name in table.index if name not in (best, *beaten)]
     if beaten:
@@ -210,15 +193,14 @@ def margins_in_words(
         others = claims({m: (its, against) for m, its in tables.items()}, spread)
         said = f"The highest is {chosen}"
         if on != split:
-            given = scores[split][chosen]
-            said = f"Held-out people choose {chosen}, which gives {given:.1f} % on the test split"
+            said = f"Held-out people choose {chosen}, with {scores[split][chosen]:.1f} % on the test split"
         if others["value"].get(top, 0) > 0:
             gap = others.loc[top]
             said += (
                 f"; {top} would have given {gap.value:.1f} points more (95 % interval {gap.low:+.1f} to "
                 f"{gap.high:+.1f}), but to choose it by that would be to tune on the test split"
             )
-        real = sure(others)["value"]
+        real = others["value"][others["holds"]]
         worse, better = (", ".join(its.index) or "none" for its in (real[real < 0], real[real > 0]))
         yield (
             f"**{loss.replace('_', '-')}**: {said}. Beyond luck, worse than {chosen}: {worse}; "
@@ -278,15 +260,12 @@ def ladder_in_words(ladder: pd.DataFrame, found: Runs) -> str:
     said = best_step_in_words(ladder) or "No step gains anything here."
     if PLAIN in found:
         said += f" The plain recipe alone has {100 * found[PLAIN].scores['mAP']:.1f} % mAP."
-    hold = sure(ladder)["value"].sort_values(ascending=False)
+    hold = ladder["value"][ladder["holds"]].sort_values(ascending=False)
     words = "; ".join(f"{name} ({value:+.1f})" for name, value in hold.items()) or "none"
     said += f" Gains or losses that hold, all claimed together: {words}."
     if len(hold) < len(ladder):
         said += f" The others are within what {luck(ladder)} do by chance."
     return said
-
-
-# --- single queries
 
 
 def disputed_in_words(aps: pd.DataFrame, shown: int) -> str:

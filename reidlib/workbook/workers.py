@@ -11,8 +11,8 @@ from typing import Any
 def each(function: Callable, tasks: Mapping[str, tuple], jobs: int) -> Iterator[tuple[str, Any]]:
     """Call a function for each task, several at once, and yield results as they come.
 
-    Every worker is a pool of its own that is given one task at a time. One pool of several would
-    keep a task in stock, begin it after a stop, and lose all tasks where one process dies.
+    Where the function raises, or this process is interrupted, the tasks under way are sent SIGTERM
+    and no other begins.
 
     Args:
         function: what to call, of the top level of a module.
@@ -22,16 +22,14 @@ def each(function: Callable, tasks: Mapping[str, tuple], jobs: int) -> Iterator[
     Yields:
         The name of a task, and what the function returned; None if its process was killed from
         outside, as where memory runs out.
-
-    Raises:
-        BaseException: what the function raised, or what came from outside, as KeyboardInterrupt. The
-            tasks under way are sent SIGTERM, and no other begins.
     """
     if jobs <= 1:
         for name, arguments in tasks.items():
             yield name, function(*arguments)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Each worker is a pool of its own with one task at a time. One pool of several would keep a task
+    # in stock, begin it after a stop, and lose all tasks where one process dies.
     idle = [_worker(threads) for _ in range(jobs)]
     waiting = list(tasks.items())
     running: dict[Future, tuple[str, ProcessPoolExecutor]] = {}
