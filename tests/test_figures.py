@@ -60,16 +60,13 @@ def inside(figure):
     return all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= figure.bbox.x1 + 1 for b in boxes)
 
 
-# --- marks
+# --- leaving
 
 
 def test_marks_differ_in_more_than_colour():
     for field in ("colour", "sign", "line"):
         assert len({getattr(mark, field) for mark in (RIGHT, WRONG, EXCLUDED)}) == 3
     assert len(set(figures.PALETTE)) == len(figures.LINES) == 7
-
-
-# --- leaving
 
 
 def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
@@ -92,24 +89,19 @@ def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
         figures.show(photographs.photo_grid(photos), " ")
 
 
-def test_photographs_are_small_as_jpeg_and_white_behind(photos):
-    figure = photographs.photo_grid(photos)
-    jpeg, png = figures.encode(figure, photo=True), figures.encode(figure)
-    assert len(jpeg) < 0.4 * len(png)
-    with Image.open(io.BytesIO(jpeg)) as image:
-        assert image.format == "JPEG"
-        width, height = 150 * figure.get_size_inches()
-        assert image.size == (pytest.approx(width, abs=1), pytest.approx(height, abs=1))
-        assert image.getpixel((1, 1)) == (255, 255, 255)
-
-
 def test_save_chooses_the_format_by_name(tmp_path, photos):
+    figure = photographs.photo_grid(photos)
     for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG")):
-        figures.save(photographs.photo_grid(photos[:1]), tmp_path / name)
+        figures.save(figure, tmp_path / name)
         with Image.open(tmp_path / name) as image:
             assert image.format == kind
+            assert image.size == pytest.approx(150 * figure.get_size_inches(), abs=1)
+            assert image.getpixel((1, 1))[:3] == (255, 255, 255)
+    sizes = [(tmp_path / name).stat().st_size for name in ("a.jpg", "a.png")]
+    assert sizes[0] < 0.4 * sizes[1], "photographs are small as JPEG"
 
 
+@pytest.mark.slow
 def test_runs_without_a_screen_and_without_pyplot():
     code = (
         "import sys, numpy as np; from reidlib.look import figures, photographs; figures.use_style();"
@@ -175,25 +167,34 @@ def test_photo_grid_leaves_gaps(photos):
             photographs.photo_grid(nothing)
 
 
+# --- ranked lists
+
+
 @pytest.fixture
 def row(tmp_path, photos):
     """A ranked list: one match, two wrong ones, and three excluded, two of them side by side."""
-    statuses = ["same camera", "match", "junk", "same camera", "wrong", "wrong"]
-    paths = [tmp_path / f"{i}.png" for i in range(6)]
-    for path, photo in zip(paths, photos[1:], strict=False):
+    paths = [str(tmp_path / f"{i}.png") for i in range(7)]
+    for path, photo in zip(paths, photos, strict=False):
         Image.fromarray(photo).save(path)
     results = pd.DataFrame(
         {
             "rank": pd.array([None, 1, None, None, 2, 3], dtype="Int64"),
             "gallery": range(6),
-            "path": [str(p) for p in paths],
+            "path": paths[1:],
             "pid": [7, 7, -1, 7, 9, 0],
             "camid": [1, 2, 3, 1, 4, 5],
             "distance": [0.1, 0.25, 0.3, 0.4, 1.0, 12.345],
-            "status": statuses,
+            "status": ["same camera", "match", "junk", "same camera", "wrong", "wrong"],
         }
     )
-    return photographs.RankedRow("Query 3, camera 1", photos[0], results)
+    return photographs.RankedRow("Query 3, camera 1", paths[0], results)
+
+
+@pytest.fixture
+def said(row):
+    """What is written when a ranked list has other results."""
+    draw = lambda results: photographs.ranked_lists([row._replace(results=results)])
+    return lambda results: texts(draw(results).axes[0])
 
 
 def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
@@ -215,40 +216,39 @@ def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
     assert inside(figure)
 
 
-def test_ranked_lists_state_the_ap_of_what_they_list(row):
-    shown = lambda results: texts(photographs.ranked_lists([row._replace(results=results)]).axes[0])
-    assert "AP 100.00% of 1 match, ranks: 1" in shown(row.results)
+def test_ranked_lists_state_the_ap_of_what_they_list(row, said):
+    assert "AP 100.00% of 1 match, ranks: 1" in said(row.results)
     last = row.results.iloc[[1, 1]].assign(rank=pd.array([5, 1200], dtype="Int64"))
-    words = shown(pd.concat([row.results, last], ignore_index=True))
+    words = said(pd.concat([row.results, last], ignore_index=True))
     # (1/1 + 2/5 + 3/1200) / 3
     assert "AP 46.75% of 3 matches, ranks: 1     missed here: 2, at 5, 1,200" in words
     assert "✓ 5" not in words and "✓ 1200" not in words, "missed matches are not in the list"
     # A missed match whose rank happens to follow on is one that the list shows.
-    words = shown(pd.concat([row.results, last.iloc[:1].assign(rank=4)], ignore_index=True))
+    words = said(pd.concat([row.results, last.iloc[:1].assign(rank=4)], ignore_index=True))
     assert "AP 75.00% of 2 matches, ranks: 1, 4" in words and "✓ 4" in words
+    many = row.results.iloc[[1] * 9].assign(rank=pd.array(range(1, 10), dtype="Int64"))
+    assert "AP 100.00% of 9 matches, ranks: 1, 2, 3, 4, 5, 6, 7, 8, … 9" in said(many)
     nothing = row.results.replace({"status": {"match": "wrong"}})
-    assert "no match in the gallery: not scored" in shown(nothing)
+    assert "no match in the gallery: not scored" in said(nothing)
     unknown = row.results.replace({"status": {"match": "unknown", "wrong": "unknown"}})
-    assert not any("AP" in word or "✓" in word or "✗" in word for word in shown(unknown))
+    assert not any("AP" in word or "✓" in word or "✗" in word for word in said(unknown))
 
 
-def test_ranked_lists_state_no_ap_of_half_a_list(row):
+def test_ranked_lists_state_no_ap_of_half_a_list(row, said):
     query = pd.DataFrame({"pid": [1], "camid": [1], "path": [row.results["path"][0]]})
     gallery = pd.DataFrame({"pid": [2, 1, 2, 1], "camid": 2, "path": row.results["path"][1:5]})
     found = Retrieval([[0.0]], query, [[1.0], [2.0], [3.0], [4.0]], gallery)
-    half = row._replace(results=found.ranked_list(0, topk=2))
     with pytest.raises(ValueError, match="show_missed=True"):
-        photographs.ranked_lists([half])
+        said(found.ranked_list(0, topk=2))
     for whole in ({"topk": 2, "show_missed": True}, {"topk": None}):
-        results = found.ranked_list(0, **whole)
-        words = texts(photographs.ranked_lists([row._replace(results=results)]).axes[0])
+        words = said(found.ranked_list(0, **whole))
         assert any(word.startswith("AP 50.00% of 2 matches") for word in words)
 
 
-def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row):
+def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row, said):
     results = pd.concat([row.results.iloc[[2, 2, 2]], row.results.iloc[[4]]], ignore_index=True)
     results["camid"], results.loc[3, "rank"] = -1, 1
-    words = texts(photographs.ranked_lists([row._replace(results=results)]).axes[0])
+    words = said(results)
     assert "–\njunk ×3" in words and "id 9\n1.00" in words
     assert not any("c-1" in word for word in words)
 
@@ -276,16 +276,9 @@ def test_results_of_nobody_known_carry_their_file_names(row):
     results.loc[1, "path"] = str(path.rename(path.with_name("$x_1$ " + 30 * "y" + ".png")))
     figure = photographs.ranked_lists([row._replace(results=results)])
     words = texts(figure.axes[0])
-    assert "4.png\n1.00" in words and r"\$x_1\$ …yy.png" in [w.split("\n")[0] for w in words]
+    assert "5.png\n1.00" in words and r"\$x_1\$ …yy.png" in [w.split("\n")[0] for w in words]
     assert inside(figure)
     assert any("its file" in word for word in words)
-
-
-def test_ranked_lists_read_a_query_from_its_path(row):
-    path = row.results.path[2]
-    figure = photographs.ranked_lists([row._replace(query=path)])
-    first = drawn_photos(figure.axes[0])[0].get_array()
-    assert np.array_equal(first, np.asarray(Image.open(path)))
 
 
 def test_examples_are_the_best_the_median_and_the_worst_queries(row):
@@ -293,7 +286,7 @@ def test_examples_are_the_best_the_median_and_the_worst_queries(row):
     query = pd.DataFrame({"pid": range(1, 7), "camid": [1, 1, 1, 1, 1, 3], "path": paths})
     gallery = pd.DataFrame({"pid": [1, 2, 3, 4, 5, 9], "camid": 2, "path": paths[::-1]})
     # The match of query i, from 0, is at rank i + 1; of the last there is none.
-    distances = [[-1 if g < i else 0 if g == i else 1 for g in range(6)] for i in range(6)]
+    distances = np.sign(np.arange(6) - np.arange(6)[:, None])
     found = Retrieval.from_distances(distances, query, gallery)
     examples = photographs.ranked_examples(found, lists=2, topk=3)
     assert [one.title for one in examples] == [
@@ -327,17 +320,25 @@ def history():
     columns |= {"norm": 3.0, "images_per_s": 90.0}
     columns |= {f"positive_p{p}": float(p) for p in (5, 50, 95)}
     columns |= {f"negative_p{p}": 2.0 * p for p in (5, 50, 95)}
-    scores = {
-        "held_out_mAP": [np.nan, 0.3, np.nan, 0.5],
-        "held_out_top1": [np.nan, 0.4, np.nan, 0.6],
-    }
-    return pd.DataFrame(columns | scores)
+    columns |= {"held_out_mAP": [np.nan, 0.3, np.nan, 0.5]}
+    columns |= {"held_out_top1": [np.nan, 0.4, np.nan, 0.6]}
+    return pd.DataFrame(columns)
+
+
+@pytest.fixture
+def without(history):
+    """A history of a run that holds nobody out."""
+    return history.drop(columns=["held_out_mAP", "held_out_top1"])
+
+
+def drawn_panels(history, **changes):
+    figure = figures.training_curves(history, make_recipe("demo", **changes))
+    assert len(figure.axes) == 6
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
 def test_training_curves_show_every_sign_of_health(history):
-    figure = figures.training_curves(history, make_recipe("demo"))
-    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    assert len(panels) == 6
+    panels = drawn_panels(history)
     loss, collapse = panels["loss"].lines
     assert np.array_equal(loss.get_ydata(), history.loss)
     assert collapse.get_ydata()[0] == pytest.approx(math.log(2))
@@ -352,20 +353,18 @@ def test_training_curves_show_every_sign_of_health(history):
     assert list(held_out[0].get_xdata()) == [20, 60]
 
 
-def test_training_curves_of_a_margin_and_without_held_out_identities(history):
-    history = history.drop(columns=["held_out_mAP", "held_out_top1"]).assign(lr=1e-3)
-    figure = figures.training_curves(history, make_recipe("demo", margin=0.2))
-    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+def test_training_curves_of_a_margin_and_without_held_out_identities(without):
+    panels = drawn_panels(without.assign(lr=1e-3), margin=0.2)
     assert panels["loss"].lines[1].get_ydata()[0] == 0.2
     assert (panels["images per second"].lines[0].get_ydata() == 90).all()
     assert panels["learning rate"].get_yscale() == "linear"
-    assert len(figures.training_curves(history).axes[0].lines) == 1  # no recipe, no line
     with pytest.raises(ValueError, match="empty"):
-        figures.training_curves(history.iloc[:0])
+        drawn_panels(without.iloc[:0])
 
 
-def test_histories_side_by_side_have_a_row_of_held_out_scores_only_where_there_are_any(history):
-    without = history.drop(columns=["held_out_mAP", "held_out_top1"])
+def test_histories_side_by_side_have_a_row_of_held_out_scores_only_where_there_are_any(
+    history, without
+):
     for runs, rows in (({"a": without, "b": history}, 5), ({"a": without, "b": without}, 4)):
         axes = np.reshape(figures.side_by_side(runs).axes, (rows, 2))
         assert [panel.get_title(loc="left") for panel in axes[0]] == ["a", "b"]
@@ -394,35 +393,27 @@ def test_cmc_counts_first_matches_and_leaves_out_queries_without():
 
 
 def test_bars_of_each_camera_are_means_of_its_queries():
-    per_query = pd.DataFrame({"camid": [2, 1, 2, 3], "AP": [0.5, 0.2, 1.0, np.nan]})
+    per_query = pd.DataFrame({"camid": [1, 1, 2, 3], "AP": [0.2, 0.4, 0.9, np.nan]})
     axes = figures.camera_bars(per_query).axes[0]
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx([20, 75])
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([30, 90])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
     axes = figures.camera_bars(per_query.assign(camid=-1)).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["unknown"]
-
-
-def test_the_hardest_camera_in_words():
-    per_query = pd.DataFrame({"camid": [1, 1, 2, 3], "AP": [0.2, 0.4, 0.9, np.nan]})
-    said = figures.hardest_camera(per_query)
-    assert "camera 1 are hardest (30.0% mAP over 2 queries), those of camera 2 easiest" in said
+    in_words = figures.hardest_camera(per_query)
+    assert "camera 1 are hardest (30.0% mAP over 2 queries), those of camera 2 easiest" in in_words
     assert "cannot be compared" in figures.hardest_camera(per_query[:2])
 
 
 def test_distance_histograms_are_densities_and_name_their_overlap():
-    figure = figures.distance_histograms([0, 1, 1, 2], np.repeat([0.0, 2.0, 3.0, 4.0], 100), bins=4)
+    figure = figures.distance_histograms([0, 1, 1, 2], np.repeat([0.0, 2.0, 3.0, 4.0], 100))
     filled_a, line_a, _, line_b, both = figure.axes[0].patches
     for stairs in (filled_a, line_b):
         values, edges, _ = stairs.get_data()
         assert (values * np.diff(edges)).sum() == pytest.approx(1)
-    # bins of width 1: (¼, ½, ¼, 0) and (¼, 0, ¼, ½)
+    # a quarter of each at 0, another at 2
     assert both.get_label() == "overlap: 50% of the area"
     assert line_a.get_linestyle() != line_b.get_linestyle()
     assert line_a.get_edgecolor() != line_b.get_edgecolor()
-
-
-def test_the_legend_of_histograms_covers_nothing():
-    figure = figures.distance_histograms([1, 2, 3, 4], [3, 4, 5])
     figure.draw_without_rendering()
     axes = figure.axes[0]
     legend = axes.get_legend().get_window_extent()
@@ -442,10 +433,9 @@ def test_embedding_map_highlights_the_largest_identities(photos):
     for photo, pid in zip(drawn_photos(legend), (7, 5, 6), strict=True):
         its = np.flatnonzero(pids == pid)
         assert any(np.array_equal(photo.get_array(), photos[i]) for i in its)
-    assert len(photographs.embedding_map(points, pids, highlight=[6]).axes[1].lines) == 2
-    for wrong in ({"points": points[:5]}, {"images": photos[:2]}, {"highlight": [99]}):
-        with pytest.raises(ValueError):
-            photographs.embedding_map(**({"points": points, "pids": pids} | wrong))
+    for wrong in ((points[:5], pids, photos), (points, pids, photos[:2])):
+        with pytest.raises(ValueError, match="12 pids"):
+            photographs.embedding_map(*wrong)
 
 
 def test_heat_map_writes_each_number_in_its_cell():

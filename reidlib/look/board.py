@@ -1,9 +1,8 @@
 """What TensorBoard shows of a run: curves, settings with scores, and ranked lists.
 
-Numbers go into the run's own folder, and `tensorboard --logdir outputs` shows them under the run's
-name. Pictures of people go into the folder `pictures/` in it, shown as `<run>/pictures`: event files
-of numbers are given away with a run's weights (see `workbook.release`), and the people of data sets
-such as Market-1501 may not be. So a run's own event files must never hold a picture.
+`tensorboard --logdir outputs` shows the numbers under the run's name, and pictures of people under
+`<run>/pictures`. A run's own event files must never hold a picture: they are given away with its
+weights (see `workbook.release`), and the people of data sets such as Market-1501 may not be.
 
     events.out.tfevents.*                scalars, histograms and settings of the training
     events.out.tfevents.*.test           scores of the last evaluation, which it replaces
@@ -25,14 +24,14 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 from reidlib import runs
 from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look.figures import encode
 from reidlib.look.photographs import ranked_lists, ranked_row
-from reidlib.recipes import Recipe
+from reidlib.recipes import WATCHING, Recipe
 
 PICTURES = "pictures"
 
@@ -40,51 +39,32 @@ PICTURES = "pictures"
 # settings by "differs", then by name: so it is told that the settings of a comparison differ.
 COMPARED = ("loss", "margin", "mean", "lr", "seed")
 FIRST = ("test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss")
-SCORE_TAGS = (*FIRST, *(f"test/{key}" for key in SCORES if f"test/{key}" not in FIRST))
+SCORE_TAGS = [*dict.fromkeys([*FIRST, *(f"test/{key}" for key in SCORES)])]
 # What a run does beside its computation, or what another column says better.
-NO_COLUMN = {
-    *("unreadable", "hold_out", "height", "width", "epochs"),
-    *("log_every", "checkpoint_every", "evaluate_every"),
-}
+NO_COLUMN = {*WATCHING, "unreadable", "hold_out", "height", "width", "epochs"}
 
 
 class Board(SummaryWriter):
     """The event file of a training, and beside it, from the first picture on, one for pictures.
 
-    Args:
-        folder: of the run.
-        recipe: its settings, which become a row of the HParams tab.
-        steps: how many the whole training has.
-        step: the last one that is done: 0 for a new training, more for one that goes on.
+    The recipe becomes a row of the HParams tab; `steps` has the whole training, `step` are done.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, steps: int, step: int = 0):
-        self._folder, self._done, self._pictures = folder, step, None
-        # Points after this step are from before a kill, and will come again. Also on a new run: the
-        # first such mark that TensorBoard reads purges nothing.
-        super().__init__(str(folder), purge_step=step + 1)
+        # Points from this step on are from before a kill, and will come again. Also on a new run:
+        # the first such mark that TensorBoard reads purges nothing.
+        self._folder, self._next = folder, step + 1
+        super().__init__(str(folder), purge_step=self._next)
         add_hyperparameters(self, recipe, steps)
 
     def add_ranked_lists(
         self, name: str, retrieval: Retrieval, evaluation: Evaluation, step: int
     ) -> None:
         """Draw the same few queries each time, see `ranked_lists_image`, into the pictures' file."""
-        if self._pictures is None:
-            folder = str(self._folder / PICTURES)
-            self._pictures = SummaryWriter(folder, purge_step=self._done + 1)
-        _add_ranked_lists(self._pictures, name, retrieval, evaluation, step)
-
-    def flush(self) -> None:
-        """Write to disk what is waiting."""
-        super().flush()
-        if self._pictures:
-            self._pictures.flush()
-
-    def close(self) -> None:
-        """Write to disk what is waiting, and end."""
-        super().close()
-        if self._pictures:
-            self._pictures.close()
+        if PICTURES not in self.all_writers:  # these are flushed and closed together
+            pictures = SummaryWriter(str(self._folder / PICTURES), purge_step=self._next)
+            self.all_writers[PICTURES] = pictures.file_writer
+        _add_ranked_lists(self.all_writers[PICTURES], name, retrieval, evaluation, step)
 
 
 def erase(folder: Path) -> None:
@@ -99,51 +79,40 @@ def write_evaluation(
 ) -> None:
     """Show an evaluation of a trained run: its scores beside its settings, and ranked lists.
 
-    It replaces what an earlier evaluation of this name has written.
-
-    Args:
-        folder: of the run.
-        retrieval: with `path` in its tables.
-        evaluation: its scores, without the numbers of queries.
-        name: under which scores and lists stand; the HParams tab has columns for "test".
+    It replaces what an earlier evaluation of this name has written. The HParams tab has columns for
+    "test". The tables of the retrieval must have `path`.
 
     Raises:
         ValueError: an image cannot be read.
     """
     write_scores(folder, evaluation.scores, name)
-    name = _tag(name)
     step = runs.read_json(folder / "manifest.json")["step"]
-    with _afresh(folder / PICTURES, name) as writer:
-        _add_ranked_lists(writer, name, retrieval, evaluation, step)
+    with _afresh(folder / PICTURES, name) as (writer, tag):
+        _add_ranked_lists(writer.file_writer, tag, retrieval, evaluation, step)
 
 
 def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") -> None:
-    """Show the scores of a trained run beside its settings, without pictures of anybody.
+    """Show the scores (fractions) of a trained run beside its settings, without pictures of anybody.
 
-    The arguments are those of `write_evaluation`; `scores` are fractions, as in `Evaluation.scores`.
+    They replace what earlier scores of this name have written.
     """
-    name = _tag(name)
     manifest = runs.read_json(folder / "manifest.json")
-    with _afresh(folder, name) as writer:
+    with _afresh(folder, name) as (writer, tag):
         # Again, for runs trained before there were any.
         add_hyperparameters(writer, runs.read_recipe(folder), manifest["steps"])
         for key, score in scores.items():
             if not key.startswith("queries"):
-                writer.add_scalar(f"{name}/{key}", score, manifest["step"])
-
-
-def _tag(name: str) -> str:
-    """Return a name that may be part of file names and tags."""
-    return re.sub(r"\W", "_", name)
+                writer.add_scalar(f"{tag}/{key}", score, manifest["step"])
 
 
 @contextmanager
-def _afresh(folder: Path, name: str) -> Iterator[SummaryWriter]:
-    """Give a writer of an event file that takes the place of the one of this name."""
-    for old in folder.glob(f"events.out.tfevents.*.{name}"):
+def _afresh(folder: Path, name: str) -> Iterator[tuple[SummaryWriter, str]]:
+    """Give a writer in place of the one of this name, and the name as file names and tags have it."""
+    tag = re.sub(r"\W", "_", name)
+    for old in folder.glob(f"events.out.tfevents.*.{tag}"):
         old.unlink()
-    with SummaryWriter(str(folder), filename_suffix=f".{name}") as writer:
-        yield writer
+    with SummaryWriter(str(folder), filename_suffix=f".{tag}") as writer:
+        yield writer, tag
 
 
 # --- settings
@@ -152,8 +121,8 @@ def _afresh(folder: Path, name: str) -> Iterator[SummaryWriter]:
 def hyperparameters(recipe: Recipe, steps: int) -> dict[str, str | float | bool]:
     """Return what the HParams tab shows of a recipe, each setting always with the same type.
 
-    Files and folders are named without where they are. `margin` is text, since "soft" and numbers
-    stand in one column; `mean` is left out where the loss does not have it.
+    Files and folders are named without where they are; `mean` is left out where the loss does not
+    have it.
 
     >>> chosen = hyperparameters(Recipe(weights="/data/weights/r50.pth", margin=0.2), 100)
     >>> [chosen[key] for key in ("margin", "size", "weights", "steps")]
@@ -177,23 +146,17 @@ def add_hyperparameters(writer: SummaryWriter, recipe: Recipe, steps: int) -> No
     """
     chosen = hyperparameters(recipe, steps)
     # TensorBoard takes the columns from one run, any of them: so every run writes all of them.
+    columns = api_pb2.Experiment()
     kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
-    columns = api_pb2.Experiment(
-        hparam_infos=[
-            api_pb2.HParamInfo(
-                name=name,
-                type=kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64),
-                differs=name in COMPARED,
-            )
-            for name, value in (chosen | {"mean": recipe.mean}).items()
-        ],
-        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in SCORE_TAGS],
-    )
+    for name, value in (chosen | {"mean": recipe.mean}).items():
+        kind = kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64)
+        columns.hparam_infos.add(name=name, type=kind, differs=name in COMPARED)
+    for tag in SCORE_TAGS:
+        columns.metric_infos.add(name=api_pb2.MetricName(tag=tag))
     about = metadata.create_summary_metadata(HParamsPluginData(experiment=columns))
-    columns = Summary.Value(
-        tag=metadata.EXPERIMENT_TAG, metadata=about, tensor=metadata.NULL_TENSOR
-    )
-    writer.file_writer.add_summary(Summary(value=[columns]))
+    summary = Summary()
+    summary.value.add(tag=metadata.EXPERIMENT_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
+    writer.file_writer.add_summary(summary)
     # Without a name of its own TensorBoard gives the row the run's.
     writer.file_writer.add_summary(hparams_pb(chosen, trial_id=""))
 
@@ -201,31 +164,28 @@ def add_hyperparameters(writer: SummaryWriter, recipe: Recipe, steps: int) -> No
 # --- ranked lists
 
 
-def ranked_lists_image(
-    retrieval: Retrieval, evaluation: Evaluation, queries: int = 4, topk: int = 10, seed: int = 0
-) -> bytes:
+def ranked_lists_image(retrieval: Retrieval, evaluation: Evaluation) -> bytes:
     """Return ranked lists as JPEG, of the same queries at every call on the same tables.
 
-    Queries are of different identities, drawn with `seed` among those that have a match.
+    Four queries of different identities, drawn among those that have a match.
 
     Raises:
         ValueError: an image cannot be read.
     """
     known = evaluation.per_query.dropna(subset="AP").drop_duplicates("pid")
-    known = known.sample(min(queries, len(known)), random_state=seed)
+    queries = known["query"].sample(min(4, len(known)), random_state=0)
     # Without the excluded ones every list is as wide as at other steps, and can be compared.
-    rows = [
-        ranked_row(retrieval, query, topk=topk, show_excluded=False) for query in known["query"]
-    ]
+    rows = [ranked_row(retrieval, query, show_excluded=False) for query in queries]
     return encode(ranked_lists(rows, height=1.2), photo=True, density=1)
 
 
 def _add_ranked_lists(
-    writer: SummaryWriter, name: str, retrieval: Retrieval, evaluation: Evaluation, step: int
+    writer: FileWriter, name: str, retrieval: Retrieval, evaluation: Evaluation, step: int
 ) -> None:
     image = ranked_lists_image(retrieval, evaluation)
     width, height = Image.open(io.BytesIO(image)).size
     # As it is: `SummaryWriter.add_image` makes a PNG of it, many times larger.
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=image)
-    value = Summary.Value(tag=f"ranked_lists/{name}", image=image)
-    writer.file_writer.add_summary(Summary(value=[value]), step)
+    summary = Summary()
+    summary.value.add(tag=f"ranked_lists/{name}", image=image)
+    writer.add_summary(summary, step)

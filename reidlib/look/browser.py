@@ -3,15 +3,7 @@
 `ranked_list_page` makes one HTML page that needs nothing else: lists, thumbnails and script are in it,
 and its content security policy lets nothing reach the network. `Browser` is the same in a notebook,
 where Python is asked for lists and thumbnails as they are wanted, so that every query of a large test
-is there at once. What is drawn comes from `evaluation.retrieval.Retrieval`, like the scores (see
-`look.lists`): the AP that stands over a list can be worked out again from the ranks that it shows.
-
->>> import numpy as np, pandas as pd
->>> from reidlib.evaluation.retrieval import Retrieval
->>> table = pd.DataFrame({"path": ["a.jpg", "b.jpg"], "pid": [1, 2], "camid": [-1, -1]})
->>> found = Retrieval(np.zeros((1, 2)), table[:1], np.eye(2), table.assign(path=["c.jpg", "d.jpg"]))
->>> ranked_list_page(found, title="two & two").split("<title>")[1].split("</title>")[0]
-'two &amp; two'
+is there at once. The AP that stands over a list can be worked out again from the ranks that it shows.
 """
 
 import base64
@@ -29,7 +21,7 @@ from IPython import get_ipython
 
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import figures, photographs
-from reidlib.look.lists import Key, Lists, rows_of
+from reidlib.look.lists import Lists
 from reidlib.look.pages import encodable, fill, script_json
 
 HERE = Path(__file__).parent
@@ -52,12 +44,11 @@ def ranked_list_page(
     """Return the ranked-list browser as one HTML page, with all that it shows inside.
 
     Every image of the lists that are in it can be made the query too: its own list is in the page.
-    The images of those further lists cannot, unless they are among the former; the page says so.
 
     Args:
         retrievals: one run, or one or two by name, over the same queries and the same gallery.
-        queries: row numbers; or how many, of which the page says how they were chosen (the worst,
-            the best, the largest changes between two runs, some at random); None for all.
+        queries: row numbers; or how many, and the page says which (the worst, the best, the largest
+            changes between two runs, some at random); None for all.
         topk: ranked images in a list. Matches beyond it are listed too, as missed, with their rank.
         title: of the page.
         seed: of the random choice.
@@ -79,19 +70,15 @@ def ranked_list_page(
     """
     shown = Lists(retrievals, topk)
     rows, choice = shown.choose(queries, seed)
-    records = shown.records("q", rows)
-    first = rows_of(records)
-    if any(shown.follows.values()):
-        records |= shown.records("g", first)
-    every = rows_of(records)
+    about, data = shown.about(rows, title), shown.lists("q", rows)
+    asked, near = [f"q{row}" for row in rows], [*data["images"]]
+    if about["follows"]:
+        further = shown.lists("g", [int(key[1:]) for key in near])
+        data = {part: data[part] | further[part] for part in data}
     # What stands in further lists only has smaller pictures: it is most of the gallery.
-    heights = {Key("g", row): 72 for row in every}
-    heights |= dict.fromkeys(
-        [*(Key("q", row) for row in rows), *(Key("g", row) for row in first)], 112
-    )
+    heights = dict.fromkeys(data["images"], 72) | dict.fromkeys(asked + near, 112)
     photos, broken = shown.thumbnails(heights, 35, show_progress)
-    about = shown.about(rows, title)
-    about["notes"] += [choice, _sentence_on_follow(shown, len(first))]
+    about["notes"] += [choice, _on_follow(about["follows"], len(near))]
     if broken:
         about["notes"].append(f"No picture of {len(broken):,} images. The first: {broken[0]}")
     return fill(
@@ -100,7 +87,7 @@ def ranked_list_page(
         script_digest=_digest(SCRIPT),
         style_digest=_digest(PAGE_STYLE),
         style=PAGE_STYLE,
-        data=script_json({"about": about, "lists": records, "images": shown.images(every)}),
+        data=script_json({"about": about, **data}),
         photos=script_json(photos),
         script=SCRIPT,
     )
@@ -113,11 +100,9 @@ class Browser(anywidget.AnyWidget):
     list that the browser would start with. It is also left for viewers that know no widgets.
 
     Args:
-        retrievals: as for `ranked_list_page`; all queries are there, and all gallery images.
-        topk: ranked images in a list.
-        title: over the browser.
-        live: whether to make a widget; None: where a front end names the cell that it runs, as
-            JupyterLab, Notebook 7 and VS Code do and papermill and nbconvert do not.
+        retrievals, topk, title: as for `ranked_list_page`; all queries and gallery images are there.
+        live: whether to make a widget; None: where a front end sends the id of the cell that it
+            runs, as JupyterLab, Notebook 7 and VS Code do and papermill and nbconvert do not.
 
     Raises:
         ValueError: as `ranked_list_page`.
@@ -146,11 +131,14 @@ class Browser(anywidget.AnyWidget):
         live: bool | None = None,
     ):
         self._lists = Lists(retrievals, topk)
-        self._live = _is_watched() if live is None else live
+        if live is None:
+            kernel = getattr(get_ipython(), "kernel", None)
+            live = kernel is not None and "cellId" in kernel.get_parent("shell").get("metadata", {})
+        self._live = live
         about = self._lists.about(np.arange(len(self._lists.tables["q"])), title)
-        about["notes"].append(_sentence_on_follow(self._lists, None))
-        first = Key("q", self._lists.first())
-        super().__init__(about=about, view={"key": str(first), "camera": "", "excluded": True})
+        about["notes"].append(_on_follow(about["follows"]))
+        first = {"key": f"q{self._lists.first()}", "camera": "", "excluded": True}
+        super().__init__(about=about, view=first)
         self.on_msg(lambda _, question, __: self.send(self.answer(question)))
 
     def open(self) -> None:
@@ -165,17 +153,16 @@ class Browser(anywidget.AnyWidget):
         Columns: `run`, `asked` ("query" or "gallery": the table that the query's row number is of),
         `query`, `query_path`, and those of `Retrieval.ranked_lists` from `rank` on.
         """
-        runs = [*self._lists.runs]
+        runs = self._lists.runs
         if self.ticked:
+            parts = []
             wanted = pd.DataFrame(self.ticked, columns=["run", "key", "row"])
-            parts = [
-                table[table["gallery"].isin(group["row"])]
-                for (run, key), group in wanted.groupby(["run", "key"], sort=False)
-                for table in [self._lists.table(runs[run], self._lists.key(key))]
-            ]
+            for (run, key), group in wanted.groupby(["run", "key"], sort=False):
+                table = self._lists.table(runs[run], key)
+                parts.append(table[table["gallery"].isin(group["row"])])
             return pd.concat(parts, ignore_index=True)
-        key, camera = self._lists.key(self.view["key"]), self.view["camera"]
-        able = [run for run in runs if key.side == "q" or self._lists.follows[run]]
+        key, camera = self.view["key"], self.view["camera"]
+        able = (run for run in runs if key[0] == "q" or run.follows)
         table = pd.concat([self._lists.table(run, key) for run in able], ignore_index=True)
         if camera:
             table = table[table["camid"] == int(camera)]
@@ -184,25 +171,16 @@ class Browser(anywidget.AnyWidget):
         return table.reset_index(drop=True)
 
     def answer(self, question: dict) -> dict:
-        """Answer a question of the front end.
+        """Answer the front end, which asks for "photos" of `keys`, or for the "lists" of one.
 
-        Args:
-            question: `id`; `ask`: "lists" or "photos"; and `keys` of images.
-
-        Returns:
-            `id` and `answer`, or `error`: it must reach the person who clicked, not a log.
+        An error goes back as one: it must reach the person who clicked, not a log.
         """
         try:
-            keys = [self._lists.key(key) for key in question["keys"]]
             if question["ask"] == "photos":
-                answer, _broken = self._lists.thumbnails(dict.fromkeys(keys, 256), 80)
+                answer, _broken = self._lists.thumbnails(dict.fromkeys(question["keys"], 256), 80)
             else:
-                records = {}
-                for key in keys:
-                    records |= self._lists.records(key.side, [key.row])
-                own = np.array([key.row for key in keys if key.side == "g"], np.int64)
-                images = self._lists.images(np.union1d(rows_of(records), own))
-                answer = {"lists": records, "images": images}
+                side, row = self._lists.place(*question["keys"])
+                answer = self._lists.lists(side, [row])
             return {"id": question["id"], "answer": answer}
         except Exception as error:
             return {"id": question.get("id"), "error": f"{type(error).__name__}: {error}"}
@@ -213,21 +191,17 @@ class Browser(anywidget.AnyWidget):
         bundle = {"text/plain": f"[{title}]", "text/html": _picture(self._lists, title)}
         if not self._live:
             return bundle, {}
-        found = super()._repr_mimebundle_()
-        data, metadata = found if isinstance(found, tuple) else (found, {})
-        return bundle | {k: v for k, v in data.items() if k != "text/plain"}, metadata
+        data, metadata = super()._repr_mimebundle_()
+        return data | bundle, metadata
 
 
 def _picture(shown: Lists, title: str) -> str:
     """Return the query that the browser starts with, its list in each run, as an `<img>`."""
-    rows = []
-    if all(
-        table["path"].astype(bool).all() for table in shown.tables.values()
-    ):  # else files are not named
-        for name, retrieval in shown.runs.items():
-            before = photographs.one_line(name) if len(shown.runs) > 1 else ""
-            topk = min(10, shown.topk)
-            rows.append(photographs.ranked_row(retrieval, shown.first(), before, topk))
+    rows, topk = [], min(10, shown.topk)
+    for run in shown.runs:
+        if "path" in run.retrieval.query and "path" in run.retrieval.gallery:
+            name = photographs.one_line(run.name) if len(shown.runs) > 1 else ""
+            rows.append(photographs.ranked_row(run.retrieval, shown.first(), name, topk))
     try:
         figure = photographs.ranked_lists(rows)
     except ValueError as error:  # the files are elsewhere, or not named
@@ -236,8 +210,8 @@ def _picture(shown: Lists, title: str) -> str:
     return figures.img(figure, alt, photo=True)
 
 
-def _sentence_on_follow(shown: Lists, in_file: int | None) -> str:
-    if not any(shown.follows.values()):
+def _on_follow(follows: bool, in_file: int | None = None) -> str:
+    if not follows:
         return "Results cannot be made the query: distances among gallery images are not known."
     if in_file is None:
         return "A click on a result makes it the query."
@@ -245,16 +219,6 @@ def _sentence_on_follow(shown: Lists, in_file: int | None) -> str:
         f"A click on a result makes it the query: the lists of {in_file:,} gallery images are in this "
         "file, of all that stand in a list of its queries. Others cannot be followed here."
     )
-
-
-def _is_watched() -> bool:
-    """Return whether a front end runs this cell and can show widgets.
-
-    JupyterLab, Notebook 7 and VS Code send the cell's id along with its code; nbclient, with which
-    papermill and nbconvert run notebooks, does not.
-    """
-    kernel = getattr(get_ipython(), "kernel", None)
-    return kernel is not None and "cellId" in kernel.get_parent("shell").get("metadata", {})
 
 
 def _digest(text: str) -> str:

@@ -2,13 +2,13 @@
 
 All comes from `evaluation.retrieval.Retrieval`, like the scores. `Lists` checks the runs and scores
 them; then it gives, as JSON will hold it, the table of the queries, the lists of some of them, and the
-thumbnails of their images. A `Key` names an image of either table.
+thumbnails of their images. A key names an image: "q12" is row 12 of the query table, "g7" row 7 of the
+gallery table.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,31 +22,51 @@ from reidlib.progress import progress
 
 CODES = dict(zip(STATUSES, "mwucji", strict=True))
 COLOURS = {"right": RIGHT.colour, "wrong": WRONG.colour, "excluded": EXCLUDED.colour}
+SIDES = {"q": "query", "g": "gallery"}
 
 
-class Key(NamedTuple):
-    """An image: a row of the query table ("q") or of the gallery table ("g"); in JSON "q12", "g7"."""
+class Run:
+    """One run, scored.
 
-    side: str
-    row: int
+    Attributes:
+        about: for JSON: `name`, `scored`, and `scores` in words, or why it has none.
+        protocol: what was left out and counted.
+        ap: (Q,), NaN for queries without one.
+        follows: can gallery images be its queries?
+    """
 
-    def __str__(self) -> str:
-        return f"{self.side}{self.row}"
+    def __init__(self, name: str, retrieval: Retrieval):
+        self.name, self.retrieval = encodable(name), retrieval
+        self.ap, self.protocol = np.full(len(retrieval.query), np.nan), ""
+        try:
+            evaluation = retrieval.evaluate()
+            self.protocol, self.ap = evaluation.protocol, evaluation.per_query["AP"].to_numpy()
+            scores = _in_words(evaluation.scores)
+        except ValueError as error:  # nobody is known, or has a match: lists are there still
+            nobody = (retrieval.query["pid"] < 1).all() or (retrieval.gallery["pid"] == -1).all()
+            scores = f"Not scored: {'nobody is known in these pictures' if nobody else error}"
+        self.scored = bool(self.protocol)
+        self.about = {"name": self.name, "scored": self.scored, "scores": scores}
+        try:
+            self.follows = retrieval.ask([0]) is not None
+        except ValueError:  # it was made from distances
+            self.follows = False
+
+    def ranked(self, side: str, rows: Sequence[int], topk: int) -> pd.DataFrame:
+        """Return the lists of images of either table, with all their matches."""
+        asking, at = (self.retrieval, rows) if side == "q" else (self.retrieval.ask(rows), None)
+        return asking.ranked_lists(at, topk=topk, show_missed=True)
 
 
 class Lists:
-    """The ranked lists of one run, or of two over the same queries and gallery.
+    """The ranked lists of one run, or of two (by name) over the same queries and gallery.
 
-    Args:
-        retrievals: one run, or one or two by name.
-        topk: ranked images in a list; matches beyond it follow, with their rank.
+    A list has `topk` ranked images; matches beyond it follow, with their rank.
 
     Attributes:
-        runs: the retrievals by name.
-        evaluations: by name, of those that can be scored; `reasons` says why others cannot.
-        follows: by name, can gallery images be its queries?
+        runs: a list of `Run`.
         tables: the query table and the gallery table, under "q" and "g", with `camid` -1 and `path` ""
-            where they have none.
+            where they have none, and `name`, the path without the folders that all of a table share.
 
     Raises:
         ValueError: no run or more than two, two runs that differ in their queries, gallery or
@@ -57,202 +77,148 @@ class Lists:
     def __init__(self, retrievals: Retrieval | Mapping[str, Retrieval], topk: int):
         runs = {"": retrievals} if isinstance(retrievals, Retrieval) else retrievals
         if not (isinstance(runs, Mapping) and all(isinstance(r, Retrieval) for r in runs.values())):
-            raise TypeError(
-                "the browser shows a Retrieval, or one or two of them by name in a dict"
-            )
+            raise TypeError("the browser shows a Retrieval, or a dict of one or two by name")
         if not 1 <= len(runs) <= 2:
             raise ValueError(f"the browser shows one run or two side by side, not {len(runs)}")
         if topk < 1:
             raise ValueError(f"topk must be 1 or more, not {topk}")
         first, *others = runs.values()
-        for other in others:
-            if difference := _difference(first, other):
-                raise ValueError(
-                    f"{' and '.join(map(repr, runs))} are not about the same: {difference}"
-                )
-        self.topk = topk
-        self.runs = {encodable(name): retrieval for name, retrieval in runs.items()}
-        self.evaluations, self.reasons, self.follows = {}, {}, {}
-        for name, retrieval in self.runs.items():
-            try:
-                self.evaluations[name] = retrieval.evaluate()
-            except ValueError as error:  # nobody is known, or has a match: lists are there still
-                self.reasons[name] = _why_not_scored(retrieval, error)
-            try:
-                self.follows[name] = retrieval.ask([0]) is not None
-            except ValueError:  # it was made from distances
-                self.follows[name] = False
-        self.tables = {"q": _complete(first.query), "g": _complete(first.gallery)}
-        self._names = {side: _names(table) for side, table in self.tables.items()}
+        if others and (difference := _difference(first, *others)):
+            raise ValueError(f"{' and '.join(map(repr, runs))} differ: {difference}")
+        self.topk, self.runs = topk, [Run(*run) for run in runs.items()]
+        self.tables = {}
+        for side, table in (("q", first.query), ("g", first.gallery)):
+            table = pd.DataFrame({"camid": -1, "path": "", **table})
+            self.tables[side] = table.assign(name=_names(table))
 
     # --- queries
 
     def choose(self, queries: Sequence[int] | int | None, seed: int) -> tuple[np.ndarray, str]:
         """Return rows of queries, ascending, and a sentence on how they were chosen.
 
-        Args:
-            queries: row numbers; or how many: the worst, the best, the largest changes between two
-                runs, some at random; None for all.
-            seed: of the random choice.
+        `queries` and `seed` are those of `browser.ranked_list_page`.
 
         Raises:
             ValueError: no such query row, or a number below 1.
         """
         total = len(self.tables["q"])
-        if isinstance(queries, int | np.integer):
-            if queries < 1:
-                raise ValueError(
-                    f"queries must be 1 or more, None for all, or row numbers, not {queries}"
-                )
-            if queries < total:
-                return self._mixed(int(queries), seed)
-        elif queries is not None:
-            rows = np.unique(np.asarray(queries))
-            if rows.dtype.kind not in "iu" or len(rows) == 0 or rows[0] < 0 or rows[-1] >= total:
-                raise ValueError(f"queries must be rows of the query table, 0 to {total - 1}")
-            return rows, f"{len(rows):,} of {total:,} queries are in this file, as asked."
-        return np.arange(total), f"All {total:,} queries are in this file."
+        number = isinstance(queries, int | np.integer) and queries >= 1
+        if queries is None or (number and queries >= total):
+            return np.arange(total), f"All {total:,} queries are in this file."
+        if number:
+            return self._mixed(int(queries), seed)
+        rows = np.unique(queries)
+        whole = np.ndim(queries) == 1 and rows.dtype.kind in "iu" and len(rows) > 0
+        if not whole or rows[0] < 0 or rows[-1] >= total:
+            raise ValueError(f"queries must be rows below {total}, how many, or None for all")
+        return rows, f"{len(rows):,} of {total:,} queries are in this file, as asked."
 
     def _mixed(self, n: int, seed: int) -> tuple[np.ndarray, str]:
         """Return n rows of all kinds, fewer than there are, and how they were chosen."""
-        aps = [evaluation.per_query["AP"].to_numpy() for evaluation in self.evaluations.values()]
-        wanted = []  # (how many, of what, what is sorted ascending)
-        if len(aps) == len(self.runs) == 1:
-            wanted = [(n // 2, "of lowest AP", aps[0]), (n // 4, "of highest AP", -aps[0])]
-        elif len(aps) == len(self.runs) == 2:
-            first, second = self.runs
-            wanted = [
-                (n // 4, f"of largest loss of AP from {first} to {second}", aps[1] - aps[0]),
-                (n // 4, f"of largest gain of AP from {first} to {second}", aps[0] - aps[1]),
-                (n // 4, f"of lowest AP in {first}", aps[0]),
-            ]
-        total = len(self.tables["q"])
-        left, chosen, parts = np.arange(total), np.empty(0, int), []
-        for size, what, value in wanted:
-            known = left[~np.isnan(value[left])]
-            rows = known[np.argsort(value[known], kind="stable")][:size]
-            chosen, left = np.union1d(chosen, rows), np.setdiff1d(left, rows)
+        first, last = self.runs[0], self.runs[-1]
+        change = f"of AP from {first.name} to {last.name}"
+        wanted = [  # how many, of what, what is sorted ascending
+            (n // 4, f"of largest loss {change}", last.ap - first.ap),
+            (n // 4, f"of largest gain {change}", first.ap - last.ap),
+            (n // 4, f"of lowest AP in {first.name}", first.ap),
+        ]
+        if first is last:
+            wanted = [(n // 2, "of lowest AP", first.ap), (n // 4, "of highest AP", -first.ap)]
+        chosen, parts, total = [], [], len(self.tables["q"])
+        for size, what, value in wanted if first.scored and last.scored else ():
+            order = [row for row in np.argsort(value, kind="stable") if not np.isnan(value[row])]
+            rows = [row for row in order if row not in chosen][:size]
+            chosen += rows
             parts.append(f"the {len(rows):,} {what}")
-        rows = np.random.default_rng(seed).choice(left, n - len(chosen), replace=False)
-        parts.append(f"{len(rows):,} drawn at random" + (" from the rest" if parts else ""))
+        left = np.setdiff1d(np.arange(total), chosen)
+        drawn = np.random.default_rng(seed).choice(left, n - len(chosen), replace=False)
+        parts.append(f"{len(drawn):,} drawn at random" + (" from the rest" if parts else ""))
         sentence = f"{n:,} of {total:,} queries are in this file: {', '.join(parts)}."
-        return np.union1d(chosen, rows).astype(int), sentence
+        return np.sort([*chosen, *drawn]), sentence
 
     def first(self) -> int:
         """Return the row of the query that the browser starts with: the worst by AP."""
-        evaluation = self.evaluations.get(next(iter(self.runs)))
-        return int(evaluation.per_query["AP"].argmin()) if evaluation else 0
+        return int(np.argsort(self.runs[0].ap, kind="stable")[0])
 
     def about(self, rows: np.ndarray, title: str) -> dict:
         """Return what stands over the lists, and the table of the queries that can be picked."""
-        query = self.tables["q"].iloc[rows]
-        runs, aps, notes = [], [], []
-        for name in self.runs:
-            evaluation = self.evaluations.get(name)
-            line, ap = f"Not scored: {self.reasons.get(name)}", np.full(len(rows), np.nan)
-            if evaluation:
-                line, ap = _in_words(evaluation.scores), evaluation.per_query["AP"].to_numpy()[rows]
-                notes.append(evaluation.protocol)
-            runs.append({"name": name, "scored": evaluation is not None, "scores": line})
-            aps.append([None if np.isnan(value) else float(value) for value in ap])
-        notes.append(
+        query = self.tables["q"].iloc[rows].assign(row=rows)
+        aps = [run.ap[rows].tolist() for run in self.runs]
+        cameras = {SIDES[key]: {*table["camid"].tolist()} for key, table in self.tables.items()}
+        what = (
             f"A list holds the {self.topk} nearest ranked images, the images that the protocol leaves "
             "out where they would have stood among them, and all further matches with their rank: "
             "the ranks of the matches are all that AP is made of."
         )
         return {
             "title": encodable(title),
-            "runs": runs,
+            "runs": [run.about for run in self.runs],
             "topk": self.topk,
             "total": len(self.tables["q"]),
-            "follows": any(self.follows.values()),
+            "follows": any(run.follows for run in self.runs),
             "colours": COLOURS,
-            "notes": [*dict.fromkeys(notes)],
-            "cameras": {side: _cameras(self.tables[side[0]]) for side in ("query", "gallery")},
-            "queries": {
-                "row": rows.tolist(),
-                "name": [self._names["q"][row] for row in rows],
-                "pid": query["pid"].tolist(),
-                "camid": query["camid"].tolist(),
-                "ap": aps,
-            },
+            "notes": [*dict.fromkeys(run.protocol for run in self.runs if run.scored), what],
+            "cameras": {side: sorted(found - {-1}) for side, found in cameras.items()},
+            "queries": query[["row", "name", "pid", "camid"]].to_dict("list")
+            | {"ap": [[None if np.isnan(value) else value for value in ap] for ap in aps]},
         }
 
-    # --- lists
+    # --- lists and images
 
-    def records(self, side: str, rows: Sequence[int]) -> dict[str, list[dict | None]]:
-        """Return by the key of each query its list in each run: columns, as long as the list.
+    def lists(self, side: str, rows: Sequence[int]) -> dict[str, dict]:
+        """Return the lists of some queries (side "q") or gallery images ("g"), as JSON has them.
 
-        `ranks` are 0 where an image is left out of the ranking. None for a run that cannot be asked.
+        `lists` has, by the key of who asks, a list of each run: columns, with a rank of 0 where an
+        image is left out; None for a run that cannot be asked. `images` has file name, identity and
+        camera of all gallery images in them, by key.
         """
-        runs = [self._records(run, side, rows) for run in self.runs]
-        lists = zip(*runs, strict=True)
-        return {str(Key(side, row)): [*one] for row, one in zip(rows, lists, strict=True)}
+        runs, shown = [], {*rows} if side == "g" else set()
+        for run in self.runs:
+            runs.append([None] * len(rows))
+            if side == "q" or run.follows:
+                table = run.ranked(side, rows, self.topk)
+                runs[-1] = [_record(one) for _, one in table.groupby("query", sort=False)]
+                shown |= {*table["gallery"]}
+        gallery = self.tables["g"][["name", "pid", "camid"]].iloc[sorted(shown)]
+        labels = zip(sorted(shown), gallery.to_numpy(object).tolist(), strict=True)
+        return {
+            "lists": {f"{side}{row}": [*own] for row, *own in zip(rows, *runs, strict=True)},
+            "images": {f"g{row}": own for row, own in labels},
+        }
 
-    def _records(self, run: str, side: str, rows: Sequence[int]) -> list[dict | None]:
-        if side == "g" and not self.follows[run]:
-            return [None] * len(rows)
-        table = self._ranked(run, side, rows)
-        starts = np.flatnonzero(np.diff(table["query"].to_numpy()) != 0) + 1
-        columns = (
-            table["gallery"].to_numpy(),
-            table["rank"].fillna(0).to_numpy(np.int64),
-            _rounded(table["distance"].to_numpy(np.float64)),
-            table["status"].map(CODES).to_numpy(),
-        )
-        lists = zip(*(np.split(column, starts) for column in columns), strict=True)
-        return [_record(*one) for one in lists]
-
-    def table(self, run: str, key: Key) -> pd.DataFrame:
+    def table(self, run: Run, key: str) -> pd.DataFrame:
         """Return one list as a table to take away."""
-        table = self._ranked(run, key.side, [key.row]).drop(columns="query")
-        query = self.tables[key.side]
-        table.insert(0, "run", run)
-        table.insert(1, "asked", "query" if key.side == "q" else "gallery")
-        table.insert(2, "query", key.row)
-        table.insert(3, "query_path", query["path"].iloc[key.row])
-        return table
+        side, row = self.place(key)
+        table = run.ranked(side, [row], self.topk).drop(columns="query")
+        path = self.tables[side]["path"].iloc[row]
+        asking = {"run": run.name, "asked": SIDES[side], "query": row, "query_path": path}
+        return pd.concat([pd.DataFrame(asking, table.index), table], axis=1)
 
-    def _ranked(self, run: str, side: str, rows: Sequence[int]) -> pd.DataFrame:
-        retrieval = self.runs[run]
-        asking, at = (retrieval, rows) if side == "q" else (retrieval.ask(rows), None)
-        return asking.ranked_lists(at, topk=self.topk, show_missed=True)
-
-    # --- images
-
-    def key(self, text: str) -> Key:
-        """Return the key that JSON has as text; a front end may ask for anything.
+    def place(self, key: str) -> tuple[str, int]:
+        """Return side and row of a key; a front end may ask for anything.
 
         Raises:
             ValueError: there is no such image.
         """
-        if text[:1] in self.tables and text[1:].isdecimal():
-            key = Key(text[0], int(text[1:]))
-            if key.row < len(self.tables[key.side]):
-                return key
-        raise ValueError(f"there is no image {text!r}")
-
-    def images(self, rows: np.ndarray) -> dict[str, list]:
-        """Return file name, identity and camera of gallery rows, by key."""
-        gallery = self.tables["g"].iloc[rows]
-        columns = zip(rows, gallery["pid"].tolist(), gallery["camid"].tolist(), strict=True)
-        return {str(Key("g", row)): [self._names["g"][row], *labels] for row, *labels in columns}
+        side, row = key[:1], key[1:]
+        if side in self.tables and row.isdecimal() and int(row) < len(self.tables[side]):
+            return side, int(row)
+        raise ValueError(f"there is no image {key!r}")
 
     def thumbnails(
-        self, heights: Mapping[Key, int], quality: int, show_progress: bool = False
+        self, heights: Mapping[str, int], quality: int, show_progress: bool = False
     ) -> tuple[dict[str, str], list[str]]:
         """Return photographs by key, and what is wrong with the files that cannot be read.
 
-        `heights` has, by key, how many pixels high a photograph may be, see `pages.thumbnail`.
+        `heights` has by key how many pixels high a photograph may be, see `pages.thumbnail`.
         """
 
-        paths = {side: table["path"].tolist() for side, table in self.tables.items()}
-
-        def one(key: Key) -> tuple[str, str]:
-            path = paths[key.side][key.row]
-            if not path:
-                return "", "the table does not name its files."
+        def one(key: str) -> tuple[str, str]:
+            side, row = self.place(key)
+            path = self.tables[side]["path"].iloc[row]
             try:
+                if not path:
+                    raise ValueError("the table does not name its files.")
                 return thumbnail(read_image(path), heights[key], quality), ""
             except ValueError as error:
                 return "", encodable(str(error))
@@ -260,43 +226,11 @@ class Lists:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             options = {"desc": "thumbnails", "unit": "img", "show": show_progress}
             made = [*progress(pool.map(one, heights), total=len(heights), **options)]
-        photos = {str(key): photo for key, (photo, _) in zip(heights, made, strict=True) if photo}
+        photos = {key: photo for key, (photo, _) in zip(heights, made, strict=True) if photo}
         return photos, [error for _, error in made if error]
 
 
-def rows_of(records: Mapping[str, list[dict | None]]) -> np.ndarray:
-    """Return the gallery rows that stand in lists, ascending, once each."""
-    every = [record["rows"] for runs in records.values() for record in runs if record]
-    return np.unique(np.concatenate([[], *every]).astype(np.int64))
-
-
-# --- the runs
-
-
-def _why_not_scored(retrieval: Retrieval, error: ValueError) -> str:
-    nobody = (retrieval.query["pid"] < 1).all() or (retrieval.gallery["pid"] == -1).all()
-    return "nobody is known in these pictures" if nobody else str(error)
-
-
-def _difference(first: Retrieval, other: Retrieval) -> str:
-    """Return in what two retrievals cannot be laid side by side; "" if they can."""
-    for side in ("query", "gallery"):
-        a, b = getattr(first, side), getattr(other, side)
-        if len(a) != len(b):
-            return f"{len(a):,} and {len(b):,} {side} images"
-        columns = [(c, a[c].tolist(), b[c].tolist()) for c in ("pid", "camid") if c in a and c in b]
-        if "path" in a and "path" in b:
-            columns.append(("file name", _names(a), _names(b)))
-        for column, x, y in columns:
-            rows = [row for row in range(len(a)) if x[row] != y[row]]
-            if rows:
-                return (
-                    f"{column} of row {rows[0]} of the {side} table is {x[rows[0]]} in the first and "
-                    f"{y[rows[0]]} in the second ({len(rows):,} rows differ)"
-                )
-    if first.exclude_same_camera != other.exclude_same_camera:
-        return "one leaves out results of the query's own camera, the other does not"
-    return ""
+# --- small things
 
 
 def _in_words(scores: Mapping[str, float]) -> str:
@@ -306,27 +240,36 @@ def _in_words(scores: Mapping[str, float]) -> str:
     ).replace("%", " %")
 
 
-# --- small things
+def _difference(first: Retrieval, other: Retrieval) -> str:
+    """Return in what two retrievals cannot be laid side by side; "" if they can."""
+    for side in SIDES.values():
+        a, b = getattr(first, side), getattr(other, side)
+        if len(a) != len(b):
+            return f"{len(a):,} and {len(b):,} {side} images"
+        for column, name in (("pid", "pid"), ("camid", "camid"), ("path", "file name")):
+            if column in a and column in b:
+                x, y = (_names(t) if column == "path" else t[column].tolist() for t in (a, b))
+                if rows := [row for row in range(len(a)) if x[row] != y[row]]:
+                    at = f"{name} of row {rows[0]} of the {side} table"
+                    return f"{at} is {x[rows[0]]} in the first and {y[rows[0]]} in the second"
+    if first.exclude_same_camera != other.exclude_same_camera:
+        return "one leaves out results of the query's own camera, the other does not"
+    return ""
 
 
-def _record(rows: np.ndarray, ranks: np.ndarray, distances: np.ndarray, codes: np.ndarray) -> dict:
+def _record(table: pd.DataFrame) -> dict:
     """Return one list as JSON has it, with its AP, which needs the ranks of all matches."""
-    matches = ranks[codes == "m"]
+    matches = table["rank"][table["status"] == "match"].to_numpy(np.int64)
     ap, ap_market = average_precision(matches) if len(matches) else (None, None)
     return {
-        "rows": rows.tolist(),
-        "ranks": ranks.tolist(),
-        "distances": distances.tolist(),
-        "status": "".join(codes),
+        "rows": table["gallery"].tolist(),
+        "ranks": table["rank"].fillna(0).tolist(),
+        # Four digits: a page is half as large, and nobody reads more.
+        "distances": [float(f"{distance:.4g}") for distance in table["distance"]],
+        "status": "".join(table["status"].map(CODES)),
         "ap": ap,
         "ap_market": ap_market,
     }
-
-
-def _complete(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table that has a camera and a path, known or not."""
-    blank = {"camid": -1, "path": ""}
-    return table.assign(**{name: blank[name] for name in blank if name not in table})
 
 
 def _names(table: pd.DataFrame) -> list[str]:
@@ -337,12 +280,3 @@ def _names(table: pd.DataFrame) -> list[str]:
     shared = os.path.commonprefix([path[: path.rfind("/") + 1] for path in paths])
     start = shared.rfind("/") + 1  # at the end of a whole folder's name
     return [encodable(path[start:]) for path in paths]
-
-
-def _cameras(table: pd.DataFrame) -> list[int]:
-    return sorted({*table["camid"].tolist()} - {-1})
-
-
-def _rounded(values: np.ndarray, digits: int = 4) -> np.ndarray:
-    """Round to so many significant digits: a page is half as large, and nobody reads more."""
-    return np.array([float(f"{value:.{digits}g}") for value in values])

@@ -36,15 +36,9 @@ def encodable(text: str) -> str:
 
 
 def thumbnail(image: np.ndarray, height: int, quality: int) -> str:
-    """Return a photograph as WebP in base64.
+    """Return a photograph, (H, W, 3) uint8, as WebP in base64, up to so high and twice as wide.
 
-    WebP has no tables in its header, so a small picture is some 600 bytes, of which a JPEG would
-    spend as many again on its header alone.
-
-    Args:
-        image: (H, W, 3) uint8.
-        height: how many pixels high it may be, and twice as wide.
-        quality: of the WebP, to 100.
+    WebP has no tables in its header: a small picture is some 600 bytes, a JPEG's header as many again.
     """
     photo = Image.fromarray(np.ascontiguousarray(image))
     scale = min(height / photo.height, 2 * height / photo.width)
