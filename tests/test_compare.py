@@ -263,23 +263,15 @@ def test_rows_are_trained_scored_and_found_again_in_processes_of_their_own():
     again = done({name: rows[name] for name in ("hinge", "soft")})
     assert [m for m in again.values()] == [Made(made[name].folder) for name in again]
 
-    # A run of the row's name that is not the row's: it stays as it is, and is named.
-    folder = made["soft"].folder
-    files = [folder / name for name in ("weights.safetensors", "checkpoint.pt")]
-    before = [file.read_bytes() for file in files]
-
-    def told(row):
-        return done({"it": row, "hinge": rows["hinge"]})["it"].problem
-
-    assert "steps: 3 there, 4 now" in told(row(steps=4))
-    (folder / "manifest.json").write_text('{"status": "fin')
-    assert "manifest.json is not valid JSON" in told(row())
-    (folder / "manifest.json").unlink()
-    assert "weights.safetensors and no manifest.json" in told(row())
-    assert [file.read_bytes() for file in files] == before
-    files[0].unlink()
-    assert "checkpoint.pt and no manifest.json" in told(row())
-    assert files[1].read_bytes() == before[1]
+    # A run of the row's name with other settings, or a broken one, stays as it is, and is named.
+    weights = made["soft"].folder / "weights.safetensors"
+    before = weights.read_bytes()
+    told = done({"other": row(steps=4), "hinge": rows["hinge"]})["other"]
+    assert told.folder is None and "steps: 3 there, 4 now" in told.problem
+    (weights.parent / "manifest.json").write_text('{"status": "fin')
+    told = done({"soft": row(), "hinge": rows["hinge"]})["soft"]
+    assert told.folder is None and "manifest.json is not valid JSON" in told.problem
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.slow

@@ -89,8 +89,7 @@ def test_a_clear_winner(seeds):
     assert spread.freedom == 5 * (seeds - 1)
     luck = "other people and another seed" if seeds > 1 else "other people (not another seed)"
     conclusion = verdicts.conclusion(pairs, table)
-    assert conclusion.startswith(f"{HARD} has the highest mAP. It beats batch-all 0.2, ")
-    assert "random soft, each of the others." in conclusion
+    assert conclusion.startswith(f"{HARD} has the highest mAP. It beats each of the others.")
     assert ("other seeds may turn it round." in conclusion) == (seeds == 1)
     count = sum(pairs["holm"] < 0.05)
     assert (

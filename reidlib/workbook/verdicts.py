@@ -144,8 +144,8 @@ def conclusion(pairs: pd.DataFrame, table: pd.DataFrame) -> str:
     beaten = [*hold["lower"][hold["higher"] == best]]
     level = [name for name in table.index if name not in (best, *beaten)]
     if beaten:
-        apart = f"and is not told apart from {', '.join(level)}" if level else "each of the others"
-        said = f"{best} has the highest mAP. It beats {', '.join(beaten)}, {apart}."
+        apart = f"{', '.join(beaten)}, and is not told apart from {', '.join(level)}"
+        said = f"{best} has the highest mAP. It beats {apart if level else 'each of the others'}."
     else:
         best = " and ".join([best, *equal])
         said = f"None is shown to be best: no row is told apart from {best}, the highest."
