@@ -10,7 +10,6 @@ import torch
 
 from reidlib.data.augment import Augmentation
 from reidlib.data.pixels import load_images, load_training_images
-from reidlib.evaluation.baselines import colour_histogram
 from reidlib.model.device import autocast, pick_device, race
 from reidlib.model.embed import VIEWS, embed, embed_views, read_embeddings, write_embeddings
 from reidlib.model.weights import build_model
@@ -96,17 +95,6 @@ def test_images_of_many_sizes_are_brought_to_the_recipes(tmp_path):
     assert pixels.shape == (3, 32, 16, 3) and len(kept) == 3
     pixels, kept = load_training_images(table, RECIPE, show_progress=False)
     assert pixels.shape == (3, 36, 18, 3) and len(kept) == 3  # 32×16 enlarged by 1.125
-
-
-def test_colour_histogram_by_hand():
-    image = np.zeros((12, 8, 3), np.uint8)
-    image[:, :2] = 255  # outside the middle half: does not count
-    image[:6, 2:6] = (255, 0, 0)
-    image[6:, 2:6] = (0, 255, 40)
-    expected = np.zeros((6, 3, 8))  # stripes, channels, bins
-    expected[:3, 0, 7] = expected[:3, 1:, 0] = 1
-    expected[3:, 0, 0] = expected[3:, 1, 7] = expected[3:, 2, 1] = 1
-    np.testing.assert_array_equal(colour_histogram(image[None])[0], expected.ravel())
 
 
 TABLE = pd.DataFrame({"path": ["a/ü.jpg", "b.jpg"], "pid": [-1, 7], "camid": [1, 2]})

@@ -19,38 +19,23 @@ from reidlib.evaluation.metrics import SCORES
 def per_query(ap, pids, first_rank=None):
     """A per-query table; a query whose AP is NaN has no match."""
     ap = np.asarray(ap, dtype=float)
-    rank = np.where(np.isnan(ap), np.nan, 1) if first_rank is None else first_rank
-    return pd.DataFrame(
-        {
-            "query": np.arange(len(ap)),
-            "pid": pids,
-            "matches": np.where(np.isnan(ap), 0, 2),
-            "AP": ap,
-            "AP_market": ap / 2,
-            "first_rank": rank,
-            "INP": ap / 3,
-        }
-    )
+    table = pd.DataFrame({"query": np.arange(len(ap)), "pid": pids, "AP": ap, "AP_market": ap / 2})
+    first_rank = np.where(np.isnan(ap), np.nan, 1) if first_rank is None else first_rank
+    return table.assign(matches=2 * ~np.isnan(ap), first_rank=first_rank, INP=ap / 3)
 
 
-def world(rng, rows=2, seeds=3, people=40, each=3, seed_sd=0.02, effect=0.0):
+def world(rng, rows=2, seeds=3, people=40, effect=0.0):
     """Tables of rows that are equally good but for `effect`, which the first row has."""
-    pids = np.repeat(np.arange(people), each)
-    hard = rng.normal(0.6, 0.2, people)[pids] + rng.normal(0, 0.15, len(pids))
-    made = {}
+    pids = np.repeat(np.arange(people), 3)
+
+    def drawn(by_person, by_query):
+        return rng.normal(0, by_person, people)[pids] + rng.normal(0, by_query, len(pids))
+
+    hard, made = 0.6 + drawn(0.2, 0.15), []
     for row in range(rows):
-        likes = rng.normal(0, 0.08, people)[pids] + rng.normal(0, 0.05, len(pids))
-        made[row] = [
-            per_query(
-                hard
-                + likes
-                + rng.normal(0, seed_sd)
-                + (effect if row == 0 else 0)
-                + rng.normal(0, 0.03, len(pids)),
-                pids,
-            )
-            for _ in range(seeds)
-        ]
+        likes = drawn(0.08, 0.05) + (effect if row == 0 else 0)
+        noise = [rng.normal(0, 0.02) + rng.normal(0, 0.03, len(pids)) for _ in range(seeds)]
+        made.append([per_query(hard + likes + some, pids) for some in noise])
     return made
 
 
@@ -95,14 +80,6 @@ def test_paired_difference():
     gap = confidence_interval(a, versus=b)
     assert gap.loc["mAP"].to_numpy() == pytest.approx([0.01] * 3)
     assert (gap.loc["top1"] == 0).all()
-    with pytest.raises(ValueError, match="same queries"):
-        confidence_interval(a, versus=b.iloc[:-1])
-    with pytest.raises(ValueError, match="two values"):
-        confidence_interval(a.iloc[:1])
-    with pytest.raises(ValueError, match="level"):
-        confidence_interval(a, level=95)
-    with pytest.raises(ValueError, match="repeats"):
-        confidence_interval(a, repeats=0)
 
 
 def test_draws_are_those_of_released_intervals():
@@ -118,7 +95,7 @@ def test_difference_equals_the_formula_written_as_a_loop():
     pids = np.array([7, 7, 7, 3, 3, 5, 9, 9])
     first = [per_query(rng.random(8), pids) for _ in range(2)]
     second = [per_query(rng.random(8), pids) for _ in range(3)]
-    found = difference(first, second, spread=Spread(0.03, 4), level=0.9)
+    found = difference(first, second, spread=Spread(0.03, 4))
 
     gaps = []
     for q in range(8):
@@ -132,22 +109,18 @@ def test_difference_equals_the_formula_written_as_a_loop():
     seeds = 0.03**2 / 2 + 0.03**2 / 3
     freedom = (people + seeds) ** 2 / (people**2 / 3 + seeds**2 / 4)
     error = (people + seeds) ** 0.5
-    reach = stats.t.ppf(0.95, freedom) * error
-    assert found == pytest.approx(
-        (mean, mean - reach, mean + reach, 2 * stats.t.sf(abs(mean) / error, freedom),
-         people**0.5, seeds**0.5)
-    )  # fmt: skip
+    reach, p = stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(mean) / error, freedom)
+    expected = (mean, mean - reach, mean + reach, p, people**0.5, seeds**0.5)
+    assert found == pytest.approx(expected)
     assert difference(second, first, spread=Spread(0.03, 4)).value == pytest.approx(-mean)
 
 
 def test_the_error_from_people_is_the_bootstrap_of_persons():
     rng = np.random.default_rng(1)
-    one, other = world(rng, seeds=1, people=200).values()
-    low, high = confidence_interval(one[0], versus=other[0], by="pid", repeats=4000).loc[
-        "mAP", ["low", "high"]
-    ]
+    one, other = world(rng, seeds=1, people=200)
+    drawn = confidence_interval(one[0], versus=other[0], by="pid", repeats=4000).loc["mAP"]
     found = difference(one, other)
-    assert found.people == pytest.approx((high - low) / 2 / 1.96, rel=0.05)
+    assert found.people == pytest.approx((drawn["high"] - drawn["low"]) / 2 / 1.96, rel=0.05)
     # Queries of one person are alike: taken as independent they would promise too much.
     alone = [[t.assign(pid=t["query"]) for t in tables] for tables in (one, other)]
     assert difference(*alone).people < 0.8 * found.people
@@ -159,7 +132,7 @@ def test_intervals_hold_the_truth_and_holm_claims_little_by_luck():
     inside, without_seeds, false, unadjusted = [], [], [], []
     for _ in range(200):
         rows = world(rng, rows=4)
-        spread = seed_spread(rows)
+        spread = seed_spread(dict(enumerate(rows)))
         found = [difference(rows[a], rows[b], spread=spread) for a in range(4) for b in range(a)]
         inside.append(found[0].low <= 0 <= found[0].high)
         blind = difference(rows[1], rows[0])
@@ -174,22 +147,16 @@ def test_intervals_hold_the_truth_and_holm_claims_little_by_luck():
 
 def test_a_real_difference_is_found():
     rows = world(np.random.default_rng(3), effect=0.1)
-    found = difference(rows[0], rows[1], spread=seed_spread(rows))
+    found = difference(*rows, spread=seed_spread(dict(enumerate(rows))))
     assert found.p < 0.01 and found.low > 0
     assert found.low < 0.1 < found.high
 
 
-def test_scores_and_queries_without_match():
+def test_queries_without_match_are_left_out():
     pids = [1, 1, 2, 3]
-    one = per_query([0.9, 0.5, 0.3, np.nan], pids, [1, 2, 6, np.nan])
-    two = per_query([0.6, 0.5, 0.3, np.nan], pids, [2, 2, 6, np.nan])
-    values = {
-        s: difference([one], [two], s).value for s in ("mAP", "mAP_market", "mINP", "top1", "top2")
-    }
-    assert values == pytest.approx(
-        {"mAP": 0.1, "mAP_market": 0.05, "mINP": 0.1 / 3, "top1": 1 / 3, "top2": 0}
-    )
-    same = difference([one], [one])
+    one, two = ([per_query([ap, 0.5, 0.3, np.nan], pids)] for ap in (0.9, 0.6))
+    assert difference(one, two).value == pytest.approx(0.1)
+    same = difference(one, one)
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
 
 
@@ -222,15 +189,22 @@ def test_holm_equals_its_definition():
     assert np.isnan(holm([np.nan, 0.01])[0]) and len(holm([])) == 0
 
 
-def test_errors():
-    table = per_query([0.1, 0.2], [1, 2])
-    with pytest.raises(ValueError, match="one seed at least"):
-        difference([], [table])
-    with pytest.raises(ValueError, match="same queries"):
-        difference([table], [table.assign(pid=[1, 3])])
-    with pytest.raises(ValueError, match="same queries"):
-        difference([table, table.iloc[:1]], [table])
-    with pytest.raises(ValueError, match="two people"):
-        difference([table.assign(pid=1)], [table.assign(pid=1)])
-    with pytest.raises(ValueError, match="no score 'top3': choose mAP"):
-        difference([table], [table], "top3")
+TABLE = per_query([0.1, 0.2], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: difference([], [TABLE]), "one seed at least"),
+        (lambda: difference([TABLE], [TABLE.assign(pid=[1, 3])]), "same queries"),
+        (lambda: difference([TABLE, TABLE.iloc[:1]], [TABLE]), "same queries"),
+        (lambda: difference([TABLE.assign(pid=1)], [TABLE.assign(pid=1)]), "two people"),
+        (lambda: confidence_interval(TABLE, versus=TABLE.iloc[:-1]), "same queries"),
+        (lambda: confidence_interval(TABLE.iloc[:1]), "two values"),
+        (lambda: confidence_interval(TABLE, level=95), "level"),
+        (lambda: confidence_interval(TABLE, repeats=0), "repeats"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reidlib.evaluation import ranks
+from reidlib.evaluation import distances, ranks
 from reidlib.evaluation.distances import nearest, product_with, squared
-from reidlib.evaluation.metrics import average_precision
 from reidlib.evaluation.ranks import match_ranks
 from reidlib.evaluation.retrieval import Retrieval, evaluate
 
@@ -17,19 +16,24 @@ def table(pids, camids=None):
     return pd.DataFrame({"pid": pids} | ({} if camids is None else {"camid": camids}))
 
 
-def direct(query_emb, query, gallery_emb, gallery):
-    """Matches, first and last rank of each query by stable sorts of directly summed distances."""
+def by_sorting(measured, query, gallery):
+    """Matches, AP, first and last rank of each query by a stable sort of (Q, G) measures."""
     kept = np.flatnonzero(gallery["pid"] != -1)
-    pids, camids = gallery["pid"].to_numpy()[kept], gallery["camid"].to_numpy()[kept]
+    pids, camids = gallery.iloc[kept].to_numpy().T
     rows = []
-    for emb, pid, camid in zip(query_emb, query["pid"], query["camid"], strict=True):
-        difference = gallery_emb[kept].astype(np.float64) - emb.astype(np.float64)
-        order = np.argsort(np.square(difference).sum(axis=1), kind="stable")
+    for near, (pid, camid) in zip(measured, query.to_numpy(), strict=True):
+        order = np.argsort(near[kept], kind="stable")
         order = order[(pids[order] != pid) | (camids[order] != camid)]
-        ranks = np.flatnonzero(pids[order] == pid) + 1
-        ap = np.mean(np.arange(1, len(ranks) + 1) / ranks) if len(ranks) else np.nan
-        rows.append([len(ranks), ap, *(ranks[[0, -1]] if len(ranks) else [np.nan] * 2)])
+        found = np.flatnonzero(pids[order] == pid) + 1
+        ap = np.mean(np.arange(1, len(found) + 1) / found) if len(found) else np.nan
+        rows.append([len(found), ap, *(found[[0, -1]] if len(found) else [np.nan] * 2)])
     return pd.DataFrame(rows, columns=["matches", "AP", "first_rank", "last_rank"])
+
+
+def agree(per_query, expected):
+    for name in ("matches", "first_rank", "last_rank"):
+        np.testing.assert_array_equal(per_query[name], expected[name], name)
+    np.testing.assert_allclose(per_query["AP"], expected["AP"], rtol=0, atol=1e-12)
 
 
 def crowd(seed, dim, queries=70, size=2600, people=40):
@@ -48,10 +52,11 @@ def crowd(seed, dim, queries=70, size=2600, people=40):
 
 
 def assert_exact(args):
-    result, expected = evaluate(*args).per_query, direct(*args)
-    for name in ("matches", "first_rank", "last_rank"):
-        np.testing.assert_array_equal(result[name], expected[name], name)
-    np.testing.assert_allclose(result["AP"], expected["AP"], rtol=0, atol=1e-12)
+    """Scores are those of sorts of directly summed distances."""
+    query_emb, query, gallery_emb, gallery = args
+    result, shown = evaluate(*args).per_query, gallery_emb.astype(np.float64)
+    direct = (np.square(shown - emb).sum(axis=1) for emb in query_emb.astype(np.float64))
+    agree(result, by_sorting(direct, query, gallery))
     return result
 
 
@@ -74,14 +79,15 @@ def test_the_slack_of_a_product_holds(dtype):
                 assert (slack < 1e-3 * exact.max()).all()
 
 
-def test_nearest_are_those_of_a_stable_sort():
+def test_nearest_are_those_of_a_stable_sort(monkeypatch):
     rng = np.random.default_rng(7)
     for seed in range(10):
         a, b = rng.integers(-2, 3, (9, 3)), rng.integers(-2, 3, (80, 3))  # many equal distances
         if seed % 2:
             a, b = a + 1e6 + rng.normal(size=(9, 1)), b + 1e6
         k = int(rng.integers(1, 81))
-        rows, apart = nearest(a, b, k, block_bytes=8 * 80 * int(rng.integers(1, 9)))
+        monkeypatch.setattr(distances, "BLOCK", 8 * 80 * int(rng.integers(1, 9)))
+        rows, apart = nearest(a, b, k)
         exact = np.square(np.float64(a)[:, None] - b).sum(axis=2)
         np.testing.assert_array_equal(rows, np.argsort(exact, axis=1, kind="stable")[:, :k])
         np.testing.assert_array_equal(apart, np.take_along_axis(exact, rows, axis=1))
@@ -112,8 +118,8 @@ def test_a_product_may_be_wrong_by_half_its_slack(monkeypatch):
                 near = (measure(0, rows) + noise).astype(dtype)[None]
                 return lambda queries: (near.copy(), np.array([by + 1e-6]))
 
+            own = np.zeros(count, int), rows, np.ones(count, bool), np.arange(30)
             for _ in range(10):
-                own = np.zeros(count, int), rows, np.ones(count, bool), np.arange(30)
                 found, found_ranks = match_ranks(*own, measure, noisy, 2)
                 assert found_ranks.tolist() == expected.tolist() and sorted(found) == rows.tolist()
     assert types == {np.float32, np.float64}
@@ -140,16 +146,12 @@ def test_equal_images_tie_exactly_where_a_matrix_product_would_not(monkeypatch):
 
 
 def test_memory_holds_blocks_not_the_whole_matrix(monkeypatch):
-    rng = np.random.default_rng(0)
-    query, gallery = table(rng.integers(1, 400, 500)), table(rng.integers(1, 400, 3000))
-    query_emb, gallery_emb = rng.normal(size=(500, 4)), rng.normal(size=(3000, 4))
+    args = crowd(0, 4, queries=500, size=3000, people=400)
     monkeypatch.setattr(ranks, "NUMBERS", 2**13)
     tracemalloc.start()  # counts what NumPy allocates
-    try:
-        evaluate(query_emb, query, gallery_emb, gallery)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    evaluate(*args)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert peak < 2 * 2**20 < 500 * 3000 * 8 / 5
 
 
@@ -159,22 +161,13 @@ def test_ranks_are_exact_where_float32_is_unsure(dim, dtype, monkeypatch):
     query_emb, query, gallery_emb, gallery = crowd(dim, dim)
     args = query_emb.astype(dtype), query, gallery_emb.astype(dtype), gallery
     result = assert_exact(args)
-    # Ranks by float32 alone are others: else this test would prove nothing.
+    # Orders by float32 alone are others: else this test would prove nothing.
     centre = args[2].mean(axis=0)
     shown, asked = (np.float32(emb - centre) for emb in (args[2], args[0]))
     near = (shown**2).sum(axis=1) - 2 * asked @ shown.T
-    kept = np.flatnonzero(gallery["pid"] != -1)
-    wrong = [
-        not np.array_equal(
-            np.argsort(row[kept], kind="stable"),
-            np.argsort(np.square(np.float64(args[2][kept]) - emb).sum(axis=1), kind="stable"),
-        )
-        for row, emb in zip(near, np.float64(args[0]), strict=True)
-    ]
-    assert any(wrong)
-    monkeypatch.setattr(
-        ranks, "NUMBERS", 2**13
-    )  # several tiles of the gallery and blocks of queries
+    exact = np.stack([np.square(np.float64(args[2]) - emb).sum(axis=1) for emb in args[0]])
+    assert (near.argsort(axis=1, kind="stable") != exact.argsort(axis=1, kind="stable")).any()
+    monkeypatch.setattr(ranks, "NUMBERS", 2**13)  # several tiles of the gallery, blocks of queries
     other = evaluate(*args).per_query
     pd.testing.assert_frame_equal(other, result, check_exact=True)
 
@@ -186,12 +179,12 @@ def test_numbers_that_float32_cannot_hold(scale):
 
 
 def test_far_queries_and_a_far_image():
-    query_emb, query, gallery_emb, gallery = crowd(2, 6, queries=30, size=1200)
-    query_emb[::3] *= 1e6
-    query_emb[1::3] *= 1e20
-    assert_exact((query_emb, query, gallery_emb, gallery))
-    gallery_emb[7] = 1e7
-    assert_exact((query_emb, query, gallery_emb, gallery))
+    args = crowd(2, 6, queries=30, size=1200)
+    args[0][::3] *= 1e6
+    args[0][1::3] *= 1e20
+    assert_exact(args)
+    args[2][7] = 1e7
+    assert_exact(args)
 
 
 def test_dead_network_and_binary_codes_rank_by_gallery_order():
@@ -218,14 +211,4 @@ def test_given_distances_rank_exactly(dtype, monkeypatch):
         ready = 2**60 + rng.integers(0, 2000, ready.shape)
     monkeypatch.setattr(ranks, "NUMBERS", 2**10)
     result = Retrieval.from_distances(ready, query, gallery).evaluate()
-    kept = np.flatnonzero(gallery["pid"] != -1)
-    shown = gallery.iloc[kept].to_numpy()
-    for row, asked, got in zip(
-        ready, query.itertuples(), result.per_query.itertuples(), strict=True
-    ):
-        order = np.argsort(row[kept], kind="stable")
-        pids, camids = shown[order].T
-        pids = pids[(pids != asked.pid) | (camids != asked.camid)]
-        expected = np.flatnonzero(pids == asked.pid) + 1
-        assert (got.first_rank, got.last_rank) == (expected[0], expected[-1])
-        assert abs(got.AP - average_precision(expected)[0]) < 1e-12
+    agree(result.per_query, by_sorting(ready, query, gallery))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+BLOCK = 2**26  # bytes of distances held at one time, at least one row's
+
 
 def as_embeddings(emb: Any, name: str) -> np.ndarray:
     """Return the embeddings of one side as floats, (N, D), checked.
@@ -38,22 +40,22 @@ def as_embeddings(emb: Any, name: str) -> np.ndarray:
     # The ends alone: a mask of all numbers would be large. NaN is neither below nor above.
     if not (float(emb.max()) < 1e150 and float(emb.min()) > -1e150):
         broken = np.flatnonzero(~np.isfinite(emb).all(axis=1))
+        what = "are so large that their squared distances overflow float64"
         if len(broken):
-            raise ValueError(f"{name} embeddings hold NaN or infinity in {listed(broken)}")
-        raise ValueError(
-            f"{name} embeddings are so large that their squared distances overflow float64"
-        )
+            what = f"hold NaN or infinity in {listed(broken)}"
+        raise ValueError(f"{name} embeddings {what}")
     return emb
 
 
-def check_same_network(query_emb: np.ndarray, gallery_emb: np.ndarray) -> None:
-    """Raise a ValueError if the two sides have not as many dimensions."""
-    dims = query_emb.shape[1], gallery_emb.shape[1]
-    if dims[0] != dims[1]:
+def both_sides(query_emb: Any, gallery_emb: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return `as_embeddings` of query and gallery; a ValueError too if their dimensions differ."""
+    query, gallery = as_embeddings(query_emb, "query"), as_embeddings(gallery_emb, "gallery")
+    if query.shape[1] != gallery.shape[1]:
         raise ValueError(
-            f"query embeddings have {dims[0]} dimensions, gallery embeddings {dims[1]}: they must "
-            "come from the same network"
+            f"query embeddings have {query.shape[1]} dimensions, gallery embeddings "
+            f"{gallery.shape[1]}: they must come from the same network"
         )
+    return query, gallery
 
 
 def listed(rows: np.ndarray) -> str:
@@ -94,19 +96,13 @@ def squared(
 
 
 def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the Euclidean distances of all pairs, (M, D) and (N, D) to (M, N), summed directly.
-
-    The faster way by a matrix product rounds a row by its place in a block, and equal rows would not
-    tie.
-    """
+    """Return the Euclidean distances of all pairs, (M, D) and (N, D) to (M, N), summed directly."""
     a, b = (torch.from_numpy(np.ascontiguousarray(x, np.float64)) for x in (a, b))
     # (M, D), (N, D) -> (M, N)
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
-def product_with(
-    b: np.ndarray, dtype: type = np.float64
-) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def product_with(b: np.ndarray, dtype: type = np.float64) -> Callable:
     """Return a function of (B, D) to squared distances (B, N) to these (N, D), by a matrix product.
 
     With the distances, right but for rounding (even below 0), it returns ``slack`` (B,), a bound on
@@ -123,7 +119,8 @@ def product_with(
     most = float(np.finfo(dtype).max) / 4
 
     def centred(emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Subtracted in float64, and rounded once, into `out`. (N, D) -> (N, D), (N,)
+        # Subtracted in float64, and rounded once, into `out`.
+        # (N, D) -> (N, D), (N,)
         out = np.subtract(emb, centre, out=np.empty(emb.shape, dtype), casting="same_kind")
         return out, np.einsum("nd,nd->n", out, out, dtype=np.float64)
 
@@ -152,27 +149,30 @@ def product_with(
     return product
 
 
-def blocks(
-    a: np.ndarray, b: np.ndarray, block_bytes: int = 32 * 2**20
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield squared distances of (M, D) to (N, D) as `product_with` makes them, some rows at a time.
-
-    Args:
-        a, b: floats, N from 1.
-        block_bytes: bytes of distances held at one time (at least one row's).
+def blocks(a: np.ndarray, b: np.ndarray, k: int) -> Iterator[tuple]:
+    """Yield distances of (M, D) to (N, D), and `nearest` by them, some rows at a time.
 
     Yields:
-        The first row's number, squared distances (B, N) and slack (B,).
+        Which rows of ``a``, squared distances (B, N) as `product_with` makes them, and what
+        `nearest` returns of these rows.
     """
     product = product_with(b)
-    step = max(1, block_bytes // (8 * len(b)))
+    step = max(1, BLOCK // (8 * len(b)))
     for start in range(0, len(a), step):
-        yield start, *product(a[start : start + step])
+        near, slack = product(a[start : start + step])
+        # Many times as fast as NumPy's partition of rows.
+        kth = torch.from_numpy(near).topk(k, dim=1, largest=False).values.amax(dim=1).numpy()
+        # All that rounding could put among the k, at least k a row; sorted by row and column.
+        row, column = np.divmod(np.flatnonzero(near <= (kth + slack)[:, None]), len(b))
+        exact = squared(a, start + row, b, column)
+        order = np.lexsort((exact, row))  # stable, and columns ascend
+        first = np.searchsorted(row, np.arange(len(near)))
+        # (B,) and (k,) -> (B, k)
+        chosen = order[first[:, None] + np.arange(k)]
+        yield slice(start, start + len(near)), near, column[chosen], exact[chosen]
 
 
-def nearest(
-    a: np.ndarray, b: np.ndarray, k: int, block_bytes: int = 32 * 2**20
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest(a: np.ndarray, b: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the k nearest rows of ``b`` for each row of ``a``, and their squared distances.
 
     Exactly those that a stable argsort of directly summed distances gives: equal distances stand in
@@ -181,7 +181,6 @@ def nearest(
     Args:
         a, b: (M, D) and (N, D) floats.
         k: how many, at most N.
-        block_bytes: bytes of distances held at one time.
 
     Returns:
         Rows of ``b`` and squared distances, both (M, k), nearest first.
@@ -190,27 +189,8 @@ def nearest(
     >>> rows.tolist(), apart.tolist()
     ([[1, 2]], [[1.0, 1.0]])
     """
-    rows, apart = np.empty((len(a), k), np.int64), np.empty((len(a), k))
-    for start, near, slack in blocks(a, b, block_bytes):
-        part = slice(start, start + len(near))
-        rows[part], apart[part] = nearest_of_block(a, b, k, start, near, slack)
-    return rows, apart
-
-
-def nearest_of_block(
-    a: np.ndarray, b: np.ndarray, k: int, start: int, near: np.ndarray, slack: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """`nearest` for one block of `blocks`: rows and squared distances, both (B, k)."""
-    # Many times as fast as NumPy's partition of rows.
-    kth = torch.from_numpy(near).topk(k, dim=1, largest=False).values.amax(dim=1).numpy()
-    # All that rounding could put among the k, at least k a row; sorted by row and column.
-    row, column = np.divmod(np.flatnonzero(near <= (kth + slack)[:, None]), near.shape[1])
-    exact = squared(a, start + row, b, column)
-    order = np.lexsort((exact, row))  # stable, and columns ascend
-    first = np.searchsorted(row, np.arange(len(near)))
-    # (B,) and (k,) -> (B, k)
-    chosen = order[first[:, None] + np.arange(k)]
-    return column[chosen], exact[chosen]
+    rows, apart = zip(*(found for _, _, *found in blocks(a, b, k)), strict=True)
+    return np.concatenate(rows), np.concatenate(apart)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from reidlib.evaluation.metrics import TOPK, score_values
+from reidlib.evaluation.metrics import score_values
 
 TABLES = Sequence[pd.DataFrame]  # per-query tables of one row, one for each seed
 
@@ -27,7 +27,7 @@ class Spread(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference of two rows' scores, first minus second, all as fractions."""
+    """The difference of two rows' mAP, first minus second, all as fractions."""
 
     value: float
     low: float
@@ -41,44 +41,29 @@ class Difference(NamedTuple):
     """Standard error from which seeds were trained; NaN if it is unknown and left out."""
 
 
-def _values(table: pd.DataFrame, score: str) -> pd.Series:
-    """Return one number a query that has a match: the score is their mean."""
-    values = score_values(table)
-    if score not in values:
-        raise ValueError(f"There is no score {score!r}: choose {', '.join(values)}.")
-    return values[score]
-
-
 def _check_same_queries(*tables: pd.DataFrame) -> None:
     first, *rest = (table[["query", "pid", "matches"]].to_numpy() for table in tables)
     if not all(np.array_equal(first, other) for other in rest):
         raise ValueError("the tables are not about the same queries and matches.")
 
 
-def seed_spread(rows: Mapping[str, TABLES], score: str = "mAP") -> Spread:
-    """Return the standard deviation of a score over seeds, pooled over all rows with several.
+def seed_spread(rows: Mapping[str, TABLES]) -> Spread:
+    """Return the standard deviation of the mAP over seeds, pooled over all rows with several.
 
     Two or three seeds of one row say little about its spread; rows of one recipe on one data set
     may be taken to have the same, which gives Σ (seeds − 1) degrees of freedom. A row that
     collapsed has another spread: leave it out.
     """
-    scores = [[_values(t, score).mean() for t in tables] for tables in rows.values()]
+    scores = [[t["AP"].mean() for t in tables] for tables in rows.values()]
     freedom = sum(len(values) - 1 for values in scores)
     squares = sum(np.var(values) * len(values) for values in scores)
     return Spread(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
 
 
-def difference(
-    first: TABLES,
-    second: TABLES,
-    score: str = "mAP",
-    *,
-    spread: Spread | None = None,
-    level: float = 0.95,
-) -> Difference:
-    """Compare two rows on the same queries: first minus second, its interval, and a paired test.
+def difference(first: TABLES, second: TABLES, *, spread: Spread | None = None) -> Difference:
+    """Compare the mAP of two rows on the same queries: first minus second, interval and paired test.
 
-    Each query's score is averaged over a row's seeds, and the two rows are subtracted query by
+    Each query's AP is averaged over a row's seeds, and the two rows are subtracted query by
     query. With dᵢ that difference, n queries and S_g = Σ (dᵢ − d̄) over the queries of person g of G,
     the variance from *people* is G/(G−1) · Σ S_g² / n²: queries of one person are alike, so persons
     and not queries count (cluster-robust variance; Cameron and Miller 2015, section II). The
@@ -87,38 +72,35 @@ def difference(
 
     Args:
         first, second: a row's per-query tables (`Evaluation.per_query`), one for each seed.
-        score: a name in `Evaluation.scores`: `mAP`, `mAP_market`, `top1`, …, `mINP`.
         spread: of `seed_spread`. None leaves the seeds out: the answer is then about these very
             networks asked about other people, and says nothing of training them again.
-        level: of the interval.
 
     Raises:
-        ValueError: no table, tables of different queries, no such score, or fewer than two people.
+        ValueError: no table, tables of different queries, or fewer than two people.
     """
     if not first or not second:
         raise ValueError("each row needs the per-query table of one seed at least.")
     _check_same_queries(*first, *second)
-    ours, theirs = (
-        np.mean([_values(t, score) for t in tables], axis=0) for tables in (first, second)
-    )
-    gaps = ours - theirs  # (Q,)
+    # (seeds, Q) -> (Q,)
+    ours, theirs = (np.mean([t["AP"].dropna() for t in row], axis=0) for row in (first, second))
+    gaps = ours - theirs
     value = float(gaps.mean())
-    pids = first[0].loc[_values(first[0], score).index, "pid"].to_numpy()
     # (Q,) -> (G,)
+    pids = first[0].dropna(subset="AP")["pid"].to_numpy()
     sums = pd.Series(gaps - value).groupby(pids).sum().to_numpy()
-    if len(sums) < 2:
+    people = len(sums)
+    if people < 2:
         raise ValueError("a comparison needs queries of two people at least.")
-    parts = [(len(sums) / (len(sums) - 1) * float(sums @ sums) / len(gaps) ** 2, len(sums) - 1)]
+    parts = [(people / (people - 1) * float(sums @ sums) / len(gaps) ** 2, people - 1)]
     seeds = math.nan
     if spread is not None and spread.freedom:
         seeds = spread.deviation * math.sqrt(1 / len(first) + 1 / len(second))
         parts.append((seeds**2, spread.freedom))
     variance = sum(v for v, _ in parts)
-    error = math.sqrt(variance)
     if variance == 0:  # the two rows agree on every query
         return Difference(value, value, value, 1.0 if value == 0 else 0.0, 0.0, seeds)
-    freedom = variance**2 / sum(v**2 / f for v, f in parts)
-    reach = stats.t.ppf((1 + level) / 2, freedom) * error
+    error, freedom = math.sqrt(variance), variance**2 / sum(v**2 / f for v, f in parts)
+    reach = stats.t.ppf(0.975, freedom) * error
     p = float(2 * stats.t.sf(abs(value) / error, freedom))
     return Difference(value, value - reach, value + reach, p, math.sqrt(parts[0][0]), seeds)
 
@@ -133,12 +115,10 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     [0.03, 0.06, 0.06]
     """
     p = np.asarray(p_values, dtype=float)
-    adjusted = np.full(len(p), np.nan)
-    order = [i for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
-    largest = 0.0
-    for place, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - place) * p[i]))
-        adjusted[i] = largest
+    order = np.argsort(p, kind="stable")  # NaN last
+    left = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(np.minimum(left * p[order], 1))
     return adjusted
 
 
@@ -174,7 +154,6 @@ def confidence_interval(
     per_query: pd.DataFrame,
     *,
     versus: pd.DataFrame | None = None,
-    topk: Sequence[int] = TOPK,
     by: str = "query",
     repeats: int = 1000,
     level: float = 0.95,
@@ -207,10 +186,10 @@ def confidence_interval(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, not {repeats}")
-    values = score_values(per_query, topk)
+    values = score_values(per_query)
     if versus is not None:
         _check_same_queries(per_query, versus)
-        values = values - score_values(versus, topk)
+        values = values - score_values(versus)
     groups = values.groupby(per_query.loc[values.index, by])
     sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)
     if len(sizes) < 2:

@@ -57,57 +57,37 @@ def average_precision(ranks: Sequence[int] | np.ndarray) -> tuple[float, float]:
     Raises:
         ValueError: no ranks, a rank below 1, or ranks that do not ascend.
 
-    Example:
-        >>> ap, ap_market = average_precision([1, 3])  # (1 + 2/3) / 2, (1 + (2/3 + 1/2) / 2) / 2
-        >>> round(ap, 4), round(ap_market, 4)
-        (0.8333, 0.7917)
+    >>> ap, ap_market = average_precision([1, 3])  # (1 + 2/3) / 2, (1 + (2/3 + 1/2) / 2) / 2
+    >>> round(ap, 4), round(ap_market, 4)
+    (0.8333, 0.7917)
     """
     ranks = np.asarray(ranks, dtype=np.float64)
     if ranks.ndim != 1 or ranks.size == 0 or ranks[0] < 1 or (ranks[1:] <= ranks[:-1]).any():
         raise ValueError("ranks must be one or more strictly ascending numbers from 1")
-    found = np.arange(1, len(ranks) + 1)
-    one_query = np.zeros(len(ranks), np.int64)
-    ap, ap_market = _average_precisions(one_query, found, ranks, found[-1:])
-    return float(ap[0]), float(ap_market[0])
-
-
-def _average_precisions(
-    query: np.ndarray, found: np.ndarray, ranks: np.ndarray, matches: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """AP and Market AP, (Q,), NaN without matches, where a query's found-th match is at a rank."""
-    at_match = found / ranks
-    # Just before the match; before rank 1 nothing is shown, and precision counts as 1 there.
-    before = np.where(ranks > 1, (found - 1) / np.maximum(ranks - 1, 1), 1.0)
-    sums = (
-        np.bincount(query, terms, len(matches)) for terms in (at_match, (at_match + before) / 2)
-    )
-    with np.errstate(invalid="ignore"):
-        ap, ap_market = (by_query / matches for by_query in sums)
-    return ap, ap_market
+    of_query = per_query_scores(np.zeros(len(ranks), np.int64), ranks, 1)
+    return float(of_query["AP"].item()), float(of_query["AP_market"].item())
 
 
 def per_query_scores(query: np.ndarray, ranks: np.ndarray, queries: int) -> pd.DataFrame:
     """Return the per-query table from the ranks of all matches, (M,), and whose they are, (M,).
 
-    Both are query by query, and ranks ascend.
+    Both are query by query, and ranks ascend. Scores are NaN where a query has no match.
     """
     first = np.searchsorted(query, np.arange(queries + 1))
     found = np.arange(1, len(ranks) + 1) - first[query]  # its number among the query's matches
+    precision = found / ranks
+    # Just before the match; before rank 1 nothing is shown, and precision counts as 1 there.
+    before = np.where(ranks > 1, (found - 1) / np.maximum(ranks - 1, 1), 1.0)
+    # (M,) -> (Q,)
+    ap, ap_market = (np.bincount(query, x, queries) for x in (precision, (precision + before) / 2))
     matches = np.diff(first)
-    ap, ap_market = _average_precisions(query, found, ranks, matches)
     have = matches > 0
     first_rank, last_rank = np.full((2, queries), np.nan)
     first_rank[have], last_rank[have] = ranks[first[:-1][have]], ranks[first[1:][have] - 1]
-    return pd.DataFrame(
-        {
-            "matches": matches,
-            "AP": ap,
-            "AP_market": ap_market,
-            "first_rank": first_rank,
-            "last_rank": last_rank,
-            "INP": matches / last_rank,
-        }
-    )
+    table = {"matches": matches, "AP": ap, "AP_market": ap_market, "first_rank": first_rank}
+    table = pd.DataFrame(table | {"last_rank": last_rank, "INP": matches / last_rank})
+    table[["AP", "AP_market"]] = table[["AP", "AP_market"]].div(matches, axis=0)  # 0 / 0 is NaN
+    return table
 
 
 def score_values(per_query: pd.DataFrame, topk: Sequence[int] = TOPK) -> pd.DataFrame:

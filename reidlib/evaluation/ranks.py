@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -27,8 +26,8 @@ def match_ranks(
     rows: np.ndarray,
     is_match: np.ndarray,
     kept: np.ndarray,
-    measure: Callable[[Any, np.ndarray], np.ndarray],
-    product_with: Callable[[np.ndarray, type], Callable],
+    measure: Callable,
+    product_with: Callable,
     dim: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the matches of each query, nearest first, and their ranks among the gallery rows kept.
@@ -90,9 +89,7 @@ def match_ranks(
     return match, np.arange(len(match)) - first[asking] + 1 + others
 
 
-def _count_sure(
-    near: np.ndarray, keys: list[np.ndarray], apart: np.ndarray
-) -> tuple[np.ndarray, list[np.ndarray]]:
+def _count_sure(near: np.ndarray, keys: list[np.ndarray], apart: np.ndarray) -> tuple:
     """Count what surely stands before each match, (m,), and list what is too close to one.
 
     Args:

@@ -14,14 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from reidlib.evaluation.distances import (
-    as_embeddings,
-    blocks,
-    check_same_network,
-    nearest,
-    nearest_of_block,
-    squared,
-)
+from reidlib.evaluation.distances import as_embeddings, blocks, both_sides, nearest, squared
 
 
 def normalise(emb: Any) -> np.ndarray:
@@ -39,12 +32,7 @@ def normalise(emb: Any) -> np.ndarray:
 
 
 def query_expansion(
-    query_emb: Any,
-    gallery_emb: Any,
-    n: int = 5,
-    alpha: float = 3.0,
-    *,
-    block_bytes: int = 64 * 2**20,
+    query_emb: Any, gallery_emb: Any, n: int = 5, alpha: float = 3.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replace each query by the weighted mean of itself and its n nearest gallery images.
 
@@ -58,7 +46,6 @@ def query_expansion(
         gallery_emb: (G, D), without junk.
         n: how many neighbours; all of them where the gallery has fewer.
         alpha: how fast the weight falls with the cosine.
-        block_bytes: bytes of distances held at one time.
 
     Returns:
         Queries (Q, D) and gallery (G, D) of unit length, float64. Compare these two only with each
@@ -72,23 +59,17 @@ def query_expansion(
     (array([[0.894, 0.447]]), array([[0. , 1. ],
            [0.6, 0.8]]))
     """
-    query, gallery = (normalise(emb) for emb in _checked(query_emb, gallery_emb))
+    query, gallery = (normalise(emb) for emb in both_sides(query_emb, gallery_emb))
     if not isinstance(n, Integral) or n < 1 or not alpha >= 0:
         raise ValueError(f"n must be a whole number from 1 and alpha 0 or more: {n=}, {alpha=}")
-    rows, apart = nearest(query, gallery, min(n, len(gallery)), block_bytes)  # (Q, n)
+    rows, apart = nearest(query, gallery, min(n, len(gallery)))  # (Q, n)
     weights = _neighbours(rows, len(gallery), np.maximum(1 - apart / 2, 0) ** alpha)
     # (Q, G) @ (G, D) -> (Q, D)
     return normalise(query + weights @ gallery), gallery
 
 
 def k_reciprocal(
-    query_emb: Any,
-    gallery_emb: Any,
-    k1: int = 20,
-    k2: int = 6,
-    lam: float = 0.3,
-    *,
-    block_bytes: int = 64 * 2**20,
+    query_emb: Any, gallery_emb: Any, k1: int = 20, k2: int = 6, lam: float = 0.3
 ) -> np.ndarray:
     """Re-rank with k-reciprocal encoding: the distance is small where neighbours are shared.
 
@@ -118,7 +99,6 @@ def k_reciprocal(
         k1: neighbours that may be reciprocal; where there are fewer images, all are.
         k2: neighbours whose V is averaged.
         lam: share of the original distance, 0 to 1. 1 ranks as the embeddings do.
-        block_bytes: bytes of distances held at one time (at least one row's).
 
     Returns:
         (Q, G) float32, in [0, 1]. They order the gallery of a query; between queries they are not
@@ -132,21 +112,21 @@ def k_reciprocal(
             raise ValueError(f"{name} must be a whole number from 1, not {k!r}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam is the share of the original distance, 0 to 1, not {lam!r}")
-    query, gallery = _checked(query_emb, gallery_emb)
+    query, gallery = both_sides(query_emb, gallery_emb)
     queries = len(query)
-    emb = np.concatenate([query, gallery])  # (N, D)
+    # (Q, D), (G, D) -> (N, D)
+    emb = np.concatenate([query, gallery])
     total = len(emb)
     k = min(max(k1 + 1, k2), total)
 
     near_rows = np.empty((total, k), np.int32)
     furthest = np.empty(total)
     result = np.empty((queries, len(gallery)), np.float32)
-    for start, near, slack in blocks(emb, emb, block_bytes):
-        rows = np.arange(start, start + len(near))
-        near_rows[rows] = nearest_of_block(emb, emb, k, start, near, slack)[0]
-        furthest[rows] = squared(emb, rows, emb, near.argmax(axis=1))
-        asking = rows[rows < queries]
-        result[asking] = near[: len(asking), queries:]  # (B', N) -> (B', G)
+    for part, near, rows, _ in blocks(emb, emb, k):
+        near_rows[part] = rows
+        furthest[part] = squared(emb, np.arange(total)[part], emb, near.argmax(axis=1))
+        # (B, N) -> (B', G), of queries alone
+        result[part] = near[: max(0, queries - part.start), queries:]
     furthest[furthest == 0] = 1  # all images are equal
 
     i, j = expanded_reciprocal(near_rows, k1)
@@ -167,13 +147,6 @@ def k_reciprocal(
         final = (1 - lam) * (1 - shared / (2 - shared)) + lam * (result[q] / furthest[q])
         result[q] = np.round(final * 2**24) / 2**24
     return result
-
-
-def _checked(query_emb: Any, gallery_emb: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides as arrays of floats that fit each other, or a ValueError."""
-    sides = as_embeddings(query_emb, "query"), as_embeddings(gallery_emb, "gallery")
-    check_same_network(*sides)
-    return sides
 
 
 def _neighbours(rows: np.ndarray, total: int, weights: np.ndarray | None = None) -> csr_array:

@@ -6,24 +6,22 @@ its own camera are dropped, for they are nearly the same picture; so is the quer
 where the gallery holds it (the same path), which matters when no camera is known. Queries with no
 match left are counted, named and left out of every mean. Equal distances rank in gallery order.
 
-`Retrieval` is one set of queries against one gallery under this protocol: what it scores and what
-it lists come from the same ranking. `evaluate` is its short form.
-
 Tables are pandas tables with the columns ``pid`` and, if known, ``camid`` and ``path``; a row
 number is a position in the table, whatever its index. A ``camid`` of -1 in every row, or no such
 column, says that cameras are unknown. Embeddings are (N, D) NumPy arrays or tensors beside them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from reidlib.evaluation.distances import check_same_network, listed, product_with, squared
+from reidlib.evaluation.distances import listed, product_with, squared
 from reidlib.evaluation.metrics import TOPK, Evaluation, per_query_scores, score_values
 from reidlib.evaluation.ranks import match_ranks
-from reidlib.evaluation.sides import checked_rows, checked_side
+from reidlib.evaluation.sides import checked_rows, checked_sides
 
 # What a ranked list says of an image; those after "unknown" are dropped from the ranking.
 STATUSES = ("match", "wrong", "unknown", "same camera", "junk", "query itself")
@@ -64,43 +62,30 @@ class Retrieval:
         exclude_same_camera: bool = True,
     ):
         self.query, self.gallery = query, gallery
-        self.query_side = checked_side(query_emb, query, "query")
-        self.gallery_side = checked_side(gallery_emb, gallery, "gallery")
-        check_same_network(self.query_side.emb, self.gallery_side.emb)
+        self.query_side, self.gallery_side = checked_sides(query_emb, query, gallery_emb, gallery)
         self.exclude_same_camera = exclude_same_camera
         known = [(side.camids != -1).any() for side in (self.query_side, self.gallery_side)]
         self._by_camera = exclude_same_camera and all(known)  # drop matches of the query's camera?
         self._unlabelled = bool((self.gallery_side.pids == -1).all())
-        self._rows_of = pd.Series(self.gallery_side.pids).groupby(self.gallery_side.pids).indices
         self._given: np.ndarray | None = None  # (Q, G) distances that came ready
-        self._evaluation: Evaluation | None = None
 
     @classmethod
     def from_distances(
-        cls,
-        distances: Any,
-        query: pd.DataFrame,
-        gallery: pd.DataFrame,
-        *,
-        exclude_same_camera: bool = True,
+        cls, distances: Any, query: pd.DataFrame, gallery: pd.DataFrame, **options
     ) -> "Retrieval":
-        """Rank by (Q, G) distances that came ready, as from re-ranking.
+        """Rank by (Q, G) distances that came ready, as from re-ranking; the options are those above.
 
         Raises:
             ValueError: they do not fit the tables, or are not finite.
         """
-        distances = np.asarray(distances)
-        if distances.shape != (len(query), len(gallery)) or distances.dtype.kind not in "fiu":
-            raise ValueError(
-                f"distances must be numbers, ({len(query)}, {len(gallery)}) for these tables, not "
-                f"{distances.shape} {distances.dtype}"
-            )
-        broken = np.flatnonzero(~np.isfinite(distances).all(axis=1))
-        if len(broken):
+        distances, shape = np.asarray(distances), (len(query), len(gallery))
+        if distances.shape != shape or distances.dtype.kind not in "fiu":
+            what = f"{distances.shape} {distances.dtype}"
+            raise ValueError(f"distances must be numbers, {shape} for these tables, not {what}")
+        if len(broken := np.flatnonzero(~np.isfinite(distances).all(axis=1))):
             raise ValueError(f"distances hold NaN or infinity in {listed(broken)}")
         # Embeddings of one number, never looked at, for the checks of the tables.
-        blank = [np.zeros((len(table), 1)) for table in (query, gallery)]
-        made = cls(blank[0], query, blank[1], gallery, exclude_same_camera=exclude_same_camera)
+        made = cls(np.zeros((shape[0], 1)), query, np.zeros((shape[1], 1)), gallery, **options)
         made._given = distances
         return made
 
@@ -114,16 +99,12 @@ class Retrieval:
         if self._given is not None:
             raise ValueError("distances alone do not say how far gallery images are apart")
         rows = checked_rows(gallery_rows, len(self.gallery), "gallery")
-        return Retrieval(
-            self.gallery_side.emb[rows],
-            self.gallery.iloc[rows],
-            self.gallery_side.emb,
-            self.gallery,
-            exclude_same_camera=self.exclude_same_camera,
-        )
+        emb, table = self.gallery_side.emb, self.gallery
+        options = {"exclude_same_camera": self.exclude_same_camera}
+        return Retrieval(emb[rows], table.iloc[rows], emb, table, **options)
 
     def evaluate(self, topk: Sequence[int] = TOPK) -> Evaluation:
-        """Score the ranking; with the usual `topk` once only, and every taker gets the same object.
+        """Score the ranking, which is made once.
 
         Ranks are those of distances summed directly in float64, so equal images tie exactly and
         results do not depend on blocks or threads: `ranks` says how.
@@ -137,33 +118,21 @@ class Retrieval:
         """
         if not topk or min(topk) < 1:
             raise ValueError(f"topk must name ranks from 1, not {topk!r}")
-        usual = tuple(topk) == TOPK
-        if usual and self._evaluation is not None:
-            return self._evaluation
-        nobody = np.flatnonzero(self.query_side.pids <= 0)
-        if len(nobody):
-            raise ValueError(
-                f"{listed(nobody)} of the query table have a pid of 0 (distractor) or -1 (junk) "
-                "and ask for nobody: drop them, and number identities from 1"
-            )
-        if self._unlabelled:
-            raise ValueError(f"all {len(self.gallery)} gallery images are junk (pid -1)")
-        asking, rows, status = self._pairs(np.arange(len(self.query)))
-        dropped = [int((status == reason).sum()) for reason in (SAME_CAMERA, ITSELF)]
-        is_match = status == MATCH
-        _, ranks = self._match_ranks(asking, rows, is_match)
-        per_query = per_query_scores(asking[is_match], ranks, len(self.query))
-        per_query = pd.concat([self.query_side.labels("query"), per_query], axis=1)
+        self.check_identities()
+        asking, _, ranks = self._ranking
+        labels = {"query": np.arange(len(self.query))} | self.query_side.columns()
+        per_query = per_query_scores(asking, ranks, len(self.query))
+        per_query = pd.concat([pd.DataFrame(labels), per_query], axis=1)
         without = np.flatnonzero(per_query["matches"] == 0)
+        protocol = self._protocol(without)
         if len(without) == len(self.query):
-            raise ValueError(self._why_no_match(*dropped))
-        means = score_values(per_query, topk).mean()
-        scores = {name: float(value) for name, value in means.items()}
+            cause = "Query and gallery share no pid: do both come from one data set?"
+            if len(self.pairs[0]):
+                cause = "If cameras do not matter, pass exclude_same_camera=False, or camid -1 in every row."
+            raise ValueError(f"no query has a match. {protocol} {cause}")
+        scores = score_values(per_query, topk).mean().to_dict()
         scores |= {"queries": len(self.query), "queries_without_match": len(without)}
-        evaluation = Evaluation(scores, per_query, self._protocol(*dropped, without))
-        if usual:
-            self._evaluation = evaluation
-        return evaluation
+        return Evaluation(scores, per_query, protocol)
 
     def ranked_lists(
         self,
@@ -195,21 +164,22 @@ class Retrieval:
         """
         if topk is not None and topk < 1:
             raise ValueError(f"topk must be 1 or more, or None for all, not {topk}")
-        everyone = np.arange(len(self.query))
-        queries = everyone if queries is None else checked_rows(queries, len(everyone), "query")
-        missed = self._missed(np.unique(queries), topk) if show_missed and topk is not None else {}
-        parts = [self._list(*near, topk, missed.get(near[0])) for near in self._near(queries)]
-        lengths = [len(rows) for rows, *_ in parts]
+        queries, total = checked_rows(queries, len(self.query), "query"), len(self.gallery)
+        product = self._product_with(np.arange(total), np.float64)
+        step = max(1, 2**22 // total)  # 32 MB of distances at one time
+        parts = []
+        for start in range(0, len(queries), step):
+            some = queries[start : start + step]
+            for i, near, slack in zip(some, *product(some), strict=True):
+                parts.append(self._list(i, near, slack, topk or total, show_missed))
         rows, rank, key, status = (np.concatenate(column) for column in zip(*parts, strict=True))
-        table = pd.DataFrame({"query": np.repeat(queries, lengths), "rank": rank, "gallery": rows})
-        table["rank"] = table["rank"].astype("Int64").mask(rank == 0)
-        if self.gallery_side.paths is not None:
-            table["path"] = self.gallery_side.paths[rows]
-        table["pid"] = self.gallery_side.pids[rows]
-        table["camid"] = self.gallery_side.camids[rows]
-        table["distance"] = self._as_distance(key)
+        table = pd.DataFrame(
+            {"query": np.repeat(queries, [len(part[0]) for part in parts])}
+            | {"rank": pd.Series(rank, dtype="Int64").mask(rank == 0), "gallery": rows}
+            | self.gallery_side.columns(rows)
+            | {"distance": self._as_distance(key), "status": np.array(STATUSES, object)[status]}
+        )
         table.attrs["all_matches"] = show_missed or topk is None  # for who states an AP of it
-        table["status"] = np.array(STATUSES, dtype=object)[status]
         return table if show_excluded else table.dropna(subset="rank").reset_index(drop=True)
 
     def ranked_list(self, query_row: int, **options) -> pd.DataFrame:
@@ -222,10 +192,8 @@ class Retrieval:
         Raises:
             ValueError: no such rows.
         """
-        rows = np.arange(len(self.gallery))
         (i,) = checked_rows([query_row], len(self.query), "query")
-        if gallery_rows is not None:
-            rows = checked_rows(gallery_rows, len(rows), "gallery")
+        rows = checked_rows(gallery_rows, len(self.gallery), "gallery")
         return self._as_distance(self._measure(i, rows))
 
     def distance_sample(self, per_query: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +207,7 @@ class Retrieval:
         Returns:
             Two 1-D arrays of distances under the rules of `evaluate`, in query order.
         """
-        query, rows, status = self._pairs(np.arange(len(self.query)))
+        query, rows, status = self.pairs
         matches = self._measure(query[status == MATCH], rows[status == MATCH])
         rng = np.random.default_rng(seed)
         pids, others = self.gallery_side.pids, []
@@ -251,38 +219,52 @@ class Retrieval:
 
     # --- what a query may see
 
-    def _pairs(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each query, the gallery images of the same identity (none if it has no identity).
+    def check_identities(self) -> None:
+        """Raise a ValueError if a query is nobody (pid 0 or -1), or the whole gallery junk."""
+        if len(nobody := np.flatnonzero(self.query_side.pids <= 0)):
+            raise ValueError(
+                f"{listed(nobody)} of the query table have a pid of 0 (distractor) or -1 (junk) "
+                "and ask for nobody: drop them, and number identities from 1"
+            )
+        if self._unlabelled:
+            raise ValueError(f"all {len(self.gallery)} gallery images are junk (pid -1)")
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each query with the gallery images of its identity (none if it has no identity).
 
         Three arrays (P,): query, gallery row, and status, MATCH, SAME_CAMERA or ITSELF. Query by
         query, and rows ascending.
         """
-        nobody = np.empty(0, np.int64)
-        pids = self.query_side.pids[queries].tolist()
-        found = [self._rows_of.get(pid, nobody) if pid > 0 else nobody for pid in pids]
-        query, rows = np.repeat(queries, [len(rows) for rows in found]), np.concatenate(found)
-        status = np.full(len(rows), MATCH)
-        if self.query_side.paths is not None and self.gallery_side.paths is not None:
-            paths = self.query_side.paths[query]
-            itself = (self.gallery_side.paths[rows] == paths) & paths.astype(bool)
-            status[itself.astype(bool)] = ITSELF
+        asked, shown, nobody = self.query_side, self.gallery_side, np.empty(0, np.int64)
+        rows_of = pd.Series(shown.pids).groupby(shown.pids).indices
+        found = [rows_of.get(pid, nobody) if pid > 0 else nobody for pid in asked.pids.tolist()]
+        query = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
+        rows = np.concatenate(found)
+        status = np.where(self._is_itself(query, rows), ITSELF, MATCH)
         if self._by_camera:
-            status[self.gallery_side.camids[rows] == self.query_side.camids[query]] = SAME_CAMERA
+            status[shown.camids[rows] == asked.camids[query]] = SAME_CAMERA
         return query, rows, status
+
+    def _is_itself(self, query: int | np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Whether gallery images are the query's, one or one a row, by their paths, (n,)."""
+        asked, shown = self.query_side.paths, self.gallery_side.paths
+        if asked is None or shown is None:
+            return np.zeros(len(rows), bool)
+        path = np.asarray(asked[query], object)
+        return ((shown[rows] == path) & path.astype(bool)).astype(bool)
 
     def _statuses(self, i: int) -> np.ndarray:
         """What each gallery image is to query ``i``, (G,)."""
         nobody = self._unlabelled or self.query_side.pids[i] <= 0
-        status = np.full(len(self.gallery), UNKNOWN if nobody else WRONG)
-        if not self._unlabelled:
-            status[self.gallery_side.pids == -1] = JUNK
-        _, rows, of_identity = self._pairs(np.array([i]))
-        status[rows] = of_identity
+        junk = (self.gallery_side.pids == -1) & (not self._unlabelled)
+        status = np.where(junk, JUNK, UNKNOWN if nobody else WRONG)
+        query, rows, of_identity = self.pairs
+        mine = slice(*np.searchsorted(query, [i, i + 1]))
+        status[rows[mine]] = of_identity[mine]
         # The image itself is called so even where its camera alone would leave it out.
-        if self.query_side.paths is not None and self.gallery_side.paths is not None:
-            rows = np.arange(len(status)) if nobody else rows
-            path = self.query_side.paths[i]
-            status[rows[(self.gallery_side.paths[rows] == path) & bool(path)]] = ITSELF
+        rows = np.arange(len(status)) if nobody else rows[mine]
+        status[rows[self._is_itself(i, rows)]] = ITSELF
         return status
 
     # --- how far, and in which order
@@ -314,39 +296,22 @@ class Retrieval:
 
         return rounded
 
-    def _match_ranks(
-        self, query: np.ndarray, rows: np.ndarray, is_match: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Gallery rows and ranks of the matches, (M,), query by query, nearest first."""
-        kept = np.flatnonzero(self.gallery_side.pids != -1)
-        dim = self.gallery_side.emb.shape[1]
-        return match_ranks(query, rows, is_match, kept, self._measure, self._product_with, dim)
+    @cached_property
+    def _ranking(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, gallery row and rank of all matches, (M,) each, query by query, nearest first."""
+        query, rows, status = self.pairs
+        is_match, kept = status == MATCH, np.flatnonzero(self.gallery_side.pids != -1)
+        dim, measure = self.gallery_side.emb.shape[1], self._measure
+        found = match_ranks(query, rows, is_match, kept, measure, self._product_with, dim)
+        return query[is_match], *found
 
-    def _missed(self, queries: np.ndarray, topk: int) -> dict[int, np.ndarray]:
-        """By query, gallery rows and ranks (2, m) of the matches that rank beyond ``topk``."""
-        query, rows, status = self._pairs(queries)
-        found = np.stack(self._match_ranks(query, rows, status == MATCH))  # (2, M)
-        cuts = np.searchsorted(query[status == MATCH], queries[1:])
-        by_query = np.split(found, cuts, axis=1)
-        return {i: x[:, x[1] > topk] for i, x in zip(queries.tolist(), by_query, strict=True)}
+    def _list(self, i: int, near: np.ndarray, slack: float, topk: int, show_missed: bool) -> tuple:
+        """The list of query ``i``: gallery rows, their ranks (0: dropped), measures and statuses.
 
-    def _near(self, queries: np.ndarray) -> Iterator[tuple[int, np.ndarray, float]]:
-        """Yield (i, near, slack) for each query: near (G,) orders as `_measure` does, but for pairs
-        closer than ``slack``.
+        ``near`` (G,) orders as `_measure` does, but for pairs closer than ``slack``.
         """
-        product = self._product_with(np.arange(len(self.gallery)), np.float64)
-        step = max(1, 2**22 // len(self.gallery))  # 32 MB of distances at one time
-        for start in range(0, len(queries), step):
-            part = queries[start : start + step]
-            yield from zip(part.tolist(), *product(part), strict=True)
-
-    def _list(
-        self, i: int, near: np.ndarray, slack: float, topk: int | None, missed: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The list of query ``i``: gallery rows, their ranks (0: dropped), measures and statuses."""
-        status = self._statuses(i)
-        rows = np.arange(len(near))
-        if topk is not None and topk < len(near):
+        status, rows = self._statuses(i), np.arange(len(near))
+        if topk < len(near):
             ranked = np.where(status > UNKNOWN, np.inf, near)
             last = np.partition(ranked, topk - 1)[topk - 1]  # infinite where fewer are ranked
             rows = np.flatnonzero(near <= last + slack)
@@ -355,76 +320,46 @@ class Retrieval:
         rows, measured = rows[order], measured[order]
         ranked = status[rows] <= UNKNOWN
         rank = np.cumsum(ranked)
-        end = len(rows) if topk is None else np.searchsorted(rank, topk) + 1
+        end = np.searchsorted(rank, topk) + 1
         rows, rank, measured = rows[:end], np.where(ranked, rank, 0)[:end], measured[:end]
-        if missed is not None:
-            rows, rank = np.append(rows, missed[0]), np.append(rank, missed[1])
-            measured = np.append(measured, self._measure(i, missed[0]))
+        if show_missed:
+            asking, matches, at = self._ranking
+            missed = (asking == i) & (at > topk)
+            rows, rank = np.append(rows, matches[missed]), np.append(rank, at[missed])
+            measured = np.append(measured, self._measure(i, matches[missed]))
         return rows, rank, measured, status[rows]
 
-    # --- in words
-
-    def _protocol(self, same_camera: int, itself: int, without: np.ndarray) -> str:
-        """What was done, as sentences."""
-        total, queries = len(self.gallery), len(self.query)
-        kept = int((self.gallery_side.pids != -1).sum())
-        lines = [
-            f"Queries: {queries:,}. Gallery images: {kept:,}, after {total - kept:,} of junk "
-            "(pid -1) were dropped."
-        ]
+    def _protocol(self, without: np.ndarray) -> str:
+        """What was done, as sentences; ``without`` are the queries that have no match."""
+        total, junk = len(self.gallery), int((self.gallery_side.pids == -1).sum())
+        status = self.pairs[2]
+        same, itself = (int((status == dropped).sum()) for dropped in (SAME_CAMERA, ITSELF))
+        said = f"Queries: {len(self.query):,}. Gallery images: {total - junk:,}, after {junk:,} of "
+        said += "junk (pid -1) were dropped. "
         if self._by_camera:
-            lines.append(
-                "Dropped for their query, being of the same identity and the same camera: "
-                f"{same_camera:,}."
-            )
+            said += f"Dropped for their query, being of the same identity and the same camera: {same:,}. "
         elif self.exclude_same_camera:
-            lines.append("Cameras are unknown, so nothing is dropped for its camera.")
+            said += "Cameras are unknown, so nothing is dropped for its camera. "
         else:
-            lines.append("Images of the same identity and the same camera stay in, as asked.")
+            said += "Images of the same identity and the same camera stay in, as asked. "
         if itself:
-            lines.append(
-                f"Dropped for their query, being the query image itself (path): {itself:,}."
-            )
+            said += f"Dropped for their query, being the query image itself (path): {itself:,}. "
         if len(without):
-            lines.append(f"Left out of all means, having no match: query {listed(without)}.")
-        return " ".join(lines) + " Equal distances rank in gallery order."
-
-    def _why_no_match(self, same_camera: int, itself: int) -> str:
-        """The likely cause, where no query has a match."""
-        if same_camera or itself:
-            return (
-                "no query has a match: all gallery images of the queries' identities were dropped, "
-                f"{same_camera:,} for the same camera, {itself:,} for being the query image "
-                "itself. Pass exclude_same_camera=False, or camid -1 in every row, if cameras do "
-                "not matter"
-            )
-        some = [
-            ", ".join(map(str, np.unique(s.pids)[:5])) for s in (self.query_side, self.gallery_side)
-        ]
-        return (
-            "no query has a match: the pids of query and gallery share nothing "
-            f"(query {some[0]}, ...; gallery {some[1]}, ...). Do both come from one data set?"
-        )
+            said += f"Left out of all means, having no match: query {listed(without)}. "
+        return said + "Equal distances rank in gallery order."
 
 
 def evaluate(
-    query_emb: Any,
-    query: pd.DataFrame,
-    gallery_emb: Any,
-    gallery: pd.DataFrame,
-    *,
-    topk: Sequence[int] = TOPK,
-    exclude_same_camera: bool = True,
+    query_emb: Any, query: pd.DataFrame, gallery_emb: Any, gallery: pd.DataFrame, **options: Any
 ) -> Evaluation:
     """Rank the gallery for every query by Euclidean distance, and score the ranks.
 
-    Short for `Retrieval` and its method `evaluate`, whose arguments and errors it has.
+    Short for `Retrieval` and its method `evaluate`, whose arguments and errors it has: ``topk`` and
+    ``exclude_same_camera`` among them.
 
     >>> query, gallery = pd.DataFrame({"pid": [1]}), pd.DataFrame({"pid": [2, 1]})
     >>> evaluate([[0.0]], query, [[1.0], [2.0]], gallery).scores["mAP"]  # the match is at rank 2
     0.5
     """
-    retrieval = Retrieval(
-        query_emb, query, gallery_emb, gallery, exclude_same_camera=exclude_same_camera
-    )
-    return retrieval.evaluate(topk)
+    topk = options.pop("topk", TOPK)
+    return Retrieval(query_emb, query, gallery_emb, gallery, **options).evaluate(topk)

@@ -22,18 +22,11 @@ from reidlib.evaluation.intervals import confidence_interval
 from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.device import pick_device
-from reidlib.model.embed import (
-    embed,
-    embed_views,
-    read_about,
-    read_embeddings,
-    write_embeddings,
-)
+from reidlib.model.embed import embed_views, read_about, read_embeddings, write_embeddings
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import load_model
 from reidlib.recipes import Recipe
 
-SIDES = ("query", "gallery")
 PER_QUERY = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}  # in a run, by split
 
 
@@ -58,6 +51,7 @@ class OpenRun:
     query_pixels: np.ndarray
     gallery_pixels: np.ndarray
     split: str = "test"
+    _made: dict = field(default_factory=dict, init=False, repr=False)  # embeddings by view
 
     @property
     def recipe(self) -> Recipe:
@@ -69,64 +63,58 @@ class OpenRun:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def about(self, precision: str = "float32") -> dict[str, str]:
-        """Return what embeddings of this run say of themselves: weights, images, flips, precision."""
-        return {
-            "weights_sha256": runs.sha256(self.folder / "weights.safetensors"),
-            "data": fingerprint(self.data),
-            "flip": "False",
-            "precision": precision,
-        }
-
     def embeddings(
         self, *, flip: bool = False, precision: str = "float32", show_progress: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the embeddings of queries (Q, D) and gallery (G, D), float32.
 
         Those that `score_run` kept are read again, if they are of these very weights and images and
-        of this precision. All others are made.
+        of this precision. All others are made, once.
 
         Args:
             flip: the mean over each image and its mirror image.
             precision: as in `embed`.
             show_progress: draw bars.
         """
-        options = {"precision": precision, "show_progress": show_progress}
-        plain = self._kept(precision)
-        if plain is None:
-            sides = (self.query_pixels, self.gallery_pixels)
-            plain = tuple(embed(self.model, pixels, self.recipe, **options) for pixels in sides)
-        return self._with_mirrored(plain, **options) if flip else plain
-
-    def _with_mirrored(self, plain: tuple[np.ndarray, ...], **options) -> tuple[np.ndarray, ...]:
-        """Return the mean of these embeddings and those of the mirror images, as `embed` has it."""
-        found = []
-        for emb, pixels in zip(plain, (self.query_pixels, self.gallery_pixels), strict=True):
-            views = embed_views(self.model, pixels, self.recipe, ("mirrored",), **options)
-            found.append((emb + views["mirrored"]) / 2)
-        return tuple(found)
+        views = ("plain", "mirrored") if flip else ("plain",)
+        by_side = zip(*(self._view(view, precision, show_progress) for view in views), strict=True)
+        query_emb, gallery_emb = (sum(of_side) / len(views) for of_side in by_side)  # as in `embed`
+        return query_emb, gallery_emb
 
     def retrieval(self, **options) -> Retrieval:
         """Return the queries against the gallery; the options are those of `embeddings`."""
         query_emb, gallery_emb = self.embeddings(**options)
         return Retrieval(query_emb, self.query, gallery_emb, self.gallery)
 
-    def _kept(self, precision: str) -> tuple[np.ndarray, np.ndarray] | None:
+    def _view(self, view: str, precision: str, show_progress: bool) -> list[np.ndarray]:
+        """One of the views of `embed_views`, of both sides."""
+        if (view, precision) not in self._made:
+            found = self._kept(precision) if view == "plain" else None
+            options = {"precision": precision, "show_progress": show_progress}
+            self._made[view, precision] = found or [
+                embed_views(self.model, pixels, self.recipe, (view,), **options)[view]
+                for pixels in (self.query_pixels, self.gallery_pixels)
+            ]
+        return self._made[view, precision]
+
+    def _kept(self, precision: str) -> list[np.ndarray] | None:
         """Read the run's embedding files; None where they are missing or of something else."""
-        files = [self.folder / f"embeddings_{side}.h5" for side in SIDES]
-        if not all(file.is_file() for file in files):
-            return None
-        wanted, found = self.about(precision), []
-        for file, table in zip(files, (self.query, self.gallery), strict=True):
-            if read_about(file) != wanted:
+        about, columns, found = self._about(precision), ["path", "pid", "camid"], []
+        for side, table in (("query", self.query), ("gallery", self.gallery)):
+            file = self.folder / f"embeddings_{side}.h5"
+            if read_about(file) != about:
                 return None
             emb, of = read_embeddings(file)
-            if not all(
-                of[name].tolist() == table[name].tolist() for name in ("path", "pid", "camid")
-            ):
+            if of[columns].to_numpy().tolist() != table[columns].to_numpy().tolist():
                 return None
             found.append(emb)
-        return tuple(found)
+        return found
+
+    def _about(self, precision: str) -> dict[str, str]:
+        """What embeddings of this run say of themselves."""
+        weights = runs.sha256(self.folder / "weights.safetensors")
+        about = {"weights_sha256": weights, "data": fingerprint(self.data)}
+        return about | {"flip": "False", "precision": precision}
 
 
 def open_run(
@@ -161,19 +149,17 @@ def open_run(
     folder = runs.find_run(run) if run else runs.newest_run()
     model = load_model(folder, pick_device(device))
     data = load(dataset or model.recipe.dataset)
-    if split == "test":
-        tables = (data.query, data.gallery)
-    elif split == "held_out" and model.recipe.hold_out and dataset in (None, model.recipe.dataset):
+    tables = (data.query, data.gallery)
+    if split == "held_out" and model.recipe.hold_out and dataset in (None, model.recipe.dataset):
         tables = hold_out(data.train, model.recipe.hold_out, seed=0)[1:]
-    else:
+    elif split != "test":
         raise ValueError(
             f"split = {split!r} of {folder.name}: choose test, or held_out of the run's own data set, "
             f"if it held people out (its hold_out is {model.recipe.hold_out!r})."
         )
-    (query_pixels, query), (gallery_pixels, gallery) = (
-        load_images(table, model.recipe, show_progress) for table in tables
-    )
-    return OpenRun(folder, model, data, query, gallery, query_pixels, gallery_pixels, split)
+    loaded = [load_images(table, model.recipe, show_progress) for table in tables]
+    pixels, tables = zip(*loaded, strict=True)
+    return OpenRun(folder, model, data, *tables, *pixels, split)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -196,9 +182,9 @@ class Scored:
     retrieval: Retrieval
     evaluation: Evaluation
     intervals: pd.DataFrame
-    baselines: dict[str, Evaluation] = field(default_factory=dict)
-    with_flips: Evaluation | None = None
-    notes: tuple[str, ...] = ()
+    baselines: dict[str, Evaluation]
+    with_flips: Evaluation | None
+    notes: tuple[str, ...]
 
     @property
     def scores(self) -> dict[str, float | int]:
@@ -269,48 +255,39 @@ def score_run(
             "split. Use its retrieval().evaluate()."
         )
     options = {"precision": precision, "show_progress": show_progress}
-    query_emb, gallery_emb = run.embeddings(**options)
-    retrieval = Retrieval(query_emb, run.query, gallery_emb, run.gallery)
+    retrieval = run.retrieval(**options)
     evaluation = retrieval.evaluate()
     compared, notes = score_baselines(run, **options) if baselines else ({}, [])
-    flipped = None
-    if flip:
-        query_flipped, gallery_flipped = run._with_mirrored((query_emb, gallery_emb), **options)
-        flipped = Retrieval(query_flipped, run.query, gallery_flipped, run.gallery).evaluate()
+    flipped = run.retrieval(flip=True, **options).evaluate() if flip else None
     intervals = confidence_interval(evaluation.per_query, seed=seed)
     scored = Scored(run, retrieval, evaluation, intervals, compared, flipped, tuple(notes))
-    about = run.about(precision)
     with runs.lock(run.folder):
-        for side, emb in zip(SIDES, (query_emb, gallery_emb), strict=True):
-            file = run.folder / f"embeddings_{side}.h5"
-            write_embeddings(file, emb, getattr(run, side), about)
-        _write(scored, about)
+        _write(scored, run._about(precision))
     return scored
 
 
 def _write(scored: Scored, about: dict[str, str]) -> None:
-    """Write `per_query.csv`, `metrics.json` and the manifest's record of this scoring.
-
-    `about` is what the embeddings say of themselves.
-    """
-    folder, data = scored.run.folder, scored.run.data
-    per_query = scored.evaluation.per_query
+    """Write the run's files; `about` is what the embeddings say of themselves."""
+    folder, data, retrieval = scored.run.folder, scored.run.data, scored.retrieval
+    embs = {"query": retrieval.query_side.emb, "gallery": retrieval.gallery_side.emb}
+    for side, emb in embs.items():
+        write_embeddings(folder / f"embeddings_{side}.h5", emb, getattr(scored.run, side), about)
+    table = scored.evaluation.per_query
     # Relative names are the same on any machine.
-    names = [os.path.relpath(path, data.root) for path in per_query["path"]]
-    table = per_query.assign(path=names)
-    runs.write_text(folder / PER_QUERY["test"], table.to_csv(index=False))
+    names = [os.path.relpath(path, data.root) for path in table["path"]]
+    runs.write_text(folder / PER_QUERY["test"], table.assign(path=names).to_csv(index=False))
 
     file, subject = folder / "metrics.json", {"evaluated_on": data.name}
     subject |= {"test_data": about["data"], "weights_sha256": about["weights_sha256"]}
-    before = runs.read_json(file) if file.exists() else {}
-    # What was scored of other images or weights does not stand beside these scores.
-    stale = any(before.get(key, value) != value for key, value in subject.items())
-    kept = {k: v for k, v in before.items() if not (stale and k in ("baselines", "with_flips"))}
+    kept = runs.read_json(file) if file.exists() else {}
+    if any(kept.get(key, value) != value for key, value in subject.items()):
+        # What was scored of other images or weights does not stand beside these scores.
+        kept = {key: kept[key] for key in kept if key not in ("baselines", "with_flips")}
     if scored.baselines or "baselines" not in kept:
         kept["baselines"] = {name: found.scores for name, found in scored.baselines.items()}
     if scored.with_flips:
         kept["with_flips"] = scored.with_flips.scores
-    intervals = {name: [row["low"], row["high"]] for name, row in scored.intervals.iterrows()}
+    intervals = scored.intervals[["low", "high"]].T.to_dict("list")
     content = scored.scores | {"intervals": intervals, **subject, "flip": False}
     content |= {"precision": about["precision"], "protocol": scored.evaluation.protocol}
     runs.write_json(file, kept | content)
