@@ -8,35 +8,182 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# Each command imports what it needs: torch takes seconds, and --help does without.
+import reidlib
+from reidlib.progress import progress
+from reidlib.recipes import Recipe, make_recipe
+from reidlib.runs import find_run, write_text
+from reidlib.typed import alternatives, typed
+from reidlib.words import did_you_mean
 
-COMMANDS: dict[str, tuple[Callable, tuple]] = {}  # by name: the function, and its options
-
-
-def command(*options: tuple[tuple, dict], name: str = "") -> Callable:
-    """Make a function a command of this name, its own by default; its docstring is the help."""
-
-    def register(function: Callable) -> Callable:
-        COMMANDS[name or function.__name__] = (function, options)
-        return function
-
-    return register
+# Each command imports what else it needs: torch takes seconds, and --help does without.
 
 
-def option(*names: str, **settings: Any) -> tuple[tuple, dict]:
-    """Return an option, or an argument without dashes, as `argparse` takes it."""
-    return names, settings
-
-
-def say(text: str) -> None:
+def say(*lines: str) -> None:
     """Print for the person, not for the next program."""
-    print(text, file=sys.stderr, flush=True)
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _output(name: str) -> Path:
+    """Return the path of a file to be written; a folder is refused now, not after an hour."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file in it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# --- the commands: their docstrings are the help
+
+
+def data(args) -> int:
+    """Check a data set and print its counts and errors."""
+    bar = partial(progress, desc="read images", unit="img")
+    dataset = reidlib.load(args.dataset, pattern=args.pattern, image_root=args.image_root)
+    report = reidlib.check(dataset, args.k, decode=not args.no_decode, progress=bar)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def train(args) -> None:
+    """Train one run and print its folder."""
+    from reidlib.training.health import run_text
+
+    settings = {name: getattr(args, name) for name in Recipe.model_fields}
+    for name, kind in _kinds().items():
+        with suppress(ValueError):  # make_recipe says of all settings at once what is wrong
+            settings[name] = typed(settings[name], kind)
+    recipe = make_recipe(args.recipe, **settings)
+    folder = reidlib.train(recipe, args.tag, args.resume, args.device)
+    print(folder)
+    say(run_text(folder), f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
+
+
+def health(args) -> None:
+    """Print what is wrong with the training of runs, and what to try first."""
+    from reidlib.training.health import run_text
+
+    for folder in map(find_run, args.runs):
+        print(f"{folder.name}\n{run_text(folder)}")
+
+
+def score(args) -> None:
+    """Score a run, write the scores into its folder, and print them as JSON."""
+    options = {"flip": args.flip, "precision": args.precision, "device": args.device}
+    baselines = not args.no_baselines
+    scored = reidlib.score_run(args.run, args.dataset, baselines=baselines, **options)
+    flipped = {"with_flips": scored.with_flips.scores} if scored.with_flips else {}
+    print(json.dumps(scored.scores | flipped, indent=2, allow_nan=False))
+    say(str(scored), *scored.notes)
+
+
+def scores(args) -> None:
+    """Print a table of scores in per cent, of runs that were scored before."""
+    from reidlib.workbook.scores import scores_text
+
+    print(scores_text(args.runs, baselines=args.baselines, against=args.against))
+
+
+def evaluate(args) -> None:
+    """Print the scores of embeddings from any toolkit as JSON."""
+    query = reidlib.read_embeddings(args.query, args.query_csv)
+    gallery = reidlib.read_embeddings(args.gallery, args.gallery_csv)
+    evaluated = reidlib.evaluate(*query, *gallery)
+    print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
+    say(evaluated.protocol)
+
+
+def embed(args) -> None:
+    """Write the embeddings of images into an HDF5 file."""
+    from reidlib.model.device import pick_device
+
+    out = _output(args.out)
+    table = reidlib.image_list(args.images, pattern=args.pattern, image_root=args.image_root)
+    model = reidlib.load_model(args.model, pick_device(args.device))
+    pixels, table = reidlib.load_images(table, model.recipe)
+    emb = reidlib.embed(model, pixels, model.recipe, flip=args.flip)
+    reidlib.write_embeddings(out, emb, table)
+    say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
+    if (table["pid"] == -1).all():
+        say(
+            "No identities are known (pid -1): enough to search, not to evaluate. "
+            "--pattern market1501 reads them from file names like Market-1501's."
+        )
+
+
+def search(args) -> None:
+    """Print the gallery images nearest to pictures of somebody as CSV."""
+    from reidlib.look import figures, photographs
+    from reidlib.look import search as room
+    from reidlib.model.device import pick_device
+
+    if args.picture and Path(args.picture).suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise ValueError(f"{args.picture} must end in .jpg or .png.")
+    out, picture, page = (f and _output(f) for f in (args.out, args.picture, args.html))
+    tables = {"query": room.picture_table(args.query), "gallery": room.read_gallery(args.gallery)}
+    model = reidlib.load_model(args.model, pick_device(args.device))
+    broken = {"unreadable": args.unreadable or model.recipe.unreadable}
+    recipe = model.recipe.model_copy(update=broken)
+    say(*room.remarks(vars(args), tables, recipe))
+    options = {"topk": args.top, "flip": args.flip}
+    retrieval, found = reidlib.search(model, *tables.values(), recipe, **options)
+    say(*room.left_out(tables, retrieval))
+    count = len(retrieval.query)
+    lists = f"{count:,} ranked list" + ("s" if count > 1 else "")
+    if out:
+        write_text(out, room.search_csv(found))
+        say(f"{lists}: {args.out}")
+    else:
+        print(room.search_csv(found), end="")
+    if picture:  # 20 lists make one of 47 inches
+        figures.save(photographs.search_lists(found[found["query"] < 20]), picture)
+        say(f"Picture of {min(count, 20)} of {lists}: {args.picture}")
+    if page:
+        write_text(page, reidlib.ranked_list_page(retrieval, topk=args.top))
+        say(f"Page of the ranked lists: {args.html}")
+
+
+def export(args) -> None:
+    """Write a model as ONNX, with a JSON on how to prepare images."""
+    from reidlib.data.pixels import read_image
+    from reidlib.look.search import picture_table
+    from reidlib.workbook.export import export
+
+    images = None
+    if args.images:
+        paths = picture_table(args.images)["path"]
+        images = [read_image(path) for path in paths[:: -(-len(paths) // 32)]]  # 32 at most
+    file, card = export(args.model, args.out, images)
+    print(file)
+    parity = card["parity"]
+    say(
+        f"Embeddings of {parity['checked_on']} agree with the model's to "
+        f"{parity['max_abs_difference']:.1g}. How to prepare images: {file.name}.json"
+    )
+
+
+def run(args) -> None:
+    """Run notebooks, headless, one after another."""
+    from reidlib.workbook.notebooks import run
+
+    run(args.notebooks, dict(args.parameters), output=args.output, timeout=args.timeout)
+
+
+def release(args) -> None:
+    """Halve a run's weights, score them, write a model card, and print the files to give away."""
+    from reidlib.workbook.release import release
+
+    print(*release(args.run), sep="\n")
+
+
+# --- the command line
+
+COMMANDS = (data, train, health, score, scores, evaluate, embed, search, export, run, release)
 
 
 def _count(text: str) -> int:
@@ -45,351 +192,98 @@ def _count(text: str) -> int:
     return int(text)
 
 
-DEVICE = option("--device", default="auto", help="auto, cpu, cuda, mps, …")
-FLIP = option("--flip", action="store_true", help="mean of each image and its mirror image")
-MODEL = option("--model", required=True, help="a run, or a weights.safetensors")
-RUN = option("run", metavar="RUN", help="a run's name, or its folder")
-SOURCE = (
-    option("--pattern", help='names to pid and camid: a regular expression, or "market1501"'),
-    option("--image-root", help="where the relative paths of CSV lists start"),
+YES, NEEDED = {"action": "store_true"}, {"required": True}
+PAIR = {"nargs": 2, "metavar": ("NAME", "VALUE"), "action": "append", "default": []}
+FLOATS = ("float32", "bfloat16")
+RESUME = (
+    "with a run of this name: go on (auto), from the checkpoint before the last (previous), refuse "
+    "(never), or delete it and start again (restart)"
 )
+RESUMES = {"default": "auto", "choices": ("auto", "previous", "never", "restart")}
+BROKEN = "broken images: stop, or leave them out (as the model's recipe says)"
 
-
-# --- data and training
-
-
-@command(
-    option("--dataset", required=True, help="market1501, synthetic, or a path"),
-    option("--k", type=int, default=4, help="the K of PK batches (4)"),
-    option("--no-decode", action="store_true", help="do not read the images themselves"),
-    *SOURCE,
+# The commands that have it, its name, its help, and what else `argparse` wants to know.
+OPTIONS = (
+    ("data", "--dataset", "market1501, synthetic, or a path", NEEDED),
+    ("data", "--k", "the K of PK batches (4)", {"type": int, "default": 4}),
+    ("data", "--no-decode", "do not read the images themselves", YES),
+    ("train", "--recipe", "plain, trinet (the default) or demo", {"default": "trinet"}),
+    ("train", "--tag", "appended to the run's name", {"default": ""}),
+    ("train", "--resume", RESUME, RESUMES),
+    ("health", "runs", "a run's name, or its folder", {"nargs": "+", "metavar": "RUN"}),
+    ("score release", "run", "a run's name, or its folder", {"metavar": "RUN"}),
+    ("score", "--dataset", "score on another data set than the run's own"),
+    ("score", "--flip", "score the mean of each image and its mirror, too", YES),
+    ("score", "--precision", "(float32)", {"choices": FLOATS, "default": "float32"}),
+    ("score", "--no-baselines", "do not score what the run compares with", YES),
+    ("scores", "runs", "by default all under outputs/", {"nargs": "*", "metavar": "RUN"}),
+    ("scores", "--baselines", "show what the runs compare with, too", YES),
+    ("scores", "--against", "show gains over this run, with intervals", {"metavar": "RUN"}),
+    ("evaluate", "--query", "HDF5 file of the query embeddings", NEEDED),
+    ("evaluate", "--query-csv", "its list of images, if it holds embeddings alone"),
+    ("evaluate", "--gallery", "HDF5 file of the gallery embeddings", NEEDED),
+    ("evaluate", "--gallery-csv", "its list of images, if it holds embeddings alone"),
+    ("embed search export", "--model", "a run, or a weights.safetensors", NEEDED),
+    ("embed", "--images", "a folder, or a CSV list", NEEDED),
+    ("embed", "--out", "the file to write, such as gallery.h5", NEEDED),
+    ("search", "--gallery", "a folder, a CSV list, or embeddings (.h5)", NEEDED),
+    ("search", "--query", "an image, a folder, or a CSV list", NEEDED),
+    ("search", "--top", "how many of each query (10)", {"type": _count, "default": 10}),
+    ("embed search", "--flip", "mean of each image and its mirror image", YES),
+    ("data embed", "--pattern", 'names to pid and camid: a regular expression, or "market1501"'),
+    ("data embed", "--image-root", "where the relative paths of CSV lists start"),
+    ("search", "--unreadable", BROKEN, {"choices": ("fail", "skip")}),
+    ("search", "--out", "write the CSV there (standard output)", {"metavar": "FILE.csv"}),
+    ("search", "--picture", "draw the ranked lists, 20 at most", {"metavar": "FILE.jpg"}),
+    ("search", "--html", "a page to browse the ranked lists", {"metavar": "FILE.html"}),
+    ("export", "--out", "a folder, or a file ending in .onnx", NEEDED),
+    ("export", "--images", "compare model and file on these: an image, a folder, a CSV list"),
+    ("run", "notebooks", "03_train, 03, or a path", {"nargs": "+"}),
+    ("run", "-p", "a parameter of the notebooks; repeat it", PAIR | {"dest": "parameters"}),
+    ("run", "--output", "folder of the executed copies (outputs/notebooks)"),
+    ("run", "--timeout", "seconds that a cell may take (no limit)", {"type": float}),
+    ("train score embed search", "--device", "auto, cpu, cuda, mps, …", {"default": "auto"}),
 )
-def data(args) -> int:
-    """Check a data set and print its counts and errors."""
-    from reidlib.data.check import check
-    from reidlib.data.tables import load
-    from reidlib.progress import progress
-
-    bar = partial(progress, desc="read images", unit="img")
-    dataset = load(args.dataset, pattern=args.pattern, image_root=args.image_root)
-    report = check(dataset, args.k, decode=not args.no_decode, progress=bar)
-    print(report)
-    return 0 if report.ok else 1
-
-
-@command(
-    option("--recipe", default="trinet", help="plain, trinet (the default) or demo"),
-    option("--tag", default="", help="appended to the run's name"),
-    option(
-        "--resume",
-        default="auto",
-        choices=("auto", "previous", "never", "restart"),
-        help="with a run of this name: go on (auto), from the checkpoint before the last "
-        "(previous), refuse (never), or delete it and start again (restart)",
-    ),
-    DEVICE,
-)
-def train(args) -> int:
-    """Train one run and print its folder."""
-    from reidlib.recipes import Recipe, make_recipe
-    from reidlib.typed import typed
-
-    kinds = get_type_hints(Recipe)
-    given = {name: getattr(args, name) for name in Recipe.model_fields}
-    changes = {name: text for name, text in given.items() if text is not None}
-    for name, text in changes.items():
-        with suppress(ValueError):  # make_recipe says of all settings at once what is wrong
-            changes[name] = typed(text, kinds[name])
-    recipe = make_recipe(args.recipe, **changes)
-
-    from reidlib.training import loop
-    from reidlib.training.health import run_text
-
-    folder = loop.train(recipe, args.tag, args.resume, args.device)
-    print(folder)
-    say(run_text(folder))
-    say(f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
-    return 0
-
-
-@command(option("runs", nargs="+", metavar="RUN", help="a run's name, or its folder"))
-def health(args) -> int:
-    """Print what is wrong with the training of runs, and what to try first."""
-    from reidlib.runs import find_run
-    from reidlib.training.health import run_text
-
-    for folder in map(find_run, args.runs):
-        print(f"{folder.name}\n{run_text(folder)}")
-    return 0
-
-
-# --- scores
-
-
-@command(
-    RUN,
-    option("--dataset", help="score on another data set than the run's own"),
-    option("--flip", action="store_true", help="score the mean of each image and its mirror, too"),
-    option("--precision", default="float32", choices=("float32", "bfloat16"), help="(float32)"),
-    option("--no-baselines", action="store_true", help="do not score what the run compares with"),
-    DEVICE,
-)
-def score(args) -> int:
-    """Score a run, write the scores into its folder, and print them as JSON."""
-    from reidlib.evaluation.scoring import score_run
-
-    options = {"flip": args.flip, "precision": args.precision, "device": args.device}
-    scored = score_run(args.run, args.dataset, baselines=not args.no_baselines, **options)
-    flipped = {"with_flips": scored.with_flips.scores} if scored.with_flips else {}
-    print(json.dumps(scored.scores | flipped, indent=2, allow_nan=False))
-    say("\n".join([str(scored), *scored.notes]))
-    return 0
-
-
-@command(
-    option("runs", nargs="*", metavar="RUN", help="by default all under outputs/"),
-    option("--baselines", action="store_true", help="show what the runs compare with, too"),
-    option("--against", metavar="RUN", help="show gains over this run, with intervals"),
-)
-def scores(args) -> int:
-    """Print a table of scores in per cent, of runs that were scored before."""
-    from reidlib.workbook.scores import scores_text
-
-    print(scores_text(args.runs, baselines=args.baselines, against=args.against))
-    return 0
-
-
-@command(
-    option("--query", required=True, help="HDF5 file of the query embeddings"),
-    option("--query-csv", help="its list of images, if it holds embeddings alone"),
-    option("--gallery", required=True, help="HDF5 file of the gallery embeddings"),
-    option("--gallery-csv", help="its list of images, if it holds embeddings alone"),
-)
-def evaluate(args) -> int:
-    """Print the scores of embeddings from any toolkit as JSON."""
-    from reidlib.evaluation import retrieval
-    from reidlib.model.embed import read_embeddings
-
-    query = read_embeddings(args.query, args.query_csv)
-    gallery = read_embeddings(args.gallery, args.gallery_csv)
-    evaluated = retrieval.evaluate(*query, *gallery)
-    print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
-    say(evaluated.protocol)
-    return 0
-
-
-# --- a trained network at work
-
-
-@command(
-    MODEL,
-    option("--images", required=True, help="a folder, or a CSV list"),
-    option("--out", required=True, help="the file to write, such as gallery.h5"),
-    FLIP,
-    *SOURCE,
-    DEVICE,
-)
-def embed(args) -> int:
-    """Write the embeddings of images into an HDF5 file."""
-    from reidlib.data.pixels import load_images
-    from reidlib.data.tables import image_list
-    from reidlib.model import embed
-    from reidlib.model.device import pick_device
-    from reidlib.model.weights import load_model
-
-    out = Path(args.out).expanduser()
-    if out.is_dir():  # said now, not after an hour
-        raise ValueError(f"{out} is a folder: give the name of a file, such as gallery.h5.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table = image_list(args.images, pattern=args.pattern, image_root=args.image_root)
-    model = load_model(args.model, pick_device(args.device))
-    pixels, table = load_images(table, model.recipe)
-    emb = embed.embed(model, pixels, model.recipe, flip=args.flip)
-    embed.write_embeddings(out, emb, table)
-    say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
-    if (table["pid"] == -1).all():
-        say(
-            "No identities are known (pid -1): enough to search, not to evaluate. "
-            "--pattern market1501 reads them from file names like Market-1501's."
-        )
-    return 0
-
-
-@command(
-    MODEL,
-    option("--gallery", required=True, help="a folder, a CSV list, or embeddings (.h5)"),
-    option("--query", required=True, help="an image, a folder, or a CSV list"),
-    option("--top", type=_count, default=10, help="how many of each query (10)"),
-    FLIP,
-    option(
-        "--unreadable",
-        choices=("fail", "skip"),
-        help="broken images: stop, or leave them out (as the model's recipe says)",
-    ),
-    option("--out", metavar="FILE.csv", help="write the CSV there (standard output)"),
-    option("--picture", metavar="FILE.jpg", help="draw the ranked lists, 20 at most"),
-    option("--html", metavar="FILE.html", help="a page to browse the ranked lists"),
-    DEVICE,
-)
-def search(args) -> int:
-    """Print the gallery images nearest to pictures of somebody as CSV."""
-    from reidlib.look import search as searching
-    from reidlib.model.device import pick_device
-    from reidlib.model.weights import load_model
-    from reidlib.runs import write_text
-
-    files = [Path(f).expanduser() for f in (args.out, args.picture, args.html) if f]
-    for file in files:  # said now, not after an hour
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder: give the name of a file.")
-    if args.picture and Path(args.picture).suffix.lower() not in (".jpg", ".jpeg", ".png"):
-        raise ValueError(f"{args.picture} must end in .jpg or .png.")
-    query, gallery = searching.picture_table(args.query), searching.read_gallery(args.gallery)
-    tables = {"query": query, "gallery": gallery}
-    model = load_model(args.model, pick_device(args.device))
-    recipe = model.recipe
-    if args.unreadable:
-        recipe = recipe.model_copy(update={"unreadable": args.unreadable})
-    for remark in searching.remarks(vars(args), tables, recipe):
-        say(remark)
-    retrieval, found = searching.search(
-        model, query, gallery, recipe, topk=args.top, flip=args.flip
-    )
-    for remark in searching.left_out(tables, retrieval):
-        say(remark)
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    lists = "ranked list" if len(retrieval.query) == 1 else "ranked lists"
-    if args.out:
-        write_text(files[0], searching.search_csv(found))
-        say(f"{len(retrieval.query):,} {lists}: {args.out}")
-    else:
-        print(searching.search_csv(found), end="")
-    if args.picture:
-        from reidlib.look import figures, photographs
-
-        shown = min(len(retrieval.query), 20)  # 20 lists make a picture of 47 inches
-        figure = photographs.search_lists(found[found["query"] < shown])
-        figures.save(figure, Path(args.picture).expanduser())
-        say(f"Picture of {shown} of {len(retrieval.query):,} {lists}: {args.picture}")
-    if args.html:
-        from reidlib.look import browser
-
-        write_text(files[-1], browser.ranked_list_page(retrieval, topk=args.top))
-        say(f"Page of the ranked lists: {args.html}")
-    return 0
-
-
-@command(
-    MODEL,
-    option("--out", required=True, help="a folder, or a file ending in .onnx"),
-    option("--images", help="compare model and file on these: an image, a folder, a CSV list"),
-)
-def export(args) -> int:
-    """Write a model as ONNX, with a JSON on how to prepare images."""
-    from reidlib.data.pixels import read_image
-    from reidlib.look.search import picture_table
-    from reidlib.workbook import export as exporting
-
-    images = None
-    if args.images:
-        table = picture_table(args.images)
-        paths = table["path"][:: -(-len(table) // 32)]  # 32 at most, from all over the list
-        images = [read_image(path) for path in paths]
-    file, card = exporting.export(args.model, args.out, images)
-    print(file)
-    parity = card["parity"]
-    say(
-        f"Embeddings of {parity['checked_on']} agree with the model's to "
-        f"{parity['max_abs_difference']:.1g}. How to prepare images: {file.name}.json"
-    )
-    return 0
-
-
-# --- notebooks and releases
-
-
-@command(
-    option("notebooks", nargs="+", help="03_train, 03, or a path"),
-    option(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter of the notebooks; repeat it",
-    ),
-    option("--output", help="folder of the executed copies (outputs/notebooks)"),
-    option("--timeout", type=float, help="seconds that a cell may take (no limit)"),
-    name="run",
-)
-def notebook(args) -> int:
-    """Run notebooks, headless, one after another."""
-    from reidlib.workbook import notebooks
-
-    parameters = dict(args.parameters)
-    notebooks.run(args.notebooks, parameters, output=args.output, timeout=args.timeout)
-    return 0
-
-
-@command(RUN)
-def release(args) -> int:
-    """Halve a run's weights, score them, write a model card, and print the files to give away."""
-    from reidlib.workbook.release import release
-
-    for file in release(args.run):
-        print(file)
-    return 0
-
-
-# --- the command line
 
 
 class Parser(argparse.ArgumentParser):
     """A wrong command line leaves two lines, not the whole usage."""
 
-    def __init__(self, **options):
-        super().__init__(**options, allow_abbrev=False)
-
     def error(self, message: str):
         """Leave with status 2."""
-        say(f"{self.prog}: {message}")
-        say(f"See {self.prog} --help")
+        say(f"{self.prog}: {message}\nSee {self.prog} --help")
         raise SystemExit(2)
 
 
-def _parser() -> tuple[Parser, dict[str, Parser]]:
-    """Return the parser of the whole line, and those of the commands by name."""
+def _parser() -> Parser:
+    """Return the parser of the whole line."""
     top = Parser(prog="python -m reidlib", description="Person re-identification, from a shell.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (function, options) in COMMANDS.items():
+    for function in COMMANDS:
         text = function.__doc__
-        short = (text[0].lower() + text[1:]).rstrip(".")
-        parser = commands.add_parser(name, help=short, description=text)
-        parser.set_defaults(function=function)
-        for names, settings in options:
-            parser.add_argument(*names, **settings)
-    _add_settings(commands.choices["train"])
-    return top, commands.choices
-
-
-def _add_settings(parser: Parser) -> None:
-    """Add an option for every setting of a recipe."""
-    from reidlib.recipes import Recipe
-
-    group = parser.add_argument_group("settings of the recipe (defaults are trinet's)")
-    kinds = get_type_hints(Recipe)
-    for name, field in Recipe.model_fields.items():
+        words = {"help": (text[0].lower() + text[1:]).rstrip("."), "description": text}
+        parser = commands.add_parser(function.__name__, allow_abbrev=False, **words)
+        parser.set_defaults(function=function, parser=parser)
+    for names, option, text, *settings in OPTIONS:
+        for name in names.split():
+            commands.choices[name].add_argument(option, help=text, **dict(*settings))
+    title = "settings of the recipe (defaults are trinet's)"
+    group = commands.choices["train"].add_argument_group(title)
+    for name, kind in _kinds().items():
+        field = Recipe.model_fields[name]
         text = f"{field.description} ({field.default})".replace("%", "%%")
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, dest=name, metavar=_values(kinds[name]), help=text)
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=_values(kind), help=text)
+    return top
+
+
+def _kinds() -> dict[str, Any]:
+    """Return what each setting of a recipe may be, without its limits."""
+    hints = get_type_hints(Recipe)
+    return {name: hints[name] for name in Recipe.model_fields}
 
 
 def _values(annotation: Any) -> str:
     """Return what the help shows for a value: `batch_hard|batch_all`, `NUMBER|soft`."""
-    from reidlib.typed import alternatives
-
     words = {bool: "true|false", str: "TEXT", int: "N", float: "NUMBER"}
     shown = []
     for kind in alternatives(annotation):
@@ -400,16 +294,13 @@ def _values(annotation: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    top, commands = _parser()
-    args, unknown = top.parse_known_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
     if unknown:
-        parser = commands[args.command]
-        options = [o for action in parser._actions for o in action.option_strings]
-        from reidlib.words import did_you_mean
-
-        parser.error(f"unknown {unknown[0]!r}{did_you_mean(unknown[0].split('=')[0], options)}")
+        options = [name for action in args.parser._actions for name in action.option_strings]
+        near = did_you_mean(unknown[0].split("=")[0], options)
+        args.parser.error(f"unknown {unknown[0]!r}{near}")
     try:
-        return args.function(args)
+        return args.function(args) or 0
     except KeyboardInterrupt:
         say("Stopped.")
         return 130

@@ -38,13 +38,10 @@ def typed(value: Any, annotation: Any) -> Any:
         if NoneType in kinds and str not in kinds and value.lower() in ("none", "null"):
             return None
         return adapter.validate_strings(value)
-    if int in kinds and isinstance(value, str | float):
-        with suppress(ValueError):
-            if float(value).is_integer():
-                return int(float(value))
-    if isinstance(value, str):
-        with suppress(ValueError, SyntaxError):  # a list, or one of the numbers that are allowed
-            return adapter.validate_python(ast.literal_eval(value), strict=True)
+    with suppress(ValueError, SyntaxError):  # "1e3" and 2.0 are whole; "[0, 1]"; the 2 of a Literal
+        read = ast.literal_eval(value) if isinstance(value, str) else value
+        whole = int in kinds and isinstance(read, float) and read.is_integer()
+        return adapter.validate_python(int(read) if whole else read, strict=True)
     raise ValueError(f"{value!r} should be {in_words(annotation)}.")
 
 

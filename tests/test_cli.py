@@ -19,10 +19,10 @@ from reidlib.evaluation.intervals import difference
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
 from reidlib.model.embed import read_embeddings, write_embeddings
+from reidlib.paths import outputs_dir
 from reidlib.recipes import Recipe, make_recipe
-from reidlib.training import health, loop
-from reidlib.training.journal import TrainingFailed
-from reidlib.training.loop import reproduce_command
+from reidlib.training import health
+from reidlib.training.journal import TrainingFailed, reproduce_command
 
 TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 --dim 8 --precision float32"
 
@@ -128,7 +128,7 @@ def test_errors_of_training(error, status, capsys, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setattr(reidlib, "train", fail)
     assert main(["train"]) == status
     assert capsys.readouterr().err == (f"{error}\n" if str(error) else "Stopped.\n")
     error = KeyError("a bug is not hidden")
@@ -166,9 +166,9 @@ def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatc
 
     def train(*args):
         seen.append(args)
-        return loop.outputs_dir()
+        return outputs_dir()
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(reidlib, "train", train)
     monkeypatch.setattr(health, "run_text", lambda folder: "Health: no finding.")
     words = shlex.split(reproduce_command(recipe, "seed1"))
     assert words[:3] == ["python", "-m", "reidlib"]
@@ -178,7 +178,7 @@ def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatc
 
 def test_every_setting_is_an_option_and_text_stays_text(monkeypatch):
     seen = []
-    monkeypatch.setattr(loop, "train", lambda *args: seen.append(args) or pytest.skip())
+    monkeypatch.setattr(reidlib, "train", lambda *args: seen.append(args) or pytest.skip())
     values = Recipe().model_dump() | {"dataset": "2024", "steps": None, "epochs": 3, "margin": 0.5}
     words = []
     for name, value in values.items():
