@@ -16,15 +16,11 @@ import reidlib
 from reidlib.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 DECLARED = {
-    canonicalize_name(r.name): r
-    for text in [
-        *PROJECT["project"]["dependencies"],
-        *PROJECT["project"]["optional-dependencies"]["export"],
-        *PROJECT["project"]["optional-dependencies"]["test"],
-    ]
-    for r in [Requirement(text)]
-    if r.name != "reidlib"
+    canonicalize_name(requirement.name): requirement
+    for text in [*PROJECT["project"]["dependencies"], *EXTRAS["export"], *EXTRAS["test"]]
+    if (requirement := Requirement(text)).name != "reidlib"
 }
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 
@@ -32,10 +28,9 @@ CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 def tracked_files():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
 
 
 def test_conda_and_pip_ask_for_the_same():
@@ -50,63 +45,33 @@ def test_conda_and_pip_ask_for_the_same():
 
 
 def test_every_package_is_pinned_inside_its_range():
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, version = line.split("==")
-            pins[canonicalize_name(name)] = version
+    text = (ROOT / "constraints.txt").read_text()
+    pins = {canonicalize_name(n): v for n, v in re.findall(r"(?m)^([\w.-]+)==(\S+)$", text)}
     for name, requirement in DECLARED.items():
         assert pins[name] in requirement.specifier, name
 
 
 def test_lint():
     for command in (["check", "--no-cache"], ["format", "--check"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
-        )
+        line = [sys.executable, "-m", "ruff", *command, "."]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:]
 
 
 # The floor, then the rooms, each with its files: a file imports only files that stand before it.
 ROOMS = {
-    "": ("paths", "progress", "words", "typed", "recipes", "runs"),
-    "data": ("files", "people", "synthetic", "tables", "pixels", "check", "augment", "sampler"),
-    "model": ("depthwise", "network", "weights", "device", "embed"),
-    "evaluation": (
-        "distances",
-        "metrics",
-        "ranks",
-        "sides",
-        "retrieval",
-        "intervals",
-        "baselines",
-        "rerank",
-        "pairs",
-        "verify",
-        "scoring",
-        "thresholds",
-    ),
-    "look": (
-        "figures",
-        "photographs",
-        "search",
-        "suspects",
-        "copies",
-        "maps",
-        "why",
-        "pages",
-        "embedding_map",
-        "lists",
-        "browser",
-        "board",
-    ),
-    "training": ("losses", "checkpoint", "watched", "checks", "health", "journal", "loop"),
-    "workbook": (
-        *("export", "headless", "notebooks", "scores", "release"),
-        *("workers", "compare", "variants", "results", "verdicts"),
-    ),
+    "": "paths progress words typed recipes runs",
+    "data": "files people synthetic tables pixels check augment sampler",
+    "model": "depthwise network weights device embed",
+    "evaluation": "distances metrics ranks sides retrieval intervals baselines rerank pairs verify "
+    "scoring thresholds",
+    "look": "figures photographs search suspects copies maps why pages embedding_map lists "
+    "browser board",
+    "training": "losses checkpoint watched checks health journal loop",
+    "workbook": "export headless notebooks scores release workers compare variants results "
+    "verdicts",
 }
-FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems]
+FILES = [f"{room}.{stem}".lstrip(".") for room, stems in ROOMS.items() for stem in stems.split()]
 
 
 def imported(tree):
@@ -117,11 +82,9 @@ def imported(tree):
             others |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             package, _, place = (node.module or "").partition(".")
-            inside = [place, *(f"{place}.{alias.name}".lstrip(".") for alias in node.names)]
-            (ours if package == "reidlib" else others).update(
-                inside if place or package == "reidlib" else [package]
-            )
-            if package != "reidlib":
+            if package == "reidlib":
+                ours |= {place, *(f"{place}.{alias.name}".lstrip(".") for alias in node.names)}
+            else:
                 others.add(package)
     return ours & {*FILES}, others
 
@@ -153,7 +116,7 @@ def test_no_image_of_real_people_and_no_path_of_a_machine_is_committed():
     for path in tracked_files():
         name = path.relative_to(ROOT).as_posix()
         assert not re.search(r"_c\ds\d_\d{6}_\d\d\.jpg", name), name
-        if path.suffix in {
+        if path.suffix in (
             ".py",
             ".md",
             ".ipynb",
@@ -163,7 +126,7 @@ def test_no_image_of_real_people_and_no_path_of_a_machine_is_committed():
             ".txt",
             ".json",
             ".csv",
-        }:
+        ):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"(/home/|/root/|/Users/)\w", text), name
 
