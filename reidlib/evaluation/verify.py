@@ -25,6 +25,7 @@ from reidlib.evaluation.intervals import times_drawn
 from reidlib.evaluation.pairs import Pairs
 
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
+ROUNDED = 1 + 1e-12  # for counts of pairs: 0.29 * 100 < 29
 
 
 def roc(pairs: Pairs) -> pd.DataFrame:
@@ -34,33 +35,23 @@ def roc(pairs: Pairs) -> pd.DataFrame:
     are the whole curve: all other thresholds lie on them. A slanted one is a tie of genuine and
     impostor pairs.
 
-    >>> from reidlib.evaluation.pairs import pair_distances
+    >>> from reidlib.evaluation.pairs import Retrieval, pair_distances
     >>> query, gallery = (pd.DataFrame({"pid": p}) for p in ([1], [1, 1, 2]))
-    >>> roc(pair_distances([[0.0]], query, [[1.0], [3.0], [2.0]], gallery))
+    >>> roc(pair_distances(Retrieval([[0.0]], query, [[1.0], [3.0], [2.0]], gallery)))
        threshold  FMR  TMR
     0       -inf  0.0  0.0
     1        1.0  0.0  0.5
     2        3.0  1.0  0.5
     3        3.0  1.0  1.0
     """
-    distance = pairs.genuine["distance"].to_numpy()
-    last = np.append(distance[1:] != distance[:-1], True)  # of equal ones
-    at, up_to = distance[last], pairs.genuine["up_to"].to_numpy()[last]
-    below = pairs.genuine["below"].to_numpy()[last]
-    accepted = np.flatnonzero(last) + 1
     # Two corners at each genuine distance: just below it, and at it. (n,), (n,) -> (2n,)
-    corners = {
-        "threshold": np.stack([np.nextafter(at, -np.inf), at], axis=1),
-        "FMR": np.stack([below, up_to], axis=1) / pairs.impostors,
-        "TMR": np.stack([np.append(0, accepted[:-1]), accepted], axis=1) / len(distance),
-    }
-    table = pd.DataFrame({name: column.ravel() for name, column in corners.items()})
-    ends = [
-        {"threshold": -np.inf, "FMR": 0.0, "TMR": 0.0},
-        {"threshold": np.inf, "FMR": 1.0, "TMR": 1.0},
-    ]
-    table = pd.concat([pd.DataFrame(ends[:1]), table, pd.DataFrame(ends[1:])])
-    return table.drop_duplicates(["FMR", "TMR"]).reset_index(drop=True)
+    last = pairs.genuine.drop_duplicates("distance", keep="last")  # of equal ones
+    at, accepted = last["distance"].to_numpy(), last.index.to_numpy() + 1
+    threshold = np.stack([np.nextafter(at, -np.inf), at], axis=1).ravel()
+    fmr = last[["below", "up_to"]].to_numpy().ravel() / pairs.impostors
+    tmr = np.repeat(np.append(0, accepted), 2)[1:-1] / len(pairs.genuine)
+    corners = {"threshold": [-np.inf, *threshold, np.inf], "FMR": [0, *fmr, 1], "TMR": [0, *tmr, 1]}
+    return pd.DataFrame(corners).drop_duplicates(["FMR", "TMR"], ignore_index=True)
 
 
 def auc(pairs: Pairs) -> float:
@@ -79,12 +70,7 @@ def equal_error_rate(pairs: Pairs) -> float:
 
 
 def true_match_rate(
-    pairs: Pairs,
-    at: Sequence[float] = FMRS,
-    *,
-    draws: int = 0,
-    level: float = 0.95,
-    seed: int = 0,
+    pairs: Pairs, at: Sequence[float] = FMRS, *, draws: int = 0, seed: int = 0
 ) -> pd.DataFrame:
     """The threshold at each of some false-match rates, and the true-match rate there.
 
@@ -98,7 +84,6 @@ def true_match_rate(
         pairs: from `pair_distances`.
         at: false-match rates, in (0, 1].
         draws: of persons, for intervals (the module's docstring says how); 0 for none.
-        level: share of the draws inside an interval.
         seed: of the draws.
 
     Returns:
@@ -114,41 +99,26 @@ def true_match_rate(
     at = np.asarray(at, dtype=float)
     if at.ndim != 1 or len(at) == 0 or not ((at > 0) & (at <= 1)).all():
         raise ValueError(f"false-match rates must be in (0, 1], not {at}")
-    distance = pairs.genuine["distance"].to_numpy()
-    kept = pairs.impostor["distance"].to_numpy()
-    allowed = np.floor(at * pairs.impostors * (1 + 1e-12)).astype(np.int64)  # 0.29 * 100 < 29
-    rows = []
-    for fmr, n in zip(at, allowed, strict=True):
-        if n == 0:
-            rows.append((np.nan, np.nan, 0, 0))
-            continue
-        if n < len(kept):
-            refused = kept[n]
-        elif n <= pairs.keep or math.isinf(pairs.limit):
-            refused = pairs.limit  # the next distance, exactly: see `_nearest`
-        else:
-            raise ValueError(_keep_more(fmr, pairs))
-        accepted = pairs.impostor.iloc[: np.searchsorted(kept, refused, "left")]
-        codes = _people_pair(pairs, accepted)
-        threshold = np.nextafter(refused, -np.inf) if np.isfinite(refused) else np.inf
-        true = np.searchsorted(distance, threshold, "right") / len(distance)
-        rows.append((threshold, true, len(accepted), len(np.unique(codes))))
-    names = ["threshold", "TMR", "false_matches", "people_pairs"]
-    table = pd.DataFrame(rows, columns=names, index=pd.Index(at, name="FMR"))
+    names, measurable = ["threshold", "TMR"], at * pairs.impostors * ROUNDED >= 1
+    point = _operate(pairs, np.ones(len(pairs.people)), at)
+    table = pd.DataFrame(point.T, columns=names, index=pd.Index(at, name="FMR"))
+    accepted = np.searchsorted(pairs.impostor["distance"].to_numpy(), point[0], "right")
+    accepted[~measurable] = 0
+    two = pairs.impostor[["query_person", "gallery_person"]][: accepted.max()]
+    is_new = ~pd.DataFrame(np.sort(two, axis=1)).duplicated()
+    table["false_matches"] = accepted
+    table["people_pairs"] = np.append(0, np.cumsum(is_new))[accepted]
+    table.loc[~measurable, names] = np.nan
     if draws:
-        drawn = np.full((draws, 2, len(at)), np.nan)  # (R, threshold or TMR, F)
-        usable = np.flatnonzero(allowed > 0)
-        for values, weights in zip(drawn, _draws(pairs, draws, seed), strict=True):
-            if len(usable):
-                values[:, usable] = _operate(pairs, weights, at[usable])
-        for i, name in enumerate(("threshold", "TMR")):
-            table[f"{name}_low"], table[f"{name}_high"] = _interval(drawn[:, i], level)
+        # (R, threshold or TMR, F)
+        drawn = np.array([_operate(pairs, weights, at) for weights in _draws(pairs, draws, seed)])
+        drawn[..., ~measurable] = np.nan
+        for i, name in enumerate(names):
+            table[f"{name}_low"], table[f"{name}_high"] = _interval(drawn[:, i])
     return table
 
 
-def roc_band(
-    pairs: Pairs, points: int = 25, *, draws: int = 1000, level: float = 0.95, seed: int = 0
-) -> pd.DataFrame:
+def roc_band(pairs: Pairs, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     """The ROC at some false-match rates, with intervals: `true_match_rate` as far as it can be known.
 
     The rates lie evenly on a log axis and start at one false match; those of `FMRS` are among them.
@@ -156,19 +126,18 @@ def roc_band(
 
     Args:
         pairs: from `pair_distances`.
-        points: how many rates, beside those of `FMRS`.
-        draws, level, seed: see `true_match_rate`.
+        draws, seed: see `true_match_rate`.
 
     Raises:
         ValueError: a draw needs more impostor pairs than were kept, or there are fewer than two people.
     """
     most = min(1.0, 0.5 * len(pairs.impostor) / pairs.impostors)
-    rates = {*np.geomspace(1 / pairs.impostors, most, points), *(f for f in FMRS if f <= most)}
-    return true_match_rate(pairs, sorted(rates), draws=draws, level=level, seed=seed).dropna()
+    rates = {*np.geomspace(1 / pairs.impostors, most, 25), *(f for f in FMRS if f <= most)}
+    return true_match_rate(pairs, sorted(rates), draws=draws, seed=seed).dropna()
 
 
 def at_threshold(
-    pairs: Pairs, threshold: float, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+    pairs: Pairs, threshold: float, *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """What a threshold that was chosen elsewhere gives on these pairs.
 
@@ -179,7 +148,6 @@ def at_threshold(
         pairs: from `pair_distances`.
         threshold: pairs with at most this distance are accepted.
         draws: of persons, for the intervals (the module's docstring says how).
-        level: share of the draws inside an interval.
         seed: of the draws.
 
     Returns:
@@ -190,26 +158,19 @@ def at_threshold(
             from fewer than two people.
     """
     false, true = _accepted(pairs, threshold)
-    values = np.empty((draws, 2))
-    counts = ((len(false), pairs.impostors), (len(true), len(pairs.genuine)))
-    one, other = _people_of(pairs, false)
-    alike = pairs.query_person[true["query"]]
-    everybody = pairs.query_person[pairs.genuine["query"]]
-    for row, weights in zip(values, _draws(pairs, draws, seed), strict=True):
-        false, total = weights[one] @ weights[other], _impostor_weight(pairs, weights)
-        row[0] = false / total if total else np.nan
-        true, total = weights[alike].sum(), weights[everybody].sum()
-        row[1] = true / total if total else np.nan
-    low, high = _interval(values, level)
-    rows = []
-    for i, (accepted, n) in enumerate(counts):
-        if accepted == 0:
-            high[i] = max(high[i], min(1.0, 3 / n))
-        if accepted == n:
-            low[i] = min(low[i], max(0.0, 1 - 3 / n))
-        rows.append((accepted / n, low[i], high[i], accepted, n))
-    columns = ["value", "low", "high", "accepted", "pairs"]
-    return pd.DataFrame(rows, columns=columns, index=["FMR", "TMR"])
+    everybody = pairs.genuine["query_person"]
+    accepted, total = [], []
+    for weights in _draws(pairs, draws, seed):
+        false_weight = weights[false["query_person"]] @ weights[false["gallery_person"]]
+        accepted.append((false_weight, weights[true["query_person"]].sum()))
+        total.append((_impostor_weight(pairs, weights), weights[everybody].sum()))
+    with np.errstate(invalid="ignore"):  # 0 / 0, where a draw has no such pair
+        low, high = _interval(np.divide(accepted, total))
+    accepted, n = np.array([[len(false), len(true)], [pairs.impostors, len(pairs.genuine)]])
+    high = np.where(accepted == 0, np.maximum(high, np.minimum(1, 3 / n)), high)
+    low = np.where(accepted == n, np.minimum(low, np.maximum(0, 1 - 3 / n)), low)
+    columns = {"value": accepted / n, "low": low, "high": high, "accepted": accepted, "pairs": n}
+    return pd.DataFrame(columns, index=["FMR", "TMR"])
 
 
 def camera_rates(pairs: Pairs, threshold: float) -> pd.DataFrame:
@@ -222,15 +183,12 @@ def camera_rates(pairs: Pairs, threshold: float) -> pd.DataFrame:
     Raises:
         ValueError: as `at_threshold`.
     """
-    names = ["query_camid", "gallery_camid"]
-    table = pairs.cameras.copy()
-    index = pd.MultiIndex.from_frame(table[names])
-    for rate, accepted, n in zip(
-        ("FMR", "TMR"), _accepted(pairs, threshold), ("impostor", "genuine"), strict=True
-    ):
-        counts = accepted.groupby(names).size().reindex(index, fill_value=0).to_numpy()
-        table[rate] = counts / table[n].where(table[n] > 0)
-    return table
+    table = pairs.cameras.set_index(["query_camid", "gallery_camid"])
+    false, true = _accepted(pairs, threshold)
+    for rate, accepted, of in (("FMR", false, "impostor"), ("TMR", true, "genuine")):
+        counts = accepted.groupby(table.index.names).size().reindex(table.index, fill_value=0)
+        table[rate] = counts / table[of].where(table[of] > 0)
+    return table.reset_index()
 
 
 def match_probability(prior: float, tmr: float, fmr: float) -> float:
@@ -256,13 +214,6 @@ def match_probability(prior: float, tmr: float, fmr: float) -> float:
 # --- thresholds, and draws of persons
 
 
-def _keep_more(fmr: float, pairs: Pairs) -> str:
-    return (
-        f"a false-match rate of {fmr:g} of {pairs.impostors:,} impostor pairs needs more of them "
-        f"than the {pairs.keep:,} that were kept: give pair_distances a larger keep"
-    )
-
-
 def _accepted(pairs: Pairs, threshold: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Impostor and genuine pairs with at most that distance."""
     if math.isnan(threshold):
@@ -272,75 +223,59 @@ def _accepted(pairs: Pairs, threshold: float) -> tuple[pd.DataFrame, pd.DataFram
             f"the threshold {threshold:g} accepts more impostor pairs than the {pairs.keep:,} that "
             "were kept: give pair_distances a larger keep"
         )
-    return tuple(
-        table.iloc[: np.searchsorted(table["distance"].to_numpy(), threshold, "right")]
-        for table in (pairs.impostor, pairs.genuine)
-    )
-
-
-def _people_of(pairs: Pairs, impostor: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in ``people`` of both sides of impostor pairs."""
-    return pairs.query_person[impostor["query"]], pairs.gallery_person[impostor["gallery"]]
-
-
-def _people_pair(pairs: Pairs, impostor: pd.DataFrame) -> np.ndarray:
-    """A number for each impostor pair, the same for the same two people."""
-    one, other = _people_of(pairs, impostor)
-    return np.minimum(one, other) * len(pairs.people) + np.maximum(one, other)
+    return tuple(table[table["distance"] <= threshold] for table in (pairs.impostor, pairs.genuine))
 
 
 def _draws(pairs: Pairs, draws: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each person is drawn, (H,) floats; identities and distractors apart."""
-    sizes = [int((pairs.people > 0).sum()), int((pairs.people == 0).sum())]
-    if draws < 1 or sizes[0] < 2:
-        raise ValueError(
-            f"an interval needs 1 draw or more from two people or more: {draws=}, people={sizes[0]}"
-        )
-    return (times.astype(float) for times in times_drawn(sizes, draws, seed))
+    people = pairs.identities
+    if draws < 1 or people < 2:
+        raise ValueError(f"an interval needs a draw from two people or more: {draws=}, {people=}")
+    drawn = times_drawn([people, pairs.distractors], draws, seed)
+    return (times.astype(float) for times in drawn)
 
 
 def _impostor_weight(pairs: Pairs, weights: np.ndarray) -> float:
     """The weight of all impostor pairs, kept or not: that of all pairs less those within people."""
-    queries = np.bincount(pairs.query_person, minlength=len(weights))
-    known = pairs.gallery_person[pairs.gallery_person >= 0]
-    images = np.bincount(known, minlength=len(weights))
-    queries, images = weights * queries, weights * images
+    queries, images = (weights * pairs.people[column] for column in ("queries", "images"))
     return float(queries.sum() * images.sum() - queries @ images)
 
 
-def _operate(pairs: Pairs, weights: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thresholds and true-match rates (F,) at false-match rates, each person weighted."""
+def _operate(pairs: Pairs, weights: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Thresholds and true-match rates (2, F) at false-match rates, each person weighted."""
     total = _impostor_weight(pairs, weights)
     if total == 0:  # one person alone was drawn
         return np.full((2, len(at)), np.nan)
-    allowed = at * total * (1 + 1e-12)
+    allowed = at * total * ROUNDED
     distance = pairs.impostor["distance"].to_numpy()
     # Mostly the front of the list is enough; else all of it.
     for n in (int(3 * at.max() * pairs.impostors) + 1000, len(distance)):
-        one, other = _people_of(pairs, pairs.impostor.iloc[:n])
-        # (n,) weight of what is accepted up to each pair
-        summed = np.cumsum(weights[one] * weights[other])
-        if len(summed) and summed[-1] > allowed.max():
+        front = pairs.impostor[:n]
+        weight = weights[front["query_person"]] * weights[front["gallery_person"]]
+        # (n + 1,) what the first 0, 1, ..., n pairs weigh
+        summed = np.cumsum(np.append(0, weight))
+        if summed[-1] > allowed.max():
             break
-    first = np.searchsorted(summed, allowed, "right")  # the first pair that is too much
-    refused = np.append(distance[:n], pairs.limit)[first]
-    if (first == len(summed)).any() and math.isfinite(pairs.limit):
-        raise ValueError(_keep_more(at.max(), pairs))
-    true = weights[pairs.query_person[pairs.genuine["query"]]]
-    summed = np.append(0, np.cumsum(true))
+    # The pairs after those that were kept, up to the keep-th, are all at the limit: see `_nearest`.
+    known = summed[-1] + (pairs.keep + 1 - len(distance)) * weights.min() ** 2
+    if allowed.max() >= known and math.isfinite(pairs.limit):
+        raise ValueError(
+            f"a false-match rate of {at.max():g} of {pairs.impostors:,} impostor pairs needs more of "
+            f"them than the {pairs.keep:,} that were kept: give pair_distances a larger keep"
+        )
+    # The first pair that is too much.
+    refused = np.append(distance[:n], pairs.limit)[np.searchsorted(summed, allowed, "right") - 1]
+    summed = np.cumsum(np.append(0, weights[pairs.genuine["query_person"]]))
     accepted = summed[np.searchsorted(pairs.genuine["distance"].to_numpy(), refused, "left")]
-    thresholds = np.where(np.isfinite(refused), np.nextafter(refused, -np.inf), np.inf)
-    return thresholds, accepted / summed[-1] if summed[-1] else np.full(len(at), np.nan)
+    threshold = np.where(np.isfinite(refused), np.nextafter(refused, -np.inf), np.inf)
+    with np.errstate(invalid="ignore"):  # 0 / 0, where nobody who was drawn has a genuine pair
+        return np.stack([threshold, accepted / summed[-1]])
 
 
-def _interval(drawn: np.ndarray, level: float) -> np.ndarray:
-    """Low and high (2, F) of draws (R, F); NaN where nothing could be drawn."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must be in (0, 1), not {level}")
-    ends = np.full((2, drawn.shape[1]), np.nan)
-    for i, values in enumerate(drawn.T):
-        values = values[~np.isnan(values)]
-        if len(values):  # one of the draws, not between two: a threshold may be infinite
-            around = [(1 - level) / 2, (1 + level) / 2]
-            ends[:, i] = np.quantile(values, around, method="nearest")
-    return ends
+def _interval(drawn: np.ndarray) -> np.ndarray:
+    """Low and high (2, F) of 95 % of the draws (R, F); NaN where nothing could be drawn."""
+    around = [(1 - 0.95) / 2, (1 + 0.95) / 2]
+    columns = [values[~np.isnan(values)] for values in drawn.T]
+    # One of the draws, not between two: a threshold may be infinite.
+    ends = [np.quantile(c, around, method="nearest") if len(c) else [np.nan] * 2 for c in columns]
+    return np.transpose(ends)
