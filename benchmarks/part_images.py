@@ -15,8 +15,9 @@ from PIL import Image
 from torchvision import transforms
 
 from reidlib.data.augment import Augmentation
-from reidlib.data.pixels import load_pixels
+from reidlib.data.pixels import load_images
 from reidlib.data.tables import load
+from reidlib.recipes import Recipe
 
 SIZES = (1, 2, 4, 8)
 WORKERS = os.cpu_count()
@@ -79,7 +80,7 @@ def cases(size: float) -> dict:
     def table(paths):
         return pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
 
-    pixels, _ = load_pixels(table(paths), (128, 64), show_progress=False)
+    pixels, _ = load_images(table(paths), Recipe(), show_progress=False)
     augment, rng = Augmentation((256, 128), enlarge=1.125), np.random.default_rng(0)
 
     def ours():
@@ -106,7 +107,7 @@ def cases(size: float) -> dict:
     def decode(paths):
         for file in Path(FOLDER.name).glob("*.npy"):
             file.unlink()
-        load_pixels(table(paths), (128, 64), show_progress=False)
+        load_images(table(paths), Recipe(), show_progress=False)
 
     def decode_one_by_one():
         for path in paths:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from reidlib.data.augment import Augmentation
-from reidlib.data.pixels import load_pixels
+from reidlib.data.pixels import load_images
 from reidlib.model.depthwise import StridedDepthwise
 from reidlib.model.device import autocast, pick_device, resolve_precision
 from reidlib.model.embed import embed
@@ -125,7 +125,7 @@ def cases(size: float) -> dict:
     model = build_model(recipe, pretrained=False).to(device).eval()
     paths = files(4 * b)
     table = pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
-    pixels, _ = load_pixels(table, (128, 64), show_progress=False)
+    pixels, _ = load_images(table, recipe, show_progress=False)
     images = OneByOne(paths, transforms.Resize((128, 64)))
 
     def one_by_one():

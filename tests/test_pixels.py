@@ -33,8 +33,8 @@ def table(tmp_path, monkeypatch):
     return make_images(tmp_path)
 
 
-def load_quietly(table, otherwise=(9, 9), **options):
-    return load_pixels(table, otherwise, show_progress=False, **options)
+def load_quietly(table, otherwise=(9, 9), largest=None, unreadable="fail"):
+    return load_pixels(table, otherwise, largest, unreadable, show_progress=False)
 
 
 def test_pixels_are_those_of_the_files(table):

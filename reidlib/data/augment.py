@@ -13,9 +13,9 @@ class Augmentation:
     """Turns batches of uint8 pixels into batches of network input, at random for training.
 
     In this order: resize to `enlarge` times the input, random crop to the input, random flip,
-    normalisation, random erasing. Resized pixels are rounded to whole numbers, as Pillow's and so
-    torchvision's are. The random numbers come from a generator of its own on the CPU, so that the
-    same seed gives the same crops on every device; `generator` is its state to save.
+    normalisation, random erasing. Resized pixels are rounded to whole numbers, as Pillow's are. The
+    random numbers come from a `generator` on the CPU, so that a seed gives the same crops on every
+    device.
 
     Args:
         size: (height, width) of the network's input, in pixels.
@@ -96,10 +96,8 @@ class Augmentation:
             return images.div_(255)
         # A row of the image as one, channels last: a vector as short as three numbers is slow.
         width = images.shape[3]
-        mean, std = (
-            torch.tensor(x, device=images.device).repeat(width)
-            for x in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        constants = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device)
+        mean, std = constants.repeat(1, width)
         rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, h, w 3)
         rows = rows.div_(255).sub_(mean).div_(std)
         return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)

@@ -125,8 +125,7 @@ def check(
 def drop_unreadable(dataset: Dataset, report: DataReport) -> Dataset:
     """Return the data set without the images that `check` could not read, named in the notes.
 
-    Raises:
-        ValueError: no image of a split can be read.
+    ValueError: no image of a split can be read.
     """
     bad = set(report.unreadable)
     tables = {s: t[~t["path"].isin(bad)].reset_index(drop=True) for s, t in dataset.splits.items()}

@@ -16,6 +16,7 @@ import pandas as pd
 from reidlib.paths import data_dir
 from reidlib.words import some
 
+Source = str | Path
 MARKET_FOLDER = "Market-1501-v15.09.15"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SPLIT_FOLDERS = {
@@ -28,12 +29,8 @@ SPLIT_FOLDERS = {
 MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
 
 
-def existing(source: str | Path) -> Path:
-    """Return the path as given, else under the data folder.
-
-    Raises:
-        FileNotFoundError: it is in neither place; names both.
-    """
+def existing(source: Source) -> Path:
+    """Return the path as given, else under the data folder; FileNotFoundError names both."""
     given = Path(source).expanduser()
     for path in (Path(os.path.abspath(given)), data_dir() / given):
         if str(source).strip() and path.exists():
@@ -44,20 +41,13 @@ def existing(source: str | Path) -> Path:
     )
 
 
-# --- where the images are
-
-
 def is_market1501(path: Path) -> bool:
     """Say whether a folder or a zip is named like Market-1501, however that is spelt."""
     return re.sub(r"[^a-z0-9]", "", path.name.lower()).startswith("market1501")
 
 
 def find_market1501() -> Path:
-    """Return the folder of Market-1501 in the data folder, unpacked where there is only its zip.
-
-    Raises:
-        FileNotFoundError: there is neither; says where to get it.
-    """
+    """Return the folder of Market-1501 in the data folder, unpacked where there is only its zip."""
     places = [p for p in data_dir().glob("[!.]*") if is_market1501(p)]
     places.sort(key=lambda p: (p.is_file(), not p.name.startswith(MARKET_FOLDER), p.name))
     for place in places:
@@ -66,19 +56,14 @@ def find_market1501() -> Path:
         if place.is_dir() and (found := find_market(place)):
             return found
     raise FileNotFoundError(
-        f"Market-1501 is not here: looked in {data_dir()} for the folder {MARKET_FOLDER} "
-        "(with bounding_box_train in it) and for Market-1501*.zip. Get it from the project page of "
-        "its author, Liang Zheng, or from a copy on Kaggle, and put the folder or the zip there; "
-        'or use dataset="synthetic".'
+        f"Market-1501 is not in {data_dir()}: get it from the project page of its author, Liang "
+        f"Zheng, or from Kaggle, and put the folder {MARKET_FOLDER} (with bounding_box_train in it) "
+        'or its zip there; or use dataset="synthetic".'
     )
 
 
 def find_market(root: Path) -> Path | None:
-    """Return the folder with bounding_box_train in it: `root` or up to two levels below; or None.
-
-    Raises:
-        ValueError: there are several.
-    """
+    """Return the folder with bounding_box_train in it, `root` or up to two levels below; or None."""
     for level in ("", "*/", "*/*/"):
         hits = sorted(p.parent for p in root.glob(level + "bounding_box_train") if p.is_dir())
         hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
@@ -90,49 +75,40 @@ def find_market(root: Path) -> Path | None:
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of train, query and gallery; empty where a folder has none of them.
-
-    Raises:
-        FileNotFoundError: it has some of them.
-    """
-    found = {}
-    for split, names in SPLIT_FOLDERS.items():
-        inside = [root / name for name in names if (root / name).is_dir()]
-        if inside:
-            found[split] = inside[0]
-    missing = [f"{s} ({' or '.join(n)})" for s, n in SPLIT_FOLDERS.items() if s not in found]
-    if found and missing:
+    """Return the folders of train, query and gallery; none, or all: else FileNotFoundError."""
+    found = {
+        split: [root / name for name in names if (root / name).is_dir()]
+        for split, names in SPLIT_FOLDERS.items()
+    }
+    missing = [
+        f"{s} ({' or '.join(SPLIT_FOLDERS[s])})" for s, places in found.items() if not places
+    ]
+    if missing and any(found.values()):
         raise FileNotFoundError(
             f"{root} lacks a folder for {', '.join(missing)}: give the right one, or unpack it again."
         )
-    return found
+    return {} if missing else {split: places[0] for split, places in found.items()}
 
 
 def find_lists(root: Path) -> dict[str, Path]:
-    """Return the CSV lists in a folder by split; empty where there are none.
-
-    Raises:
-        ValueError: there are several for one split.
-    """
-    lists = {}
-    words = {p: {*re.split("[^a-z]+", p.stem.lower())} for p in sorted(root.glob("*.csv"))}
-    for split, names in SPLIT_FOLDERS.items():
-        named = [path for path in words if words[path] & {*names}]
-        if len(named) > 1:
+    """Return the CSV lists in a folder by split; several for one split are a ValueError."""
+    words = {path: {*re.split("[^a-z]+", path.stem.lower())} for path in sorted(root.glob("*.csv"))}
+    found = {
+        split: [path for path in words if words[path] & {*names}]
+        for split, names in SPLIT_FOLDERS.items()
+    }
+    for split, paths in found.items():
+        if len(paths) > 1:
             raise ValueError(
-                f"{named[0]} and {named[1].name} are both lists for {split}: "
-                "put one data set's lists in a folder of their own."
+                f"{some(paths)} are all lists for {split}: give each data set a folder of its own."
             )
-        if named:
-            lists[split] = named[0]
-    return lists
+    return {split: paths[0] for split, paths in found.items() if paths}
 
 
 def unpack(archive: Path) -> Path:
     """Unpack a zip beside itself, once, and return the folder.
 
-    Raises:
-        ValueError: a member would leave the folder, or the zip is broken; then nothing is written.
+    ValueError: a member would leave the folder, or the zip is broken; then nothing is written.
     """
     target = archive.with_suffix("")
     if target.is_dir():
@@ -140,13 +116,9 @@ def unpack(archive: Path) -> Path:
     outside = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
     try:
         with zipfile.ZipFile(archive) as opened, whole_folder(target) as part:
-            refused = [
-                member.filename
-                for member in opened.infolist()
-                if outside.match(member.filename) or stat.S_ISLNK(member.external_attr >> 16)
-            ]
-            if refused:
-                raise ValueError(f"{archive} is refused: {some(refused)} would leave the folder.")
+            for name, kind in [(m.filename, m.external_attr >> 16) for m in opened.infolist()]:
+                if outside.match(name) or stat.S_ISLNK(kind):
+                    raise ValueError(f"{archive} is refused: {name} would leave the folder.")
             opened.extractall(part)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise ValueError(
@@ -187,20 +159,14 @@ def walk(place: Path) -> tuple[list[str], list[str]]:
     return sorted(images), [note] if strays else []
 
 
-def read_folder(
-    place: Path, pattern: str | None, labelled: bool = True
-) -> tuple[pd.DataFrame, list[str]]:
-    """Return the rows of one folder, and notes.
+def read_folder(place: Path, pattern: str | None, notes: list[str], labelled: bool) -> pd.DataFrame:
+    """Return the rows of one folder; `notes` get sentences on what is passed over.
 
-    Args:
-        place: the folder.
-        pattern: over file names, or None.
-        labelled: where the pattern does not say the pid, the sub-folder does; else it is -1.
-
-    Raises:
-        ValueError: no images, or names that say no identity.
+    Where the `pattern` over file names does not say the pid, it is -1, or, if `labelled`, the first
+    sub-folder. Raises ValueError: no images, or names that say no identity.
     """
-    names, notes = walk(place)
+    names, strays = walk(place)
+    notes += strays
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     groups = _groups_of(names, pattern, place)
@@ -210,35 +176,25 @@ def read_folder(
         loose = rows["pid"] == rows["path"]
         if loose.all():
             raise ValueError(
-                f"{place} has images but no sub-folder for each identity. Sort them into "
-                r'sub-folders, or give pattern, e.g. r"^(?P<pid>\d+)_c(?P<camid>\d+)".'
+                f"{place} has no sub-folder for each identity: sort the images into sub-folders, or "
+                r'give pattern, e.g. r"^(?P<pid>\d+)_c(?P<camid>\d+)".'
             )
         if loose.any():
-            strays = some(rows["path"][loose])
-            notes.append(f"In {place.name}/ ignored, in no identity's folder: {strays}.")
+            named = some(rows["path"][loose])
+            notes.append(f"In {place.name}/ ignored, in no identity's folder: {named}.")
         rows = rows[~loose]
-    return rows.assign(path=[str(place / name) for name in rows["path"]]), notes
+    return rows.assign(path=[str(place / name) for name in rows["path"]])
 
 
 def read_list(
-    source: Path,
-    image_root: str | Path | None,
-    pattern: str | None,
-    must_exist: bool = True,
-    labelled: bool = True,
+    source: Path, image_root: Source | None, pattern: str | None, must_exist: bool, labelled: bool
 ) -> pd.DataFrame:
     """Return the rows of one CSV list.
 
-    Args:
-        source: the list.
-        image_root: where relative paths start; None: in the list's own folder.
-        pattern: over file names, or None; says the camera where no column does.
-        must_exist: the images must be there.
-        labelled: a header must name the column `pid`; else it is -1 without it.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: no rows, or a line that cannot be read.
+    Relative paths start at `image_root` (None: in the list's own folder). The `pattern` over file
+    names says the camera where no column does. If `labelled`, a header must name the column `pid`;
+    else it is -1 without it. Raises FileNotFoundError if an image `must_exist` and does not, and
+    ValueError: no rows, or a line that cannot be read.
     """
     base = existing(image_root) if image_root else source.parent
     with open(source, newline="", encoding="utf-8-sig") as file:
@@ -266,8 +222,8 @@ def read_list(
     lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
     if lost:
         raise FileNotFoundError(
-            f"{len(lost)} of {len(rows)} images in {source} do not exist: "
-            f"{some(lost, 3)}. Is image_root right? It is {base}."
+            f"{len(lost)} of {len(rows)} images in {source} do not exist: {some(lost, 3)}. Is "
+            f"image_root right? It is {base}."
         )
     return rows[["path", "pid", "camid"]]
 

@@ -6,11 +6,11 @@ turned by a yaw, clothed with capsules and elliptic cylinders, and painted from 
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from PIL.ImageDraw import ImageDraw
 
 Colour = tuple[int, ...]  # red, green, blue, and how opaque, 0 to 255
@@ -31,20 +31,13 @@ BAGS = ((34, 34, 38), (150, 40, 44), (60, 84, 60), (130, 92, 56), (58, 82, 136),
 
 PATTERNS = ("plain", "stripes", "pinstripes", "checks", "print", "yoke", "band", "dots")
 # Hair that hangs over the back: a limb.
-MANES = {
-    "long": ((0, 8, -1.8), (0, 25, -4.2), 5.0, 4.6),
-    "ponytail": ((0, 5, -5.6), (0, 19, -7.2), 1.9, 1.3),
-}
+MANES = {"long": ((0, 8, -1.8), (0, 25, -4.2), 5.0, 4.6)}
+MANES |= {"ponytail": ((0, 5, -5.6), (0, 19, -7.2), 1.9, 1.3)}
 AROUND, RIGHT_ANGLE = math.pi, math.pi / 2
 _HALF = [math.pi * (i / 6 - 0.5) for i in range(7)]
 
 
-def random_of(*key: int) -> np.random.Generator:
-    """Return a generator of its own for each key, the same on every machine."""
-    return np.random.default_rng([int(k) for k in key])
-
-
-def pick(rng: np.random.Generator, options: Sequence) -> Any:
+def pick(rng: Generator, options: Sequence) -> Any:
     """Draw one of the options."""
     return options[int(rng.integers(len(options)))]
 
@@ -64,10 +57,10 @@ def look(pid: int, seed: int = 0) -> SimpleNamespace:
     >>> (a.top, a.bottom) == (b.top, b.bottom), a.pattern == b.pattern
     (True, False)
     """
-    family = random_of(seed, 1, pid // FAMILY)
+    family = default_rng([seed, 1, pid // FAMILY])
     who = SimpleNamespace(top=pick(family, TOPS), bottom=pick(family, BOTTOMS))
     who.pattern = PATTERNS[family.permutation(len(PATTERNS))[pid % FAMILY]]
-    rng = random_of(seed, 2, pid)
+    rng = default_rng([seed, 2, pid])
     female = who.female = bool(rng.random() < 0.5)
     hers, styles = 2 * female, ("bob", "long", "ponytail", "bun", "short")
     options = {  # drawn in this order; what stands twice is worn twice as often
@@ -91,9 +84,6 @@ def look(pid: int, seed: int = 0) -> SimpleNamespace:
     who.side_stripe = rng.random() < 0.2  # down the trousers
     who.build = rng.uniform(0.90, 1.14) * (0.93 if female else 1.0)  # width of the torso
     return who
-
-
-# --- the pen: body space to pixels
 
 
 class Pen:
@@ -193,35 +183,29 @@ class Pen:
         self.draw.line((left + r / 2, mid, right - r / 2, mid), dark, thick)
 
 
-# --- the body
-
-
 def _between(a: Point, b: Point, t: float) -> Point:
     return tuple(m + t * (n - m) for m, n in zip(a, b, strict=True))
 
 
 def paint_person(pen: Pen, who: SimpleNamespace, phase: float) -> None:
     """Paint one person, parts from far to near; `phase` is that of the step, in radians."""
-    swing = 0.36 * math.sin(phase)
+    swing, b = 0.36 * math.sin(phase), who.build
     pen.crown += 45 * (1 - math.cos(swing)) * pen.scale  # a stride lowers the body
-    parts = [(0.0, partial(_paint_torso, pen, who)), (40.0, partial(_paint_head, pen, who))]
+    parts = [(0.0, _paint_torso, pen, who), (40.0, _paint_head, pen, who)]  # depth, what to call
     for side in (-1, 1):
-        leg = partial(_paint_leg, pen, who, side, swing * side)
-        parts.append((-50 + pen.depth(side * 4, 20 * swing * side), leg))
-        arm = partial(_paint_arm, pen, who, side, -1.2 * swing * side)
-        parts.append((pen.depth(side * 9, 0) + 0.5, arm))
+        step = swing * side
+        parts.append((-50 + pen.depth(side * 4, 20 * step), _paint_leg, pen, who, side, step))
+        parts.append((pen.depth(side * 9, 0) + 0.5, _paint_arm, pen, who, side, -1.2 * step))
     if who.hair_style in MANES:  # over the torso only where we see the back
-        mane = partial(pen.limb, *MANES[who.hair_style], who.hair)
-        parts.append((41.0 if pen.cos < 0.25 else -0.5, mane))
+        depth = 41.0 if pen.cos < 0.25 else -0.5
+        parts.append((depth, pen.limb, *MANES[who.hair_style], who.hair))
     if who.bag == "backpack":
-        bag = partial(pen.box, (0, 31, -9.0), (6.4 * who.build, 11, 3.6), who.bag_colour)
-        parts.append((pen.depth(0, -8), bag))
+        parts.append((pen.depth(0, -8), pen.box, (0, 31, -9.0), (6.4 * b, 11, 3.6), who.bag_colour))
     if who.bag == "shoulder":
-        x = who.bag_side * 9.5 * who.build
-        bag = partial(pen.box, (x, 50, 0), (2.6, 6.0, 5.6), who.bag_colour)
-        parts.append((pen.depth(x, 0) + 1.5, bag))
-    for _, paint in sorted(parts, key=lambda part: part[0]):
-        paint()
+        x = who.bag_side * 9.5 * b
+        parts.append((pen.depth(x, 0) + 1.5, pen.box, (x, 50, 0), (2.6, 6.0, 5.6), who.bag_colour))
+    for _, paint, *arguments in sorted(parts, key=lambda part: part[0]):
+        paint(*arguments)
 
 
 def _paint_leg(pen: Pen, who: SimpleNamespace, side: int, angle: float) -> None:
@@ -241,8 +225,7 @@ def _paint_leg(pen: Pen, who: SimpleNamespace, side: int, angle: float) -> None:
         pen.limb(knee, ankle, 3.6 * width, (3.6 if who.legs == "wide" else 2.7) * width, who.bottom)
         pen.limb(hip, knee, 5.1, 3.8 * width, who.bottom)
         if who.side_stripe and pen.depth(side, 0) > -0.6:
-            seam = ((hip, 4), (knee, 3), (ankle, 2))
-            seam = [pen.at(p[0] + side * r, p[1], p[2]) for p, r in seam]
+            seam = [pen.at(p[0] + side * r, *p[1:]) for p, r in ((hip, 4), (knee, 3), (ankle, 2))]
             pen.draw.line(seam, who.accent, int(1.5 * pen.scale))
     if who.boots:
         pen.limb(_between(ankle, knee, 0.45), ankle, 3.1, 2.6, who.shoes)
@@ -253,10 +236,9 @@ def _paint_arm(pen: Pen, who: SimpleNamespace, side: int, angle: float) -> None:
     shoulder = (side * 8.4 * b, 20.6, 0.0)
     elbow = (side * 10.4 * b, 20 + 14 * math.cos(angle), 14 * math.sin(angle))
     hand = (side * 10.6 * b, elbow[1] + 13 * math.cos(fore), elbow[2] + 13 * math.sin(fore))
-    below = (hand[0], hand[1] + 2.4, hand[2] + 0.6)
     if who.bag == "handbag" and side == who.bag_side:
         pen.box((hand[0], hand[1] + 8.5, hand[2]), (2.4, 4.8, 5.4), who.bag_colour)
-    pen.limb(hand, below, 1.6, 1.2, who.skin)
+    pen.limb(hand, (hand[0], hand[1] + 2.4, hand[2] + 0.6), 1.6, 1.2, who.skin)
     pen.limb(elbow, hand, 2.1, 1.6, who.skin)
     pen.limb(shoulder, elbow, 2.6, 2.1, who.skin)
     sleeve = {"tank": 0.0, "dress": 0.0, "tshirt": 0.62}.get(who.cut, 1.0)
@@ -276,9 +258,8 @@ def _paint_arm(pen: Pen, who: SimpleNamespace, side: int, angle: float) -> None:
 def _paint_torso(pen: Pen, who: SimpleNamespace) -> None:
     b, waist = who.build, (6.9 if who.female else 8.2)
     hem = {"dress": 68.0, "coat": 66.0, "tank": 50.0}.get(who.cut, 52.0)
-    flare = 11.5 if who.cut == "dress" else 9.6
     widths = [(14.5, 3.6), (16.5, 7.0 * b), (19.5, 9.4 * b), (24, 9.6 * b)]
-    widths += [(40, waist * b), (49, 8.6 * b), (68, flare * b)]
+    widths += [(40, waist * b), (49, 8.6 * b), (68, (11.5 if who.cut == "dress" else 9.6) * b)]
 
     pen.limb((0, 11, 0), (0, 16, 0), 2.9, 3.2, who.skin)
     if who.legs == "skirt" and who.cut != "dress":

@@ -24,6 +24,9 @@ from reidlib.recipes import Recipe
 from reidlib.runs import write_atomically
 
 Size = tuple[int, int]  # height, width
+# The texts of these errors name the path once more.
+_CAUSES = {UnidentifiedImageError: "no image format that Pillow knows"}
+_CAUSES |= {FileNotFoundError: "there is no such file"}
 _FORMAT = 1  # of the cache files; a new one makes old files be ignored
 
 
@@ -60,29 +63,21 @@ def load_training_images(
 
 
 def load_pixels(
-    table: pd.DataFrame,
-    otherwise: Size,
-    largest: int | None = None,
-    unreadable: str = "fail",
-    show_progress: bool = True,
+    table: pd.DataFrame, otherwise: Size, largest: int | None, unreadable: str, show_progress: bool
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return all pixels of a table, decoded once and memory-mapped from then on.
+    """Return all pixels of a table, decoded once and memory-mapped from then on, and its rows.
 
     The cache file is keyed by the data's fingerprint (paths, sizes and times of change of the
-    files), the size and what to do with unreadable images: a changed file is decoded again.
+    files), the size and what to do with unreadable images: a changed file is decoded again. What
+    is written to the pixels, (N, H, W, 3) uint8, never reaches the file.
 
     Args:
         table: `path` and what else; one row an image.
         otherwise: (height, width) to which images are resized as they are decoded (bilinear, with
             antialiasing), where they do not all have one size.
         largest: pixels of an image that may keep its size; None: any.
-        unreadable: `"fail"`, or `"skip"` to leave broken images out.
+        unreadable: `"fail"`, or `"skip"` to leave broken images and their rows out.
         show_progress: draw a bar while decoding.
-
-    Returns:
-        pixels: (N, H, W, 3) uint8, memory-mapped; what is written to it never reaches the file.
-        table: the rows that the pixels belong to, with a fresh index: shorter than the one given
-            only where unreadable images were skipped.
 
     Raises:
         ValueError: no rows, or unreadable images (named).
@@ -90,10 +85,9 @@ def load_pixels(
     """
     if len(table) == 0:
         raise ValueError("There are no images to load: the table has no rows.")
-    data = fingerprint(table, mtime=True)
-    arguments = (table["path"].tolist(), otherwise, largest, unreadable == "skip", show_progress)
+    data, paths, skip = fingerprint(table, mtime=True), table["path"].tolist(), unreadable == "skip"
     try:
-        pixels, kept = _cached(data, *arguments)
+        pixels, kept = _cached(data, paths, otherwise, largest, skip, show_progress)
     except OSError as error:
         raise OSError(
             f"Decoded images are kept in {cache_dir()}, which cannot be written "
@@ -102,17 +96,11 @@ def load_pixels(
     return pixels, table.iloc[kept].reset_index(drop=True)
 
 
-# --- one image
-
-
 def read_image(path: str | Path) -> np.ndarray:
     """Decode one image file to (H, W, 3) uint8 RGB: the only decoder of the library.
 
     EXIF orientation is applied; grey, palette and CMYK become RGB; alpha is dropped; 16-bit grey
-    keeps its upper 8 bits.
-
-    Raises:
-        ValueError: it cannot be read; names the file and the cause.
+    keeps its upper 8 bits. A ValueError names a file that cannot be read, and the cause.
     """
     try:
         with Image.open(path) as opened:
@@ -125,23 +113,13 @@ def read_image(path: str | Path) -> np.ndarray:
                 image = image.convert("RGBA")  # a transparent palette warns on its way to RGB
             pixels = np.array(image.convert("RGB"))  # (H, W, 3)
     except Exception as error:  # Pillow raises a dozen unrelated types on damaged files
-        cause = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its own text names the path once more
-            cause = "no image format that Pillow knows"
-        elif isinstance(error, FileNotFoundError):
-            cause = "there is no such file"
+        cause = _CAUSES.get(type(error)) or str(error) or type(error).__name__
         raise ValueError(f"cannot read the image {path}: {cause}") from error
     return pixels
 
 
-# --- the size of many
-
-
 def image_sizes(paths: Sequence[str]) -> list[Size | None]:
-    """Return (height, width) of image files as `read_image` gives them; None for unreadable ones.
-
-    Read from the files' headers, without decoding.
-    """
+    """Return what sizes `read_image` will give, by the files' headers; None for unreadable ones."""
 
     def header(path: str) -> Size | None:
         try:
@@ -154,9 +132,6 @@ def image_sizes(paths: Sequence[str]) -> list[Size | None]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(header, paths))
-
-
-# --- the cache
 
 
 def _cached(

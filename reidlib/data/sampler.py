@@ -9,25 +9,22 @@ from numpy.typing import ArrayLike
 class PKSampler:
     """Draw PK batches of row numbers from the identities of a table.
 
-    Two epochs are on offer. `"identities"` is TriNet's: every identity is shown once, with K of its
-    images. `"images"` shows every image at least once: an identity with n images is given
-    ceil(n / K) groups of K, and no batch holds an identity twice.
-
     K images of an identity are K different ones where it has as many. An identity with fewer
-    repeats them evenly: none is shown twice before all were shown once. Where the groups of an
-    epoch do not fill the last batch, it is filled up with further identities drawn at random.
+    repeats them evenly: none is shown twice before all were shown once. Where an epoch does not fill
+    the last batch, it is filled up with further identities drawn at random.
 
     Args:
         pids: identity of each row, (N,) integers. Rows with a negative pid (junk) are refused.
         p: identities in a batch.
         k: images of each.
-        epoch: `"identities"` or `"images"`.
+        epoch: `"identities"`, TriNet's, shows every identity once, with K of its images. `"images"`
+            shows every image at least once: n images of an identity make ceil(n / K) groups of K,
+            and no batch holds an identity twice.
         seed: of the sampler's own random generator.
 
     Iterating yields one epoch of int64 arrays (P·K,), the K rows of an identity side by side; the
-    next iteration continues with the generator where the last one stopped. `state_dict` taken
-    between two batches, loaded into a sampler made with the same arguments, continues with the very
-    batch that would have come next.
+    next iteration goes on with the generator. `state_dict` taken between two batches, loaded into a
+    sampler made with the same arguments, goes on with the very batch that would have come next.
 
     Raises:
         ValueError: no rows, junk rows, fewer than P identities, P or K below 1, unknown epoch.
@@ -49,7 +46,7 @@ class PKSampler:
             raise ValueError(f"Unknown epoch {epoch!r}: choose 'identities' or 'images'.")
         if (pids < 0).any():
             raise ValueError(
-                f"{int((pids < 0).sum())} rows are junk (pid below 0): take them out before training."
+                f"{(pids < 0).sum()} rows are junk (pid below 0): take them out first."
             )
         self.p, self.k = p, k
         order = np.argsort(pids, kind="stable")
@@ -59,13 +56,12 @@ class PKSampler:
         self._counts = np.ones(len(self._rows), dtype=np.int64)
         if epoch == "images":
             self._counts = np.array([-(-len(rows) // k) for rows in self._rows])
-        if len(self._rows) < p:
+        found = len(self._rows)
+        if found < p:
             advice = "lower P, or hold out fewer identities"
-            if len(self._rows) < 2:
+            if found < 2:
                 advice = "without a second identity there is no negative, and nothing to learn"
-            raise ValueError(
-                f"A batch needs P = {p} identities, the data has {len(self._rows)}: {advice}."
-            )
+            raise ValueError(f"A batch needs P = {p} identities, the data has {found}: {advice}.")
         self._random = np.random.default_rng(seed)
         self._batches: list[np.ndarray] = []  # what is left of the epoch under way
         self._started = False

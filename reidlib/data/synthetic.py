@@ -8,39 +8,30 @@ height and background; views differ in direction and step; boxes are misaligned,
 
 import json
 import math
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageFilter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 from reidlib.data.files import whole_folder
-from reidlib.data.people import BAGS, TOPS, Colour, Pen, look, paint_person, pick, random_of, shade
+from reidlib.data.people import BAGS, TOPS, Pen, look, paint_person, pick, shade
 from reidlib.paths import data_dir
 
 VERSION = 1  # of the pictures: raise it with every change that alters a drawn pixel
 ZOOM = 4  # drawn so many times larger, then averaged down: smooth edges without any other means
 YAWS = (0.0, 90.0, 180.0, -90.0)  # towards the camera, to the right, away, to the left
 
-
-class Camera(NamedTuple):
-    """What a camera does to every picture it takes."""
-
-    scene: str
-    gain: tuple[float, float, float]  # of red, green, blue
-    gamma: float  # above 1 darkens
-    saturation: float
-    haze: float  # share of the range lifted from black
-    blur: float  # pixels
-    noise: float  # standard deviation, in grey levels of 255
-    tilt: float  # sine of the angle at which it looks down
-    foreshorten: float  # how much the height of the camera shortens the legs
-    light: int  # the side that light comes from: -1 left, 1 right
-
-
+# What a camera does to every picture it takes: the street before it; a gain of red, green and blue;
+# gamma (above 1 darkens); saturation; haze (the share of the range lifted from black); blur in
+# pixels; noise (standard deviation in grey levels of 255); tilt (the sine of the angle at which it
+# looks down); how much its height shortens the legs; the side that light comes from, -1 left.
+Camera = namedtuple("Camera", "scene gain gamma saturation haze blur noise tilt foreshorten light")
 CAMERAS = {
     1: Camera("pavement", (1.07, 1.01, 0.91), 0.95, 1.05, 0.00, 0.3, 3, 0.10, 0.05, -1),
     2: Camera("park", (0.95, 1.03, 0.92), 1.04, 1.00, 0.02, 0.4, 4, 0.18, 0.14, 1),
@@ -50,43 +41,35 @@ CAMERAS = {
     6: Camera("hall", (1.06, 1.07, 1.07), 0.90, 0.86, 0.03, 0.4, 4, 0.22, 0.18, 1),
 }
 
-
-class Street(NamedTuple):
-    """What stands behind the people; lengths in rows of a picture of 128."""
-
-    horizon: int
-    ground: Colour
-    wall: Colour  # what is above the horizon
-    tiles: bool
-    things: tuple  # (gap, parts): parts painted again at about every gap, far to near
-    # A part is (x, y, width, height, colour or None for any, radius of its corners).
-
-
+# What stands behind the people; lengths in rows of a picture of 128: the horizon, the colours of
+# the ground and of what is above it, whether the ground is tiled, and things, far to near. A thing
+# is a gap, at about which it is painted again, and its parts: x, y, width, height, colour (None:
+# any) and the radius of the corners.
 # fmt: off
 _MORTAR = (104, 66, 56)
 STREETS = {
-    "pavement": Street(54, (172, 166, 156), (196, 188, 172), True, (
+    "pavement": (54, (172, 166, 156), (196, 188, 172), True, (
         (46, ((0, 0, 40, 54, (186, 176, 158), 0),  # a house with three windows
               *((4 + 12 * i, 8, 8, 22, (88, 104, 122), 0) for i in range(3)))),
         (384, ((0, 44, 400, 10, (86, 106, 70), 0),)))),  # a hedge
-    "park": Street(40, (104, 128, 74), (70, 96, 62), False, (
+    "park": (40, (104, 128, 74), (70, 96, 62), False, (
         (27, ((14, 0, 4, 44, (84, 66, 50), 0), (0, -12, 32, 46, (76, 106, 60), 16))),
         (43, ((9, 0, 3, 42, (84, 66, 50), 0), (0, 0, 22, 36, (60, 88, 48), 11))),
         (384, ((0, 86, 400, 20, (176, 160, 130), 0),)))),  # a path
-    "shop": Street(80, (112, 104, 98), (92, 84, 84), True, (
+    "shop": (80, (112, 104, 98), (92, 84, 84), True, (
         (58, ((0, 6, 52, 12, None, 0), (0, 21, 40, 53, (206, 190, 150), 0),  # a sign, a window,
               *((3 + 8 * i, 32 + 17 * (i % 3), 6, 10, None, 0) for i in range(5)),  # goods,
               (42, 21, 10, 59, (58, 50, 48), 0))),)),  # a door
-    "road": Street(46, (104, 106, 110), (142, 148, 152), False, (
+    "road": (46, (104, 106, 110), (142, 148, 152), False, (
         (384, ((0, 46, 400, 6, (166, 164, 158), 0),)),  # the kerb
         (70, ((10, 18, 36, 18, (62, 74, 86), 6), (0, 30, 56, 20, None, 5),  # a parked car
               (6, 42, 12, 12, (30, 30, 32), 6), (38, 42, 12, 12, (30, 30, 32), 6))),
         (40, ((0, 96, 22, 6, (214, 214, 208), 0),)))),
-    "brick": Street(66, (134, 128, 126), (140, 84, 66), True, (
+    "brick": (66, (134, 128, 126), (140, 84, 66), True, (
         (384, tuple((0, 6 * i, 400, 1, _MORTAR, 0) for i in range(11))),
         (14, tuple((7 * (i % 2), 6 * i, 1, 6, _MORTAR, 0) for i in range(11))),
         (80, ((0, 14, 24, 32, (210, 204, 190), 0), (3, 18, 18, 14, None, 0))))),  # a poster
-    "hall": Street(32, (190, 190, 186), (150, 158, 166), True, (
+    "hall": (32, (190, 190, 186), (150, 158, 166), True, (
         (34, ((0, 0, 26, 32, (120, 146, 164), 0), (27, 0, 6, 38, (212, 208, 200), 0))),
         (384, ((0, 102, 400, 6, (206, 176, 70), 0),)),  # a guiding line
         (60, ((0, 32, 14, 96, (206, 206, 202), 0),)))),  # mirrored light
@@ -94,10 +77,7 @@ STREETS = {
 # fmt: on
 
 
-# --- the street
-
-
-def _texture(rng: np.random.Generator, h: int, w: int, cell: int, strength: float) -> np.ndarray:
+def _texture(rng: Generator, h: int, w: int, cell: int, strength: float) -> np.ndarray:
     """Return smooth noise (h, w, 1) around 1: a coarse random grid, enlarged."""
     grid = rng.normal(0, 40, (h // cell + 2, w // cell + 2)) + 128
     big = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((w, h), Image.BICUBIC)
@@ -105,22 +85,22 @@ def _texture(rng: np.random.Generator, h: int, w: int, cell: int, strength: floa
 
 
 @lru_cache(maxsize=16)
-def _scene(seed: int, camera: int, height: int, width: int) -> Image.Image:
+def _scene(seed: int, camera: int, h: int, w: int) -> Image.Image:
     """Paint the street of a camera, six pictures wide: each picture shows another piece of it."""
-    rng, street = random_of(seed, 3, camera), STREETS[CAMERAS[camera].scene]
-    h, w = height * ZOOM, 6 * width * ZOOM
-    u = h / 128
-    image = Image.new("RGB", (w, h), street.wall)
+    rng = default_rng([seed, 3, camera])
+    horizon, ground, wall, tiled, things = STREETS[CAMERAS[camera].scene]
+    w, u = 6 * w, h / 128
+    image = Image.new("RGB", (w, h), wall)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, street.horizon * u, w, h), street.ground)
-    if street.tiles:  # their rows are denser towards the horizon
-        seam = shade(street.ground, 0.8)
+    draw.rectangle((0, horizon * u, w, h), ground)
+    if tiled:  # their rows are denser towards the horizon
+        seam = shade(ground, 0.8)
         for i in range(6):
-            y = (street.horizon + (128 - street.horizon) * (i / 6) ** 1.7) * u
+            y = (horizon + (128 - horizon) * (i / 6) ** 1.7) * u
             draw.line((0, y, w, y), seam, int(u))
         for x in np.arange(0, w, 18 * u):
-            draw.line((x, street.horizon * u, x + 12 * u, h), seam, int(u))
-    for gap, parts in street.things:
+            draw.line((x, horizon * u, x + 12 * u, h), seam, int(u))
+    for gap, parts in things:
         x = -gap * u * rng.random() if gap < 384 else 0
         while x < w:
             for left, top, wide, high, colour, radius in parts:
@@ -129,13 +109,13 @@ def _scene(seed: int, camera: int, height: int, width: int) -> Image.Image:
                 draw.rounded_rectangle(box, radius * u, colour)
             x += gap * u * (1 + (rng.uniform(-0.3, 0.3) if gap > 14 else 0))
     pixels = np.asarray(image, np.float32) * _texture(rng, h, w, 60, 0.3)
-    pixels = pixels * _texture(rng, h, w, 9, 0.15 if street.tiles else 0.3)
+    pixels = pixels * _texture(rng, h, w, 9, 0.15 if tiled else 0.3)
     pixels = 0.65 * pixels + 0.35 * 132  # the air between
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(2.0))  # out of focus behind the people
 
 
-def _clutter(rng: np.random.Generator, image: Image.Image, stranger: Callable) -> None:
+def _clutter(rng: Generator, image: Image.Image, stranger: Callable) -> None:
     """Put something in front of the person: a post, a bicycle, a bin, or a stranger."""
     draw, (w, h) = ImageDraw.Draw(image), image.size
     u, side, kind = h / 128, pick(rng, (-1, 1)), int(rng.integers(5))
@@ -160,35 +140,23 @@ def _clutter(rng: np.random.Generator, image: Image.Image, stranger: Callable) -
         stranger(centre, crown, 1.02 * h / 100)
 
 
-# --- one picture
-
-
 def draw_person(
     pid: int, camera: int, frame: int, seed: int, size: tuple[int, int], bad: bool = False
 ) -> np.ndarray:
-    """Draw one picture of an identity as a camera sees it.
+    """Draw one picture of an identity as a camera (1 to 6) sees it, (height, width, 3) uint8 RGB.
 
-    Args:
-        pid: identity, 0 or above; `look(pid, seed)` tells what it wears.
-        camera: 1 to 6.
-        frame: number of the picture: another one is another step, box, light and piece of street.
-        seed: of the whole data set.
-        size: (height, width) in pixels.
-        bad: a detection gone wrong: half a body, or far off the centre (Market's junk).
-
-    Returns:
-        (height, width, 3) uint8 RGB array, the same for the same arguments.
+    It is the same for the same arguments; another frame is another step, box, light and piece of
+    street. `bad` is a detection gone wrong: half a body, or far off the centre (Market's junk).
 
     >>> draw_person(2, 1, frame=0, seed=0, size=(128, 64)).shape
     (128, 64, 3)
     """
-    cam, (height, width) = CAMERAS[camera], size
-    h, w = height * ZOOM, width * ZOOM
-    walk = random_of(seed, 4, pid, camera)  # within one camera a person keeps the direction
-    rng = random_of(seed, 5, pid, camera, frame)
+    cam, (h, w) = CAMERAS[camera], (size[0] * ZOOM, size[1] * ZOOM)
+    walk = default_rng([seed, 4, pid, camera])  # within one camera a person keeps the direction
+    rng = default_rng([seed, 5, pid, camera, frame])
     yaw = math.radians(pick(walk, YAWS) + walk.uniform(-35, 35) + rng.normal(0, 14))
 
-    street = _scene(seed, camera, height, width)
+    street = _scene(seed, camera, h, w)
     left = int(rng.integers(street.width - w))
     image = street.crop((left, 0, left + w, h))
     draw = ImageDraw.Draw(image, "RGBA")
@@ -219,7 +187,7 @@ def draw_person(
     return _expose(image.reduce(ZOOM), cam, rng)
 
 
-def _expose(image: Image.Image, cam: Camera, rng: np.random.Generator) -> np.ndarray:
+def _expose(image: Image.Image, cam: Camera, rng: Generator) -> np.ndarray:
     """Turn a clean picture into what the camera records: blur, cast, gamma, haze and noise."""
     image = image.filter(ImageFilter.GaussianBlur(cam.blur * rng.uniform(0.7, 1.4)))
     x = np.asarray(image, np.float32) / 255  # (H, W, 3)
@@ -232,10 +200,6 @@ def _expose(image: Image.Image, cam: Camera, rng: np.random.Generator) -> np.nda
     return x.clip(0, 255).astype(np.uint8)
 
 
-# --- the data set
-
-Some = Annotated[int, Field(ge=1, lt=5000)]
-AnyNumber = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=32)]
 
 
@@ -243,13 +207,13 @@ class Settings(BaseModel, extra="forbid"):
     """What decides a data set; `dataset.json` in its folder holds it."""
 
     version: int = VERSION
-    train_ids: Some = 150
-    test_ids: Some = 50
-    images_per_camera: Some = 3
+    train_ids: int = Field(150, ge=1, lt=5000)
+    test_ids: int = Field(50, ge=1, lt=5000)
+    images_per_camera: PositiveInt = 3
     cameras: int = Field(6, ge=2, le=len(CAMERAS))  # a query needs a match in another one
-    distractors: AnyNumber = 100
-    junk: AnyNumber = 75
-    seed: AnyNumber = 0
+    distractors: NonNegativeInt = 100
+    junk: NonNegativeInt = 75
+    seed: NonNegativeInt = 0
     size: tuple[Side, Side] = (128, 64)  # (height, width)
 
 
@@ -263,16 +227,8 @@ def draw_dataset(root: str | Path, **settings) -> Path:
     query has a match in another camera. Distractors have pid 0000, junk −1.
 
     The pictures depend on seed, pid, camera and frame alone: more identities leave the others as
-    they are. All is drawn into a folder beside `root` and renamed at the end, so a half-drawn data
-    set never stands there.
-
-    Args:
-        root: the folder.
-        settings: those of `Settings`.
-
-    Raises:
-        ValueError: settings that make no data set.
-        FileExistsError: `root` is there; it is left untouched.
+    they are. A half-drawn data set never stands at `root`. If something is there already, that is a
+    FileExistsError; `Settings` that make no data set are a ValueError.
     """
     root, wanted = Path(root), Settings(**settings)
     if root.exists():
@@ -285,12 +241,9 @@ def draw_dataset(root: str | Path, **settings) -> Path:
 
 
 def built_in_data() -> Path:
-    """Return the folder of the built-in data, drawn into the data folder when it is not there.
+    """Return the folder of the built-in data, of any size, drawn when it is not there.
 
-    Any size that was drawn there before is taken as it is.
-
-    Raises:
-        ValueError: another version of the library drew it.
+    If another version of the library drew it, that is a ValueError.
     """
     root = data_dir() / "synthetic"
     if not root.exists():
@@ -306,18 +259,16 @@ def _pictures(s: Settings) -> Iterator[tuple[str, int, int, int, int]]:
 
     def seen_by(pid: int) -> list[int]:
         """Return the sorted cameras that an identity walks past."""
-        rng = random_of(s.seed, 6, pid)
+        rng = default_rng([s.seed, 6, pid])
         count = min(s.cameras, int(pick(rng, (2, 3, 3, 4, 4, 5))))
         return sorted(int(c) + 1 for c in rng.permutation(s.cameras)[:count])
 
-    for pid in range(2, 2 * s.train_ids + 1, 2):
+    for pid in [*range(2, 2 * s.train_ids + 1, 2), *range(1, 2 * s.test_ids, 2)]:
+        tested = pid % 2  # of whom there is one picture more, the query
         for camera in seen_by(pid):
-            for i in range(s.images_per_camera):
-                yield "bounding_box_train", pid, camera, i, pid
-    for pid in range(1, 2 * s.test_ids, 2):
-        for camera in seen_by(pid):
-            for i in range(s.images_per_camera + 1):
-                yield "bounding_box_test" if i else "query", pid, camera, i, pid
+            for i in range(s.images_per_camera + tested):
+                side = "bounding_box_test" if i else "query"
+                yield side if tested else "bounding_box_train", pid, camera, i, pid
     for i in range(s.distractors):  # pids that no one else has, each seen once
         yield "bounding_box_test", 0, 1 + i % s.cameras, i, 10_000 + i
     for i in range(s.junk):
@@ -328,7 +279,7 @@ def _pictures(s: Settings) -> Iterator[tuple[str, int, int, int, int]]:
 def _save(root: Path, s: Settings, split: str, pid: int, camera: int, i: int, who: int) -> None:
     """Draw picture i of `who` in a camera and save it under the name of `pid`."""
     # Distractors and junk share one pid each, so there the frame has to count the files.
-    start = int(random_of(s.seed, 7, who, camera).integers(1, 4000)) if pid > 0 else 0
+    start = int(default_rng([s.seed, 7, who, camera]).integers(1, 4000)) if pid > 0 else 0
     frame, box = 25 * (start + i) + 1, 0 if split == "query" else 1 + i % 9
     pixels = draw_person(who, camera, frame, s.seed, s.size, bad=pid < 0)
     name = f"{pid:04d}" if pid >= 0 else "-1"

@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 
 from reidlib.data import files
+from reidlib.data.files import Source
 from reidlib.data.synthetic import built_in_data
 from reidlib.words import some
-
-Source = str | Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,24 +46,16 @@ class Dataset:
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
 
-# --- whole data sets
-
-
 def load(
     dataset: Source = "market1501", *, pattern: str | None = None, image_root: Source | None = None
 ) -> Dataset:
     r"""Load a data set: the one door, and every argument may be a plain string.
 
-    In Market-1501's layout files are named PID_cCsS_FRAME_BOX.jpg. As published, Market-1501 has
-    12,936 training images of 751 identities, 3,368 queries of 750, and 19,732 gallery images, 3,819
-    of them junk and 2,798 distractors; `check` compares with these counts.
-
-    A folder's split is that of its sub-folders train, query and gallery (also bounding_box_train,
-    bounding_box_test and test). Without them identities are split in halves, as in Market-1501;
-    those that are tested have images to be matched by, see `hold_out`.
-
-    A row of a CSV list is `pid,path` or `pid,path,camid`, as triplet-reid writes it; with a header
-    columns may stand in any order, among others.
+    In Market-1501's layout files are named PID_cCsS_FRAME_BOX.jpg. A folder's split is that of its
+    sub-folders train, query and gallery (also bounding_box_train, bounding_box_test and test).
+    Without them identities are split in halves, as in Market-1501, see `hold_out`. A row of a CSV
+    list is `pid,path` or `pid,path,camid`, as triplet-reid writes it; with a header columns may
+    stand in any order, among others.
 
     Args:
         dataset: one of
@@ -77,13 +68,11 @@ def load(
             A relative path is looked for in the working directory, then in the data folder.
         pattern: a regular expression over file names, such as `r"(?P<pid>[a-z]+)_cam(?P<camid>\d)"`,
             or `"market1501"` for Market-1501's names. Its group `pid` is the identity, not the first
-            sub-folder; its group `camid` is the camera where no column says it. Without both the
-            camera is unknown (-1): never guessed.
+            sub-folder; its group `camid` is the camera where no column says it, else -1, unknown.
         image_root: where the relative paths of CSV lists start; None: in each list's own folder.
 
     Raises:
-        FileNotFoundError: nothing there; says what was looked for and what to do.
-        ValueError: something else is there; says what, and what to do.
+        FileNotFoundError, ValueError: nothing is there, or something else; says what to do.
 
     >>> dataset = load("synthetic")
     >>> sorted(dataset.train.columns)
@@ -96,12 +85,12 @@ def load(
             raise ValueError(f"pattern and image_root are for your own data, not for {dataset!r}.")
         return replace(_folder(find(), None), name=str(dataset))
     path = files.existing(dataset)
-    kind = path.suffix.lower() if path.is_file() else "folder"
-    if kind not in ("folder", ".zip", ".csv"):
-        raise ValueError(f"{path} is neither a folder, a .zip nor a .csv list.")
-    if kind == ".csv":
+    if path.is_file() and path.suffix.lower() == ".csv":
         return _lists({"train": path}, image_root, pattern)
-    path = files.unpack(path) if kind == ".zip" else path
+    if path.is_file() and path.suffix.lower() == ".zip":
+        path = files.unpack(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a folder, a .zip nor a .csv list.")
     market = files.find_market(path)
     lists = {} if market else files.find_lists(path)
     if lists:
@@ -118,36 +107,25 @@ def _folder(root: Path, pattern: str | None) -> Dataset:
     places = files.find_splits(root)
     if not pattern and places and places["train"].name == "bounding_box_train":
         pattern = "market1501"
-    raw, notes = {}, []
-    for split, place in (places or {"all": root}).items():
-        raw[split], seen = files.read_folder(place, pattern)
-        notes += seen
-    tables, more = _number(raw)
-    notes += more
-    if not places:
-        tables = _halves(tables["all"])
-        notes.append("No split is given: identities were split in halves with seed 0.")
-    return _dataset(root.name, root, tables, notes)
+    notes = []
+    raw = {
+        split: files.read_folder(place, pattern, notes, labelled=True)
+        for split, place in (places or {"all": root}).items()
+    }
+    return _dataset(root.name, root, raw, notes)
 
 
-def _lists(lists: dict[str, Path], image_root: str | Path | None, pattern: str | None) -> Dataset:
+def _lists(lists: dict[str, Path], image_root: Source | None, pattern: str | None) -> Dataset:
     """Load the CSV lists of some splits, or of all."""
     if ("query" in lists) != ("gallery" in lists):
         found = ", ".join(map(str, lists.values()))
         raise ValueError(f"query and gallery go together, and there is only {found}.")
-    raw = {s: files.read_list(source, image_root, pattern) for s, source in lists.items()}
-    tables, notes = _number(raw)
-    absent = [split for split in files.SPLIT_FOLDERS if split not in raw]
-    if absent:
-        able = "train, not test" if "train" in raw else "test, not train"
-        notes.append(f"No list for {' and '.join(absent)} was given: this data set can {able}.")
-        tables |= {split: next(iter(tables.values())).iloc[:0] for split in absent}
+    raw = {
+        split: files.read_list(path, image_root, pattern, must_exist=True, labelled=True)
+        for split, path in lists.items()
+    }
     folder = next(iter(lists.values())).parent
-    root = files.existing(image_root) if image_root else folder
-    return _dataset(folder.name, root, tables, notes)
-
-
-# --- images to embed or to search
+    return _dataset(folder.name, files.existing(image_root or folder), raw, [])
 
 
 def image_list(
@@ -163,13 +141,12 @@ def image_list(
         source: the folder or the list. With a header a list needs no `pid`: then it is -1.
         pattern: says identities and cameras of a folder; without it both are -1.
         image_root: where the relative paths of a list start; None: in its own folder.
-        must_exist: False where the images of a list need not be here: it may belong to embeddings
-            from elsewhere.
+        must_exist: False where a list belongs to embeddings from elsewhere, and its images need not
+            be here.
 
     Raises:
         FileNotFoundError: nothing there, or images of a list are missing.
-        ValueError: no images; or identities that are names: numbered list by list they would not
-            agree.
+        ValueError: no images; or names of identities, which two lists would number differently.
 
     >>> folder = load("synthetic").query["path"].iloc[0]
     >>> set(image_list(Path(folder).parent)["pid"])  # file names say nothing without a pattern
@@ -179,13 +156,10 @@ def image_list(
     if path.is_file():
         rows = files.read_list(path, image_root, pattern, must_exist, labelled=False)
     else:
-        rows, _ = files.read_folder(path, pattern, labelled=False)
-    table = _number({"": rows})[0][""]
+        rows = files.read_folder(path, pattern, [], labelled=False)
+    table = _number({"": rows}, [])[""]
     if "label" in table:
-        raise ValueError(
-            f"{path} has identities that are names; a list read alone cannot number them so that "
-            "another list agrees. Use numbers, or load all lists at once, as one data set."
-        )
+        raise ValueError(f"{path} names its identities: number them, so that two lists agree.")
     return table
 
 
@@ -195,26 +169,20 @@ def ignored_files(source: Source) -> str:
     return "".join(files.walk(path)[1]) if path.is_dir() else ""
 
 
-# --- people held out
-
-
 def hold_out(
     train: pd.DataFrame, identities: int | Source = 100, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Take identities out of training for validation.
+    """Take identities out of training for validation: return tables train, query and gallery.
 
-    Settings chosen on the result never see the test split. Only identities that can be matched are
-    taken: with two cameras or more, or two images or more where cameras are unknown. Of each, one
-    image a camera becomes a query, from cameras with two images or more; where no camera has two,
-    one image alone. So every query has a match in another camera.
+    Only identities that can be matched are taken: with two cameras or more, or two images or more
+    where cameras are unknown. Of each, one image a camera becomes a query, from cameras with two
+    images or more; where no camera has two, one image alone. So every query has a match in another
+    camera.
 
     Args:
         train: the training table; it is left as it is.
         identities: how many, or a file that names them, see `split_file`.
         seed: draws identities and queries.
-
-    Returns:
-        The tables train, query and gallery, each with a fresh index.
 
     Raises:
         ValueError: `identities` leaves nothing to train on, or too few can be matched.
@@ -231,8 +199,8 @@ def hold_out(
     wrong = [] if named is None else named[~np.isin(named, matchable)]
     if len(wrong):
         raise ValueError(
-            f"{identities} names {len(wrong)} identities, first {wrong[0]}, that are not in the "
-            "training split with images of two cameras: is it the split of another data set?"
+            f"{identities} names {len(wrong)} identities, first {wrong[0]}, without images of two "
+            "cameras in the training split: is it the split of another data set?"
         )
     if not 0 < count <= len(matchable) or count >= total:
         raise ValueError(
@@ -261,13 +229,8 @@ def _matchable(table: pd.DataFrame) -> np.ndarray:
 def split_file(name: Source) -> np.ndarray:
     """Read the identities (pids) that a file names, one a line; `#` starts a comment.
 
-    Args:
-        name: `"market1501"`, the split of this repository on which settings are chosen (101 of the
-            751 training identities), or the path of a file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it names nobody, somebody twice, or holds something else.
+    The name is the path of a file or `"market1501"`, the split of this repository on which settings
+    are chosen (101 of the 751 training identities). Raises ValueError, FileNotFoundError.
     """
     path = Path(__file__).parent / "splits" / f"{name}.txt"
     path = path if path.is_file() else files.existing(name)
@@ -281,19 +244,13 @@ def split_file(name: Source) -> np.ndarray:
     return pids
 
 
-# --- the same data?
-
-
 def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
     """Return the SHA-256 (hex) of relative path, size in bytes, pid and camid of each row, in order.
 
     No file is read. The same data on another machine has the same fingerprint.
 
-    Args:
-        data: a Dataset (all splits, paths relative to its root) or a table (relative to the folder
-            that its images share).
-        mtime: the time of change counts too, so that a cache on this machine sees an edit that
-            keeps the size.
+    Paths are relative to a Dataset's root, or to the folder that a table's images share. With
+    `mtime` the time of change counts too, so that a cache here sees an edit that keeps the size.
     """
     if isinstance(data, Dataset):
         parts = [(split, table, str(data.root)) for split, table in data.splits.items()]
@@ -310,12 +267,9 @@ def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
     return digest.hexdigest()
 
 
-# --- from text to tables
-
-
-def _number(raw: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], list[str]]:
+def _number(raw: dict[str, pd.DataFrame], notes: list[str]) -> dict[str, pd.DataFrame]:
     """Turn text to int64 with one map for all splits: numbers stay, names count from 1, sorted."""
-    rows, notes = pd.concat(raw), []
+    rows = pd.concat(raw)
     for column, word, special in (("pid", "identities", (-1, 0)), ("camid", "cameras", (-1,))):
         texts = sorted(rows[column].unique())
         kept = {t: int(t) for t in texts if re.fullmatch(r"-?\d{1,18}", t)}
@@ -331,7 +285,7 @@ def _number(raw: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], list
         if below:
             raise ValueError(f"{word} below -1 have no meaning: {some(below)}.")
         rows[column] = rows[column].map(kept).astype("int64")
-    return {split: rows.loc[split].reset_index(drop=True) for split in raw}, notes
+    return {split: rows.loc[split].reset_index(drop=True) for split in raw}
 
 
 def _halves(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -339,23 +293,28 @@ def _halves(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     people = table[table["pid"] > 0]
     identities = min(people["pid"].nunique() // 2, len(_matchable(people)))
     if not identities:
-        raise ValueError(
-            "too few identities to split: two are needed, and one of them with "
-            "images of two cameras (or two images, with no cameras)."
-        )
+        raise ValueError("too few identities to split, or none with images of two cameras.")
     train, query, gallery = hold_out(people, identities)
     gallery = pd.concat([gallery, table[table["pid"] <= 0]], ignore_index=True)
     return {"train": train, "query": query, "gallery": gallery}
 
 
-def _dataset(name: str, root: Path, tables: dict[str, pd.DataFrame], notes: list[str]) -> Dataset:
-    """Return a Dataset, once cameras are known for all images or for none."""
+def _dataset(name: str, root: Path, raw: dict[str, pd.DataFrame], notes: list[str]) -> Dataset:
+    """Return a Dataset of three tables, with cameras known for all images or for none."""
+    tables = _number(raw, notes)
+    if "all" in tables:
+        tables = _halves(tables["all"])
+        notes.append("No split is given: identities were split in halves with seed 0.")
+    absent = [split for split in files.SPLIT_FOLDERS if split not in tables]
+    if absent:
+        able = "train, not test" if "train" in tables else "test, not train"
+        notes.append(f"No list for {' and '.join(absent)} was given: this data set can {able}.")
+        tables |= {split: next(iter(tables.values())).iloc[:0] for split in absent}
     for where, splits in (("training", ["train"]), ("query and gallery", ["query", "gallery"])):
         known = pd.concat([tables[split] for split in splits])["camid"] >= 0
         if known.any() and not known.all():
             raise ValueError(
-                f"{name}: {known.sum()} of {len(known)} images in {where} have a camera; "
-                "same-camera exclusion needs all or none."
+                f"{name}: {known.sum()} of {len(known)} images in {where} have a camera: give all one."
             )
     everything = pd.concat(tables.values())
     if (everything["camid"] == -1).all():
