@@ -68,11 +68,6 @@ def photos(tmp_path):
     return sorted(tmp_path.glob("*.png"))
 
 
-def run_onnx(path, batch):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(["embeddings"], {"images": batch})[0]
-
-
 # --- what the file computes
 
 
@@ -98,8 +93,9 @@ def test_the_file_computes_what_the_model_computes(which, run, request):
     assert TOLERANCE == 1e-4 and allowed <= max(1e-4, 1e-5 * 4 * np.abs(expected).max())
     assert expected.std(axis=0).max() > 100 * allowed, "else equal embeddings would pass"
     images = pixels.transpose(0, 3, 1, 2).astype(np.float32)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for size in (1, 3, 7):  # not the batch of 2 that it was made with
-        found = run_onnx(path, images[:size])
+        (found,) = session.run(["embeddings"], {"images": images[:size]})
         assert found.shape == (size, model.dim) and found.dtype == np.float32
         np.testing.assert_allclose(found, expected[:size], atol=allowed, rtol=0)
 
@@ -203,47 +199,41 @@ def test_a_file_that_differs_is_never_written(run, ready, tmp_path, monkeypatch,
     assert (tmp_path / "old.onnx").read_text() == "good"
 
 
-def test_what_is_missing_is_named(run, ready, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(RuntimeError, match="pip install onnxscript onnxruntime$"):
-        export(run, tmp_path / "x.onnx")
-    monkeypatch.delitem(sys.modules, "onnxscript")
-    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
+@pytest.mark.parametrize(
+    ("model", "out", "pictures", "error", "message"),
+    [
+        ("tiny", "file", None, ValueError, "cannot be written"),
+        ("tiny", "folder.onnx", None, ValueError, "cannot be written"),
+        ("tiny", "x.onnx", [], ValueError, "no pictures"),
+        ("nobody", "x.onnx", None, FileNotFoundError, "no run"),
+        ("empty", "x.onnx", None, FileNotFoundError, r"no weights\.safetensors"),
+    ],
+)
+def test_what_is_missing_is_named(run, ready, tmp_path, model, out, pictures, error, message):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot be written"):
-        export(run, tmp_path / "file")
-    (tmp_path / "folder.onnx").mkdir()
-    with pytest.raises(ValueError, match="cannot be written"):
-        export(run, tmp_path / "folder.onnx")
-    with pytest.raises(FileNotFoundError, match="no run"):
-        export("nobody", tmp_path / "x.onnx")
-    with pytest.raises(ValueError, match="no pictures"):
-        export(run, tmp_path / "x.onnx", [])
-    (tmp_path / "empty").mkdir()
+    for name in ("folder.onnx", "empty"):
+        (tmp_path / name).mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"no weights\.safetensors"):
-        export(tmp_path / "empty", tmp_path / "x.onnx")
+    place = {"tiny": run, "empty": tmp_path / "empty"}.get(model, model)
+    with pytest.raises(error, match=message):
+        export(place, tmp_path / out, pictures)
 
 
-# --- the command
+def test_packages_that_are_missing_are_named(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("REID_DEBUG", raising=False)
+    for name in ("onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["export", "--model", str(run), "--out", str(tmp_path / "x.onnx")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("pip install onnxscript onnxruntime\n")
+    assert len(err.splitlines()) == 1
 
 
 def test_the_command_prints_the_file_alone(run, tmp_path, photos):
     """In a process of its own: the exporter and its libraries like to talk."""
-    line = ["export", "--model", str(run), "--out", "x.onnx", "--images", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "reidlib", *line],
-        capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120,
-    )  # fmt: skip
+    line = [sys.executable, "-m", "reidlib", "export", "--model", str(run), "--out", "x.onnx"]
+    options = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path, "timeout": 120}
+    done = subprocess.run([*line, "--images", str(tmp_path)], **options)
     assert done.stdout == "x.onnx\n"
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "5 pictures that were given agree" in done.stderr and "x.onnx.json" in done.stderr
-
-
-def test_the_command_fails_in_a_line(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("REID_DEBUG", raising=False)
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    assert main(["export", "--model", str(run), "--out", str(tmp_path / "x.onnx")]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.endswith("pip install onnx\n") and len(err.splitlines()) == 1

@@ -34,11 +34,9 @@ def folder(tmp_path):
     folder.mkdir(parents=True)
     save_weights(folder / "weights.safetensors", build_model(RECIPE), RECIPE)
     runs.write_json(folder / "config.json", RECIPE.model_dump())
-    runs.write_json(
-        folder / "manifest.json",
-        {"step": 400, "steps": 400, "train_images": 1234, "train_identities": 30}
-        | {"train_data": "f" * 64, "reproduce": "python -m reidlib train --margin 0.3"},
-    )
+    manifest = {"step": 400, "steps": 400, "train_images": 1234, "train_identities": 30}
+    manifest |= {"train_data": "f" * 64, "reproduce": "python -m reidlib train --margin 0.3"}
+    runs.write_json(folder / "manifest.json", manifest)
     runs.write_text(folder / "history.csv", "step,loss\n400,0.1\n")
     return folder
 
@@ -106,12 +104,6 @@ def test_a_release_that_fails_leaves_the_run_as_it_was(folder, monkeypatch, what
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_run_that_has_not_ended_is_not_released(folder):
-    (folder / "weights.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="training has not ended"):
-        release.release("synthetic_batchhard_mine")
-
-
 # --- the runs that came with the repository
 
 RELEASED = sorted(path.parent for path in (ROOT / "outputs").glob("*/README.md"))
@@ -153,20 +145,16 @@ def test_the_card_is_enough_to_load_the_weights_with_torchvision_alone(name):
     parts["backbone."].features[14].conv[1][0].stride = (1, 1)
     del parts["backbone."].classifier
     if "`head.`" in card:
-        parts["head."] = nn.Sequential(
-            nn.Linear(1280, 1024), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, 128)
-        )
+        layers = nn.Linear(1280, 1024), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, 128)
+        parts["head."] = nn.Sequential(*layers)
     for prefix, module in parts.items():
-        module.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        )
-        module.eval()
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        module.eval().load_state_dict(own)
     images = np.random.default_rng(0).integers(0, 256, (3, 128, 64, 3), dtype=np.uint8)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     x = nn.functional.interpolate(x, size=(256, 128), mode="bilinear", antialias=True)
-    x = torchvision.transforms.functional.normalize(
-        x / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    )
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    x = torchvision.transforms.functional.normalize(x / 255, mean, std)
     with torch.no_grad():
         emb = parts["backbone."].features(x).mean(dim=(2, 3))  # (B, 1280, h, w) -> (B, 1280)
         emb = parts["head."](emb) if "head." in parts else emb
@@ -178,13 +166,11 @@ def test_the_card_is_enough_to_load_the_weights_with_torchvision_alone(name):
 def test_tensorboard_shows_released_runs_with_settings_and_scores_at_once():
     """Straight after a clone: numbers of all, and pictures of drawn people alone."""
     for folder in RELEASED:
-        points, sessions = {}, 0
-        for file in folder.glob("events.out.tfevents.*"):
-            for event in EventFileLoader(str(file)).Load():
-                for value in event.summary.value:
-                    sessions += value.tag == metadata.SESSION_START_INFO_TAG
-                    if value.tag.startswith("test/"):
-                        points[value.tag] = value.tensor.float_val[0]
+        files = folder.glob("events.out.tfevents.*")
+        events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+        values = [value for event in events for value in event.summary.value]
+        sessions = [v for v in values if v.tag == metadata.SESSION_START_INFO_TAG]
+        points = {v.tag: v.tensor.float_val[0] for v in values if v.tag.startswith("test/")}
         assert sessions, f"no row of {folder.name} in the HParams tab"
         metrics = runs.read_json(folder / "metrics.json")
         for key in metrics["intervals"]:
