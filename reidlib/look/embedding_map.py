@@ -23,7 +23,6 @@ def linked_map(
     distances: np.ndarray,
     *,
     title: str = "Map of the embedding space",
-    height: int = 96,
 ) -> str:
     """Return a page that links a map of embeddings with its images.
 
@@ -37,12 +36,11 @@ def linked_map(
     Args:
         points: (N, 2), t-SNE's or PCA's.
         table: N rows: `path`, `pid`, `camid`; `split`, if there, is shown.
-        pixels: (N, H, W, 3) uint8; kept in the page as thumbnails.
+        pixels: (N, H, W, 3) uint8; kept in the page as thumbnails, 96 pixels high.
         neighbours: (N, K) row numbers, nearest first. With t-SNE, dots that lie side by side need not
             be neighbours: that is what these are for.
         distances: (N, K), to them.
         title: of the page.
-        height: of a thumbnail, in pixels; larger ones are scaled down.
 
     Returns:
         A complete HTML document; about 2 kB an image.
@@ -50,44 +48,32 @@ def linked_map(
     Raises:
         ValueError: no points, points that are not finite, or shapes that do not fit.
     """
-    points, neighbours = np.asarray(points, float), np.asarray(neighbours)
-    n = len(table)
-    if n == 0 or points.shape != (n, 2) or len(pixels) != n or not np.isfinite(points).all():
+    points, neighbours, distances = map(np.asarray, (points, neighbours, distances))
+    n, near = len(table), neighbours.shape
+    if not n == len(pixels) == near[0] > 0 or points.shape != (n, 2) or distances.shape != near:
         raise ValueError(
-            f"A map of {n} images needs as many photographs, and finite points of shape ({n}, 2); "
-            f"there are {len(pixels)} and {points.shape}."
+            f"A map of {n} images needs as many photographs (there are {len(pixels)}), points ({n}, 2), "
+            f"not {points.shape}, and neighbours and distances (N, K), not {near}, {distances.shape}."
         )
-    if neighbours.ndim != 2 or len(neighbours) != n or np.shape(distances) != neighbours.shape:
-        raise ValueError(
-            f"{neighbours.shape} neighbours and {np.shape(distances)} distances: not (N, K)."
-        )
-    if neighbours.size and not (neighbours.min() >= 0 and neighbours.max() < n):
-        raise ValueError(f"neighbours must be row numbers from 0 to {n - 1}.")
+    if not np.isfinite(points).all() or not np.isin(neighbours, np.arange(n)).all():
+        raise ValueError(f"Points must be finite, and neighbours row numbers from 0 to {n - 1}.")
     low, spread = points.min(axis=0), np.ptp(points, axis=0)
     placed = (points - low) / np.where(spread > 0, spread, 1)
-    splits = table["split"] if "split" in table else [""] * n
-    dots = [
-        {
-            "x": round(20 + 960 * float(x), 1),
-            "y": round(20 + 660 * float(1 - y), 1),  # upwards, as figures have it
-            **_labels(int(pid), int(camid), str(split)),
-            "file": str(path).replace("\\", "/").rsplit("/", 1)[-1],
-            "photo": "data:image/webp;base64," + thumbnail(image, height, 80),
-            "near": [int(row) for row in near],
-            "far": [float(f"{d:.3g}") for d in far],
-        }
-        for (x, y), pid, camid, split, path, image, near, far in zip(
-            *(placed, table["pid"], table["camid"], splits, table["path"], pixels),
-            *(neighbours, np.asarray(distances)),
-            strict=True,
+    placed[:, 1] = 1 - placed[:, 1]  # upwards, as figures have it
+    places = 20 + placed * (960, 660)
+    labels = pd.DataFrame({"split": ""} | dict(table)).astype({"split": str})
+    dots = []
+    for i, row in enumerate(labels.itertuples()):
+        who = (
+            f"identity {row.pid}" if row.pid > 0 else "unknown person" if row.pid else "distractor"
         )
-    ]
+        camera = f"camera {row.camid}" if row.camid >= 0 else ""
+        dot = dict(zip("xy", places[i].round(1).tolist(), strict=True))
+        dot |= {"pid": row.pid, "camera": camera, "split": row.split}
+        dot["text"] = ", ".join(filter(None, [who, camera, row.split]))
+        dot["file"] = str(row.path).replace("\\", "/").rsplit("/", 1)[-1]
+        dot["photo"] = "data:image/webp;base64," + thumbnail(pixels[i], 96, 80)
+        dot["near"] = neighbours[i].tolist()
+        dot["far"] = [float(f"{far:.3g}") for far in distances[i]]
+        dots.append(dot)
     return fill(PAGE, title=html.escape(title), data=script_json(dots))
-
-
-def _labels(pid: int, camid: int, split: str) -> dict[str, int | str]:
-    """Return what the page says of an image: who it shows, seen by which camera, of which split."""
-    who = f"identity {pid}" if pid > 0 else "distractor" if pid == 0 else "unknown person"
-    camera = f"camera {camid}" if camid >= 0 else ""
-    text = ", ".join(filter(None, [who, camera, split]))
-    return {"pid": pid, "camera": camera, "split": split, "text": text}

@@ -1,5 +1,6 @@
 """Search among pictures that nobody has labelled: one picture or a folder, against any gallery."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,34 +37,8 @@ def picture_table(source: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"path": [os.path.abspath(path)], "pid": [-1], "camid": [-1]})
 
 
-def shape_warning(table: pd.DataFrame, recipe: Recipe) -> str:
-    """Return a sentence on pictures whose shape is far from that of a crop of one person, or "".
-
-    Far: less than ¾ of the input's height over width, or more than twice it. For an input of 2:1
-    those are pictures with less than 1.5:1, as most whole photographs have, and more than 4:1.
-    """
-    sizes = image_sizes(table["path"])
-    wanted = recipe.height / recipe.width
-    odd = [
-        f"{os.path.basename(path)!r} ({size[1]}×{size[0]})"
-        for path, size in zip(table["path"], sizes, strict=True)
-        if size is not None and not 0.75 <= size[0] / size[1] / wanted <= 2
-    ]
-    if not odd:
-        return ""
-    return (
-        f"{len(odd)} of {len(table)} images not in the shape of a crop of one standing person "
-        f"(width×height): {some(odd)}. The network does not look for people: it squeezes "
-        f"the whole picture into {recipe.width}×{recipe.height} pixels. Cut the people out first."
-    )
-
-
 def read_gallery(source: str | Path) -> pd.DataFrame | tuple[np.ndarray, pd.DataFrame]:
-    """Return what `search` ranks: the embeddings in an HDF5 file and their table, else pictures.
-
-    Raises:
-        FileNotFoundError, ValueError: as `picture_table` and `read_embeddings`.
-    """
+    """Return what `search` ranks: the embeddings in an HDF5 file and their table, else pictures."""
     stored = Path(source).suffix.lower() in (".h5", ".hdf5")
     return read_embeddings(source) if stored else picture_table(source)
 
@@ -71,27 +46,42 @@ def read_gallery(source: str | Path) -> pd.DataFrame | tuple[np.ndarray, pd.Data
 def remarks(sources: Mapping[str, str], tables: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Return sentences on what is passed over in folders, and on pictures of an odd shape.
 
-    Args:
-        sources: what was given, by "query" and "gallery".
-        tables: what was read from it; embeddings have no pictures to look at.
-        recipe: the model's.
+    `sources` is what was given, by "query" and "gallery", and `tables` what was read from it: those of
+    embeddings have no pictures to look at.
     """
-    pictures = {n: t for n, t in tables.items() if isinstance(t, pd.DataFrame) and sources.get(n)}
-    said = [ignored_files(source) for source in dict.fromkeys(sources[n] for n in pictures)]
-    for name, table in pictures.items():
-        if warning := shape_warning(table, recipe):
-            said.append(f"Warning, {name}: {warning}")
-    return [sentence for sentence in said if sentence]
+    said = []
+    for name, table in tables.items():
+        if sources.get(name) and isinstance(table, pd.DataFrame):
+            said += [ignored_files(sources[name]), _shape_warning(name, table, recipe)]
+    return [*dict.fromkeys(filter(None, said))]  # what is ignored in one folder, once
+
+
+def _shape_warning(name: str, table: pd.DataFrame, recipe: Recipe) -> str:
+    """A sentence on pictures whose shape is far from that of a crop of one person, or "".
+
+    Far: less than ¾ of the input's height over width, or more than twice it. For an input of 2:1
+    those are pictures with less than 1.5:1, as most whole photographs have, and more than 4:1.
+    """
+    wanted = recipe.height / recipe.width
+    odd = [
+        f"{os.path.basename(path)!r} ({size[1]}×{size[0]})"
+        for path, size in zip(table["path"], image_sizes(table["path"]), strict=True)
+        if size is not None and not 0.75 <= size[0] / size[1] / wanted <= 2
+    ]
+    return bool(odd) * (
+        f"Warning, {name}: {len(odd)} of {len(table)} images not in the shape of a crop of one standing "
+        f"person (width×height): {some(odd)}. The network does not look for people: it squeezes the "
+        f"whole picture into {recipe.width}×{recipe.height} pixels. Cut the people out first."
+    )
 
 
 def left_out(tables: Mapping[str, Any], retrieval: Retrieval) -> list[str]:
     """Return a sentence for each side whose unreadable pictures were left out."""
     said = []
     for name, table in tables.items():
-        if isinstance(table, pd.DataFrame):
-            lost = sorted({*table["path"]} - {*getattr(retrieval, name)["path"]})
-            names = ", ".join(map(repr, lost))
-            said += [f"Unreadable, left out of the {name}: {names}."] * bool(lost)
+        pictures = table["path"] if isinstance(table, pd.DataFrame) else []
+        if lost := sorted({*pictures} - {*getattr(retrieval, name)["path"]}):
+            said.append(f"Unreadable, left out of the {name}: {', '.join(map(repr, lost))}.")
     return said
 
 
@@ -139,42 +129,27 @@ def search(
     >>> found["rank"].tolist()
     [1, 2, 3]
     """
-    query_pixels, query = load_images(query, recipe, show_progress)
-    query_emb = embed(model, query_pixels, recipe, flip, show_progress=show_progress)
+
+    def embedded(table: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+        pixels, table = load_images(table, recipe, show_progress)
+        return embed(model, pixels, recipe, flip, show_progress=show_progress), table
+
+    query_emb, query = embedded(query)
     if isinstance(gallery, tuple):
-        gallery_emb, gallery = gallery
-        _check_origin(gallery_emb, gallery, model, recipe, flip)
-    else:
-        gallery_pixels, gallery = load_images(gallery, recipe, show_progress)
-        gallery_emb = embed(model, gallery_pixels, recipe, flip, show_progress=show_progress)
+        _check_origin(*gallery, model, recipe, flip)
+    gallery_emb, gallery = gallery if isinstance(gallery, tuple) else embedded(gallery)
     unlabelled = [table.assign(pid=-1, camid=-1) for table in (query, gallery)]
     retrieval = Retrieval(query_emb, unlabelled[0], gallery_emb, unlabelled[1])
     found = retrieval.ranked_lists(topk=topk)
     if found["rank"].isna().all():
-        raise ValueError(
-            "The gallery holds nothing but the query itself: there is nothing to rank."
-        )
+        raise ValueError("The gallery holds nothing but the query itself: nothing is left to rank.")
     found.insert(1, "query_path", query["path"].to_numpy()[found["query"]])
+    for column in ("pid", "camid"):
+        found[column] = gallery[column].to_numpy()[found["gallery"]]
     queried = query["pid"].to_numpy()[found["query"]]
-    found["pid"], found["camid"] = (
-        gallery[column].to_numpy()[found["gallery"]] for column in ("pid", "camid")
-    )
     known = (queried > 0) & (found["pid"] >= 0) & found["rank"].notna()
     found.loc[known, "status"] = np.where(found["pid"] == queried, "match", "wrong")[known]
     return retrieval, found
-
-
-def search_csv(found: pd.DataFrame) -> str:
-    """Return what `search` found as CSV: query, rank, distance, path, status, and who, if known.
-
-    `rank` is empty for the query itself. Names with commas, quotes or line breaks are quoted. Bytes
-    of a name that are no UTF-8 are written as `\\udcXX`, so that the file is text for any program.
-    """
-    table = found.drop(columns=["query", "gallery"]).rename(columns={"query_path": "query"})
-    known = [column for column in ("pid", "camid") if (table[column] != -1).any()]
-    table = table[["query", "rank", "distance", "path", "status", *known]]
-    text = table.to_csv(index=False, float_format="%.6f", lineterminator="\n")
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _check_origin(
@@ -187,20 +162,17 @@ def _check_origin(
     """
     if not len(emb):
         raise ValueError("There are no embeddings in the gallery.")
+    if emb.shape[1] != model.dim:
+        raise ValueError(
+            f"The gallery has embeddings of {emb.shape[1]} numbers, this model gives {model.dim}: "
+            "embed the gallery with this model."
+        )
     here = [row for row, path in enumerate(table["path"]) if path and os.path.isfile(path)]
     again = {}
     for row in here[:: max(1, len(here) // 8)][:8]:
-        try:
+        with contextlib.suppress(ValueError):  # an image that cannot be read
             image = read_image(table["path"].iloc[row])
-        except ValueError:
-            continue
-        again[row] = embed(model, image[None], recipe, flip, show_progress=False)[0]
-    dim = model.dim
-    if emb.shape[1] != dim:
-        raise ValueError(
-            f"The gallery has embeddings of {emb.shape[1]} numbers, this model gives {dim}: embed "
-            "the gallery with this model."
-        )
+            again[row] = embed(model, image[None], recipe, flip, show_progress=False)[0]
     if not again:
         return
     stored = emb[[*again]].astype(np.float64)
@@ -215,25 +187,34 @@ def _check_origin(
         )
 
 
-def nearness(retrieval: Retrieval, found: pd.DataFrame, queries: int = 50, seed: int = 0):
-    """Return what can be read of distances without labels.
+def search_csv(found: pd.DataFrame) -> str:
+    """Return what `search` found as CSV: query, rank, distance, path, status, and who, if known.
 
-    Args:
-        retrieval, found: what `search` returned.
-        queries: how many queries to look at, drawn with `seed`.
+    `rank` is empty for the query itself. Names with commas, quotes or line breaks are quoted. Bytes
+    of a name that are no UTF-8 are written as `\\udcXX`, so that the file is text for any program.
+    """
+    table = found.drop(columns="query").rename(columns={"query_path": "query"})
+    known = [column for column in ("pid", "camid") if (table[column] != -1).any()]
+    table = table[["query", "rank", "distance", "path", "status", *known]]
+    text = table.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+    return text.encode("utf-8", "backslashreplace").decode()
 
-    Returns:
-        Distances at rank 1, (n,), at rank 2, (m,), and of all images but the first, of all queries
-        together. The query itself, where the gallery holds it, is in none.
+
+def nearness(
+    retrieval: Retrieval, found: pd.DataFrame, queries: int = 50, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what can be read of distances without labels, in what `search` returned.
+
+    Distances at rank 1, (n,), at rank 2, (m,), and of all images but the first, of all queries
+    together: of so many, drawn with `seed`. The query itself, if the gallery holds it, is in none.
     """
     itself = found[found["status"] == "query itself"].groupby("query")["gallery"].agg(list)
     drawn = np.random.default_rng(seed).permutation(len(retrieval.query))[:queries]
     lists = [
         np.sort(np.delete(retrieval.distances(row), itself.get(row, []))) for row in np.sort(drawn)
     ]
-    first = np.array([distances[0] for distances in lists if len(distances)])
-    second = np.array([distances[1] for distances in lists if len(distances) > 1])
-    return first, second, np.concatenate([distances[1:] for distances in lists])
+    first, second = (np.concatenate([x[k : k + 1] for x in lists]) for k in (0, 1))
+    return first, second, np.concatenate([x[1:] for x in lists])
 
 
 def nearness_in_words(first: np.ndarray, second: np.ndarray, others: np.ndarray) -> str:
@@ -244,30 +225,25 @@ def nearness_in_words(first: np.ndarray, second: np.ndarray, others: np.ndarray)
     return (
         f"At rank 1 the distance is {np.median(first):.3g} in the median of {len(first)} queries, "
         f"at rank 2 {gap:.2f} times that, and {np.median(others):.3g} for the gallery as a whole. "
-        "A first image that is hardly nearer than the second was picked from many that look "
-        "alike. One that stands alone is either the person, or a near copy of the same picture."
+        "A first image that is hardly nearer than the second was picked from many that look alike. "
+        "One that stands alone is either the person, or a near copy of the same picture."
     )
 
 
 def uncovered(found: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each query's first image, told by labels that the search did not see.
 
-    Args:
-        found: what `search` returned.
-        known: labels of all pictures: `path`, `pid` and `camid`.
-
-    Returns:
-        `query` and `rank 1` (file names), `distance`, `same person` and `same camera` (booleans).
+    `known` has `path`, `pid` and `camid` of all pictures. The row has `query` and `rank 1` (file
+    names), `distance`, `same person` and `same camera` (booleans).
     """
     truth = known.drop_duplicates("path").set_index("path")
-    top = found[found["rank"] == 1]
-    query, first = truth.loc[top["query_path"]], truth.loc[top["path"]]
-    person = query["pid"].to_numpy() == first["pid"].to_numpy()
-    camera = (query["camid"].to_numpy() == first["camid"].to_numpy()) & (query["camid"] >= 0)
-    names = {"query": top["query_path"], "rank 1": top["path"]}
-    table = pd.DataFrame({key: [*map(os.path.basename, paths)] for key, paths in names.items()})
-    columns = {"same person": person, "same camera": person & camera.to_numpy()}
-    return table.assign(distance=top["distance"].to_numpy(), **columns)
+    top = found[found["rank"] == 1].reset_index(drop=True)
+    query, first = (truth.loc[top[column]].to_dict("list") for column in ("query_path", "path"))
+    table = pd.DataFrame({"query": top["query_path"], "rank 1": top["path"]}).map(os.path.basename)
+    table["distance"] = top["distance"]
+    table["same person"] = np.equal(query["pid"], first["pid"])
+    camera = np.equal(query["camid"], first["camid"]) & (np.array(query["camid"]) >= 0)
+    return table.assign(**{"same camera": table["same person"] & camera})
 
 
 def uncovered_in_words(table: pd.DataFrame) -> str:

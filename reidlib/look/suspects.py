@@ -5,6 +5,8 @@ to be looked at by a person; `recall_of_planted` says how far to trust them. All
 `SUSPECT_COLUMNS`.
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -18,12 +20,11 @@ SUSPECT_COLUMNS = (
 
 TWO_PEOPLE = "two people in one pid?"
 LEAST = 1.5  # the smallest score of a wrong label: its own are half as far again as others
+LEAST_TWO, LEAST_ONE = 1.5, 0.95  # the smallest of two people in one pid, and of one in two
 NEIGHBOURS = 50  # how many nearest images are looked at for other identities
 
 
-def label_errors(
-    emb: np.ndarray, table: pd.DataFrame, least: float = LEAST, neighbours: int = NEIGHBOURS
-) -> pd.DataFrame:
+def label_errors(emb: np.ndarray, table: pd.DataFrame, near: tuple | None = None) -> pd.DataFrame:
     """Images that lie with another identity, and far from their own.
 
     The score is own / other: the distance to the second nearest image of the image's own identity
@@ -39,70 +40,56 @@ def label_errors(
 
     Args:
         emb: (N, D).
-        table: N rows.
-        least: the smallest score of a suspect; 1.5: its own are half as far again as others.
-        neighbours: how many nearest images are looked at for other identities.
+        table: N rows: `path`, `pid`, `camid`.
+        near: what `nearest_images` says of all rows but junk, if it was asked before.
 
     Returns:
-        Suspects, the highest score first, with the columns `SUSPECT_COLUMNS`: `kind` is "wrong
-        identity?" or "no distractor?", `other` the nearest image of the suggested identity.
+        Suspects of score `LEAST` or more, the highest first, with the columns `SUSPECT_COLUMNS`:
+        `kind` is "wrong identity?" or "no distractor?", `other` the nearest image of the suggested
+        identity.
 
     Raises:
-        ValueError: lengths differ.
+        ValueError: lengths differ, or embeddings are not finite.
     """
     emb, pids = _checked(emb, table)
     rows = np.flatnonzero(pids != -1)
     if len(rows) < 3 or (pids > 0).sum() < 2:
-        return suspect_table(table, [], [], [], [], [])
-    near, far = nearest_images(emb[rows], min(neighbours, len(rows) - 1))
-    return _label_errors(emb, table, least, rows, rows[near], far)
-
-
-def _label_errors(emb, table, least, rows, near, far) -> pd.DataFrame:
-    """`label_errors` of some rows (n,), with their nearest rows and distances (n, K)."""
-    pids = table["pid"].to_numpy(np.int64)
-    who, own_pid = pids[near], pids[rows]
-    # a pid's second appearance in a row's list of neighbours, nearest first
-    again = np.zeros(who.shape, bool)
-    for k in range(1, who.shape[1]):
-        again[:, k] = (who[:, :k] == who[:, [k]]).sum(axis=1) == 1
-    again &= (who > 0) & (who != own_pid[:, None])
-    place = again.argmax(axis=1)  # of the first such identity
+        return suspect_table(table, [])
+    near, far = near or nearest_images(emb[rows], min(NEIGHBOURS, len(rows) - 1))
+    label, who = pids[rows], pids[rows[near]]  # (n,), (n, K)
     line = np.arange(len(rows))
-    found = again[line, place]
-    other = np.where(found, far[line, place], np.inf)
-    suggested = np.where(found, who[line, place], -1)
-    # the second identity to appear twice: for distractors
+    # true where a pid appears for the second time among a row's neighbours, nearest first
+    seen = pd.DataFrame({"row": line.repeat(who.shape[1]), "pid": who.ravel()})
+    again = seen.groupby(["row", "pid"]).cumcount().to_numpy().reshape(who.shape) == 1
+    again &= (who > 0) & (who != label[:, None])
+    place = again.argmax(axis=1)  # of the first such identity
+    found, suggested, other = again[line, place], who[line, place], far[line, place]
     again[line, place] = False
-    next_place = again.argmax(axis=1)
-    # beyond the list, it is at least as far as the list reaches
-    next_other = np.where(again[line, next_place], far[line, next_place], far[:, -1])
+    place = again.argmax(
+        axis=1
+    )  # of the second, for distractors; beyond the list, at least its end
+    next_other = np.where(again[line, place], far[line, place], far[:, -1])
     within = _second_own(emb, pids)
-    own = np.where(own_pid == 0, next_other, within[rows])
-    score = np.where(found, ratio(own, other), np.nan)  # NaN: cannot be judged
+    own = np.where(label == 0, next_other, within[rows])
     usual = pd.Series(within).groupby(pids).median().reindex(suggested).to_numpy()
-    score[(own_pid == 0) & ~(0.9 * other <= usual)] = np.nan
-    picked = np.flatnonzero(score >= least)
-    picked = picked[np.argsort(-score[picked], kind="stable")]
-    witness = near[picked, (who[picked] == suggested[picked, None]).argmax(axis=1)]
-    votes = (who[picked, :10] == suggested[picked, None]).sum(axis=1)
-    kind = np.where(own_pid[picked] == 0, "no distractor?", "wrong identity?")
-    evidence = [
-        (f"own identity at {a:.3g}, " if p > 0 else f"next identity at {a:.3g}, ")
-        + f"identity {s} at {b:.3g}; {v} of its {min(10, who.shape[1])} nearest images are of {s}"
-        for a, b, s, v, p in zip(
-            own[picked], other[picked], suggested[picked], votes, own_pid[picked], strict=True
+    judged = found & ((label != 0) | (0.9 * other <= usual))
+    score = np.where(judged, ratio(own, other), np.nan)
+    records = []
+    for i in np.flatnonzero(score >= LEAST):
+        alike = who[i] == suggested[i]
+        votes = alike[:10]
+        evidence = (
+            f"{'own' if label[i] else 'next'} identity at {own[i]:.3g}, identity {suggested[i]} at "
+            f"{other[i]:.3g}; {votes.sum()} of its {len(votes)} nearest images are of {suggested[i]}"
         )
-    ]
-    out = suspect_table(table, kind, score[picked], rows[picked], witness, evidence)
-    return out.assign(suggested_pid=pd.array(suggested[picked], "Int64"))
+        kind = "wrong identity?" if label[i] else "no distractor?"
+        pair = rows[i], rows[near[i, alike.argmax()]]
+        records.append((kind, score[i], *pair, evidence, suggested[i]))
+    return suspect_table(table, records)
 
 
 def nearest_images(emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other images of each, and their Euclidean distances: (N, k) each, nearest first.
-
-    Raises:
-        ValueError: fewer than k other images, or embeddings that are not (N, D) numbers.
 
     >>> nearest_images(np.array([[0.0], [1.0], [5.0]]), 1)[0].tolist()
     [[1], [0], [1]]
@@ -117,22 +104,16 @@ def nearest_images(emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _second_own(emb: np.ndarray, pids: np.ndarray) -> np.ndarray:
-    """Distance to the second nearest other image of the own identity (N,); to the only one where
-    there is one, NaN where there is none."""
+    """Distance to the second nearest other image of the own identity (N,), or to the only one; or NaN."""
     out = np.full(len(emb), np.nan)
-    for pid, rows in pd.Series(pids).groupby(pids).indices.items():
-        if pid > 0 and len(rows) > 1:
+    for rows in _people(pids).values():
+        if len(rows) > 1:
             far = np.sort(between(emb[rows], emb[rows]), axis=1)  # column 0 is itself
             out[rows] = far[:, min(2, len(rows) - 1)]
     return out
 
 
-def identity_errors(
-    emb: np.ndarray,
-    table: pd.DataFrame,
-    least_two: float = 1.5,
-    least_one: float = 0.95,
-) -> pd.DataFrame:
+def identity_errors(emb: np.ndarray, table: pd.DataFrame) -> pd.DataFrame:
     """Identities that look like two people, and pairs of identities that look like one.
 
     **Two people in one pid?** The images of an identity are cut in two (average linkage), two images
@@ -151,82 +132,70 @@ def identity_errors(
         `image` is of the smaller one, `suggested_pid` the identity nearest to it.
 
     Raises:
-        ValueError: lengths differ.
+        ValueError: lengths differ, or embeddings are not finite.
     """
     emb, pids = _checked(emb, table)
-    groups = {pid: rows for pid, rows in pd.Series(pids).groupby(pids).indices.items() if pid > 0}
+    groups = _people(pids)
     if len(groups) < 3:  # with nobody else to compare with, nothing can be said
-        return suspect_table(table, [], [], [], [], [])
-    ids = np.array([*groups])
+        return suspect_table(table, [])
     centres = np.stack([emb[rows].mean(axis=0) for rows in groups.values()])
-    variance = np.array(
-        [
-            np.square(emb[rows] - centre).sum(axis=1).mean()
-            for rows, centre in zip(groups.values(), centres, strict=True)
-        ]
-    )
-    two = _two_people(emb, groups, ids, centres, table, least_two)
-    one = _one_person(emb, groups, ids, centres, variance, table, least_one)
+    two = suspect_table(table, _two_people(emb, groups, centres, table))
+    one = suspect_table(table, _one_person(emb, groups, centres))
     return pd.concat([two, one], ignore_index=True)
 
 
-def _two_people(emb, groups, ids, centres, table, least) -> pd.DataFrame:
-    found = []
+def _two_people(emb, groups, centres, table) -> Iterator[tuple]:
+    ids = [*groups]
     for k, (pid, rows) in enumerate(groups.items()):
         if len(rows) < 4:
             continue
         part = fcluster(linkage(emb[rows], "average"), 2, "maxclust") == 1
-        if not 2 <= part.sum() <= len(rows) - 2:
-            continue
         small, large = sorted((rows[part], rows[~part]), key=len)
-        middles = np.stack([emb[small].mean(axis=0), emb[large].mean(axis=0)])
+        if len(small) < 2:
+            continue
+        middles = np.stack([emb[side].mean(axis=0) for side in (small, large)])
         far = between(middles, centres)  # (2, identities)
         far[:, k] = np.inf
         apart = np.linalg.norm(middles[0] - middles[1])
-        score = float(ratio(apart, np.sqrt(far.min(axis=1).prod())))
-        if score >= least:
-            next_to = ids[far[0].argmin()]
+        score = ratio(apart, np.sqrt(far.min(axis=1).prod()))
+        if score >= LEAST_TWO:
+            suggested = ids[far[0].argmin()]
             evidence = (
                 f"{len(small)} images{_seen_by(table, small)} lie {apart:.3g} from the other "
                 f"{len(large)}{_seen_by(table, large)} of identity {pid}, and {far[0].min():.3g} "
-                f"from identity {next_to}"
+                f"from identity {suggested}"
             )
-            at = [_middle(emb, side) for side in (small, large)]
-            found.append((TWO_PEOPLE, score, *at, evidence, next_to))
-    return _found(table, found)
+            at = _middle(emb, small), _middle(emb, large)
+            yield TWO_PEOPLE, score, *at, evidence, suggested
 
 
-def _one_person(emb, groups, ids, centres, variance, table, least) -> pd.DataFrame:
-    sizes = np.array([len(rows) for rows in groups.values()])
+def _one_person(emb, groups, centres) -> Iterator[tuple]:
+    ids, rows = [*groups], [*groups.values()]
+    square = [np.square(emb[r] - c).sum(axis=1).mean() for r, c in zip(rows, centres, strict=True)]
+    variance, sizes = np.array(square), np.array([*map(len, rows)])
     # root mean squares of distances between images of two identities, and within one
     apart = np.sqrt(between(centres, centres) ** 2 + variance[:, None] + variance)
     spread = np.sqrt(2 * variance * sizes / np.maximum(sizes - 1, 1))
     np.fill_diagonal(apart, np.inf)
     partner = apart.argmin(axis=1)
-    found = []
     for a, b in enumerate(partner):
-        if a < b and partner[b] == a:
-            wide = max(spread[a], spread[b])
-            score = float(ratio(wide, apart[a, b]))
-            if score >= least:
-                next_nearest = np.sort(np.concatenate([apart[a], apart[b]]))[2]
-                evidence = (
-                    f"images of identities {ids[a]} and {ids[b]} are {apart[a, b]:.3g} apart, those "
-                    f"of one of them {wide:.3g}, those of the next identity {next_nearest:.3g}"
-                )
-                # the second identity would be called by the name of the first
-                at = [_middle(emb, groups[ids[i]]) for i in (b, a)]
-                found.append(("one person in two pids?", score, *at, evidence, ids[a]))
-    return _found(table, found)
+        wide = max(spread[a], spread[b])
+        score = ratio(wide, apart[a, b])
+        if a < b and partner[b] == a and score >= LEAST_ONE:
+            next_nearest = np.sort(np.concatenate([apart[a], apart[b]]))[2]
+            evidence = (
+                f"images of identities {ids[a]} and {ids[b]} are {apart[a, b]:.3g} apart, those "
+                f"of one of them {wide:.3g}, those of the next identity {next_nearest:.3g}"
+            )
+            # the second identity would be called by the name of the first
+            at = _middle(emb, rows[b]), _middle(emb, rows[a])
+            yield "one person in two pids?", score, *at, evidence, ids[a]
 
 
-def _found(table, found) -> pd.DataFrame:
-    found = sorted(found, key=lambda f: -f[1])
-    kind, score, image, other, evidence, suggested = (
-        zip(*found, strict=True) if found else ((),) * 6
-    )
-    out = suspect_table(table, kind, score, image, other, evidence)
-    return out.assign(suggested_pid=pd.array(list(suggested), "Int64"))
+def _people(pids: np.ndarray) -> dict[int, np.ndarray]:
+    """The rows of each identity, by pid in ascending order."""
+    groups = pd.Series(pids).groupby(pids).indices
+    return {pid: rows for pid, rows in groups.items() if pid > 0}
 
 
 def _middle(emb: np.ndarray, rows: np.ndarray) -> int:
@@ -236,13 +205,14 @@ def _middle(emb: np.ndarray, rows: np.ndarray) -> int:
 
 def _seen_by(table: pd.DataFrame, rows: np.ndarray) -> str:
     """The cameras of some rows, in brackets; nothing where they are unknown."""
-    cameras = np.unique(table["camid"].to_numpy()[rows]) if "camid" in table else [-1]
+    cameras = np.unique(table["camid"].to_numpy()[rows])
     if cameras[0] < 0:
         return ""
     return f" (camera{'s'[: len(cameras) > 1]} {', '.join(map(str, cameras))})"
 
 
 def _checked(emb: np.ndarray, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings in float64 and pids, if they fit each other."""
     emb = np.asarray(emb, dtype=np.float64)
     if emb.ndim != 2 or len(emb) != len(table):
         raise ValueError(f"embeddings {emb.shape} do not fit a table of {len(table)} rows.")
@@ -251,68 +221,64 @@ def _checked(emb: np.ndarray, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
     return emb, table["pid"].to_numpy(np.int64)
 
 
-def suspect_table(table, kind, score, image, other, evidence) -> pd.DataFrame:
-    """The one form of all suspects: `SUSPECT_COLUMNS`."""
-    out = pd.DataFrame({"kind": np.array(kind, object), "score": np.array(score, float)})
-    for name, rows in (("", image), ("other_", other)):
-        rows = np.array(rows, np.int64)
-        out[name.rstrip("_") or "image"] = rows
-        for column in ("path", "pid", "camid"):
-            blank = pd.Series("" if column == "path" else -1, index=table.index)
-            out[name + column] = table.get(column, blank).to_numpy()[rows]
-    out["suggested_pid"] = pd.array([pd.NA] * len(out), "Int64")
-    out["evidence"] = np.array(evidence, object)
-    return out[list(SUSPECT_COLUMNS)]
+def suspect_table(table: pd.DataFrame, found: Iterable[tuple]) -> pd.DataFrame:
+    """Return the one form of all suspects in a table, `SUSPECT_COLUMNS`, the highest score first.
+
+    `found` has of each kind, score, the rows of image and other, evidence, and suggested pid.
+    """
+    columns = ["kind", "score", "image", "other", "evidence", "suggested_pid"]
+    types = {"score": float, "image": int, "other": int, "suggested_pid": "Int64"}
+    out = pd.DataFrame(found, columns=columns).astype(types)
+    for column in ("path", "pid", "camid"):
+        labels = table[column].to_numpy()
+        out[column], out[f"other_{column}"] = labels[out["image"]], labels[out["other"]]
+    out = out.sort_values("score", ascending=False, kind="stable", ignore_index=True)
+    return out[[*SUSPECT_COLUMNS]]
 
 
 def recall_of_planted(
-    emb: np.ndarray, table: pd.DataFrame, planted: int = 20, repeats: int = 5, seed: int = 0
+    emb: np.ndarray, table: pd.DataFrame, planted: int = 20, seed: int = 0
 ) -> dict[str, float]:
-    """Give some images another identity at random, and count how many `label_errors` names.
+    """Give some images another identity at random, and count how many `label_errors` names: five times.
 
     The embeddings stay as they are: for images that the network was not trained on, which is what
     this is for, a wrong label changes none of them. The planted errors are random; those of people
     who label mix up people that look alike, and are harder to see.
 
-    Args:
-        planted: how many at a time.
-        repeats: how many times, each with other images.
-
     Returns:
         `planted` (in all), `recall` (share of them that is named), `right_pid` (share of
         those named where the suggested identity is the true one) and `others` (how many other
-        images are named, in the mean of the repeats: false alarms, and errors that were there).
+        images are named, in the mean of the five: false alarms, and errors that were there).
 
     Raises:
         ValueError: fewer than two identities, or fewer images than are to be planted.
     """
-    pids = table["pid"].to_numpy()
+    emb, pids = _checked(emb, table)
     people, ids = np.flatnonzero(pids > 0), np.unique(pids[pids > 0])
     if len(ids) < 2 or len(people) < planted or planted < 1:
         raise ValueError(
-            f"{planted} wrong labels cannot be planted in {len(people)} images of {len(ids)} people."
+            f"{planted} wrong labels do not fit {len(people)} images of {len(ids)} people."
         )
-    emb, _ = _checked(emb, table)
     rng = np.random.default_rng(seed)
-    kept = np.flatnonzero(pids != -1)
-    near, far = nearest_images(emb[kept], min(NEIGHBOURS, len(kept) - 1))
-    named, right, others = 0, 0, 0
-    for _ in range(repeats):
+    kept = emb[pids != -1]
+    near = nearest_images(kept, min(NEIGHBOURS, len(kept) - 1))
+    tries = []
+    for _ in range(5):
         rows = rng.choice(people, planted, replace=False)
         wrong = pids.copy()
         # another place in the list of identities than the true one
         shift = rng.integers(1, len(ids), planted)
         wrong[rows] = ids[(np.searchsorted(ids, pids[rows]) + shift) % len(ids)]
-        found = _label_errors(emb, table.assign(pid=wrong), LEAST, kept, kept[near], far)
-        hits = found[found["image"].isin(rows)]
-        named += len(hits)
-        right += int((hits["suggested_pid"].to_numpy() == pids[hits["image"]]).sum())
-        others += len(found) - len(hits)
+        found = label_errors(emb, table.assign(pid=wrong), near=near)
+        tries.append(found.assign(planted=found["image"].isin(rows)))
+    found = pd.concat(tries)
+    named = found[found["planted"].astype(bool)]
+    right = int((named["suggested_pid"] == pids[named["image"]]).sum())
     return {
-        "planted": planted * repeats,
-        "recall": named / (planted * repeats),
-        "right_pid": right / named if named else float("nan"),
-        "others": others / repeats,
+        "planted": planted * len(tries),
+        "recall": len(named) / (planted * len(tries)),
+        "right_pid": right / len(named) if len(named) else float("nan"),
+        "others": (len(found) - len(named)) / len(tries),
     }
 
 
@@ -320,26 +286,21 @@ def recall_of_planted(
 
 
 def in_fours(found: pd.DataFrame, emb: np.ndarray, table: pd.DataFrame) -> np.ndarray:
-    """Return the rows of the images that each suspect is judged beside.
+    """Return the rows of the images that each suspect, found in `emb` and `table`, is judged beside.
 
-    Args:
-        found: suspects with the columns `SUSPECT_COLUMNS`.
-        emb, table: what they were found in.
-
-    Returns:
-        (n, 4): the suspect, a typical image of its label (the one in the middle of all others), the
-        image it is compared with, and a typical one of the identity it may be; -1 where there is none.
+    (n, 4): the suspect, a typical image of its label (the one in the middle of all others), the image
+    it is compared with, and a typical one of the identity it may be; -1 where there is none.
     """
 
-    def typical(pid: int, but: list[int]) -> int:
-        rows = np.setdiff1d(np.flatnonzero(table["pid"] == pid), but)
+    def typical(pid: int, row: tuple) -> int:
+        rows = np.setdiff1d(np.flatnonzero(table["pid"] == pid), [row.image, row.other])
         return _middle(emb, rows) if pid > 0 and len(rows) else -1
 
-    fours = []
-    for row in found.itertuples():
-        pair = [row.image, row.other]
-        suggested = -1 if pd.isna(row.suggested_pid) else row.suggested_pid
-        fours.append([row.image, typical(row.pid, pair), row.other, typical(suggested, pair)])
+    found = found.fillna({"suggested_pid": -1})
+    fours = [
+        (row.image, typical(row.pid, row), row.other, typical(row.suggested_pid, row))
+        for row in found.itertuples()
+    ]
     return np.array(fours, np.int64).reshape(-1, 4)
 
 
@@ -359,12 +320,7 @@ def touched(
     """Return which queries are suspects, or have a suspect as their nearest stranger: (Q,) booleans.
 
     Of an identity that may be two people every image is suspect, not only the two that are named.
-
-    Args:
-        causes: what `why.causes` returned, with paths.
-        gallery: its gallery.
-        found: suspects with the columns `SUSPECT_COLUMNS`.
-        table: what they were found in.
+    `causes` is what `why.causes` said of the gallery, and `table` what the suspects were found in.
     """
     two = found.loc[found["kind"] == TWO_PEOPLE, "pid"]
     named = {*found["path"], *found["other_path"], *table.loc[table["pid"].isin(two), "path"]}
@@ -388,19 +344,17 @@ def trust_in_words(trial: dict[str, float], named: int) -> str:
 def blame_in_words(rates: pd.Series, wrong: int, scorable: int) -> str:
     """Say whether suspect data goes together with failure.
 
-    Args:
-        rates: the row of `why.base_rates` for the evidence "the query or its stranger is a suspect".
-        wrong, scorable: how many queries are wrong, of how many that have a match.
+    `rates` is the row of `why.base_rates` for the evidence that `touched` gives; `wrong` queries of
+    the `scorable` ones are wrong.
     """
     if not 0 < wrong < scorable:
         return "All queries are wrong, or none is: there is nothing to compare suspects with."
-    said = (
-        f"In {rates['wrong']:.0f} of {wrong:,} wrong queries ({rates['share_wrong']:.0%}) the query or its "
-        f"nearest stranger is a suspect, and in {rates['share_right']:.0%} of the right ones. "
-    )
+    verdict = "That is not surely more often: these suspects do not explain the failures."
     if rates["low"] > 1:
-        return said + (
-            "Some of these failures may be the fault of the data. Not all are: a picture that is hard "
-            "for the network looks like a wrong label. The others are the network's, or hard for anybody."
+        verdict = (
+            "The data may be at fault; but pictures that are hard for the network look so, too."
         )
-    return said + "That is not surely more often: these suspects do not explain the failures."
+    return (
+        f"In {rates['wrong']:.0f} of {wrong:,} wrong queries ({rates['share_wrong']:.0%}) the query or its "
+        f"nearest stranger is a suspect, and in {rates['share_right']:.0%} of the right ones. {verdict}"
+    )
