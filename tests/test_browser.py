@@ -27,6 +27,8 @@ from reidlib.look.browser import Browser, ranked_list_page
 from reidlib.paths import ROOT
 
 TOPK = 6
+COLUMNS = ("run", "asked", "query", "query_path", "rank", "gallery", "path", "pid", "camid")
+COLUMNS += ("distance", "status")
 # Together, folder and file name hold `</script>`, which no file name alone can.
 HOSTILE = (
     "plain.png",
@@ -67,10 +69,9 @@ def tables(tmp_path_factory):
         # The last query has no match: the gallery knows its person from its own camera only.
         table.loc[len(table)] = 77, 1
         names = [*map(hostile_name, range(len(labels))), "lonely.png"]
-        sizes = [(16, 32 if i % 5 else 20) for i in range(len(names))]
         paths = [
-            save_image(root / side / name, rng, size)
-            for name, size in zip(names, sizes, strict=True)
+            save_image(root / side / name, rng, (16, 32 if i % 5 else 20))
+            for i, name in enumerate(names)
         ]
         out.append(table.assign(path=paths))
     return out
@@ -87,8 +88,13 @@ def embeddings(tables, seed=0, noise=1.2):
 
 
 def retrieval(tables, seed=0, noise=1.2, **options):
-    emb = embeddings(tables, seed, noise)
-    return Retrieval(emb[0], tables[0], emb[1], tables[1], **options)
+    query_emb, gallery_emb = embeddings(tables, seed, noise)
+    return Retrieval(query_emb, tables[0], gallery_emb, tables[1], **options)
+
+
+def shown(one, row, **options):
+    """The list that a page and a widget show of a query."""
+    return one.ranked_list(row, **{"topk": TOPK, "show_missed": True, **options})
 
 
 @pytest.fixture(scope="module")
@@ -125,32 +131,24 @@ def test_every_list_of_a_page_is_the_evaluators_and_its_ap_follows_from_it(runs,
     status_of = {code: status for status, code in lists.CODES.items()}
     checked = 0
     for r, one in enumerate(runs.values()):
-        evaluation = one.evaluate()
+        per_query = one.evaluate().per_query
         for key, records in data["lists"].items():
             record, row = records[r], int(key[1:])
-            found = pd.DataFrame({"gallery": record["rows"], "rank": record["ranks"]})
-            found["status"] = [status_of[code] for code in record["status"]]
             asked, at = (one, row) if key[0] == "q" else (one.ask([row]), 0)
-            whole = asked.ranked_list(at, topk=None).set_index("gallery")
-            whole["rank"] = whole["rank"].fillna(0).astype(int)
-            expected = whole.loc[found["gallery"], ["rank", "status"]].reset_index()
-            pd.testing.assert_frame_equal(found, expected, check_dtype=False)
-            distance = whole["distance"][record["rows"]].to_numpy()
-            np.testing.assert_allclose(record["distances"], distance, rtol=1e-3)
             # All matches are there, and all that ranks, or would rank, up to the last of the first six.
-            ranks = found["rank"][found["status"] == "match"].tolist()
+            expected = shown(asked, at)
+            assert record["rows"] == expected["gallery"].tolist()
+            assert record["ranks"] == expected["rank"].fillna(0).tolist()
+            assert [status_of[code] for code in record["status"]] == expected["status"].tolist()
+            np.testing.assert_allclose(record["distances"], expected["distance"], rtol=1e-3)
+            ranks = expected["rank"][expected["status"] == "match"].tolist()
+            whole = asked.ranked_list(at, topk=None)
             assert len(ranks) == (whole["status"] == "match").sum()
-            near = whole.iloc[: np.flatnonzero(whole["rank"] == TOPK)[0] + 1]
-            assert record["rows"][: len(near)] == near.index.tolist()
-            if not ranks:
-                assert record["ap"] is None and record["ap_market"] is None
-                continue
-            assert (record["ap"], record["ap_market"]) == pytest.approx(average_precision(ranks))
-            checked += 1
-            if key[0] == "q":
-                scored = evaluation.per_query.loc[row]
-                assert record["ap"] == pytest.approx(scored["AP"], abs=1e-12)
-                assert record["ap_market"] == pytest.approx(scored["AP_market"], abs=1e-12)
+            aps = average_precision(ranks) if ranks else (None, None)
+            assert (record["ap"], record["ap_market"]) == pytest.approx(aps)
+            checked += bool(ranks)
+            if key[0] == "q" and ranks:
+                assert aps == pytest.approx(per_query.loc[row, ["AP", "AP_market"]], abs=1e-12)
                 assert data["about"]["queries"]["ap"][r][row] == record["ap"]
     assert checked > 60
     codes = "".join(record["status"] for records in data["lists"].values() for record in records)
@@ -212,25 +210,23 @@ def test_pictures_that_are_missing_are_said_to_be(tables):
 
 
 def test_which_queries_are_in_a_page(runs):
+    def chosen(retrievals, queries):
+        about = inside(ranked_list_page(retrievals, queries=queries, topk=1))["about"]
+        return about["queries"]["row"], " ".join(about["notes"])
+
     one, two = runs.values()
     ap = one.evaluate().per_query["AP"]
-    data = inside(ranked_list_page(one, queries=8, topk=TOPK))
-    rows = data["about"]["queries"]["row"]
+    rows, notes = chosen(one, 8)
     assert len(rows) == len({*rows}) == 8
-    assert {*ap.nsmallest(4, keep="all").index} <= {*rows}
-    assert {*ap.nlargest(2, keep="first").index} <= {*rows}
-    chosen = "8 of 11 queries are in this file: the 4 of lowest AP, the 2 of highest AP, 2 drawn"
-    assert chosen in " ".join(data["about"]["notes"])
+    assert {*ap.nsmallest(4, keep="all").index, *ap.nlargest(2).index} <= {*rows}
+    said = "8 of 11 queries are in this file: the 4 of lowest AP, the 2 of highest AP, 2 drawn"
+    assert said in notes and chosen(one, 8)[0] == rows
     change = two.evaluate().per_query["AP"] - ap
-    rows = inside(ranked_list_page(runs, queries=4, topk=TOPK))["about"]["queries"]["row"]
+    rows, _ = chosen(runs, 4)
     assert {change.idxmin(), change.idxmax()} <= {*rows} and len(rows) == 4
-    data = inside(ranked_list_page(one, queries=[7, 3], topk=1))
-    assert data["about"]["queries"]["row"] == [3, 7]
+    assert chosen(one, [7, 3])[0] == [3, 7]
     for queries in (None, 11, 500):
-        data = inside(ranked_list_page(one, queries=queries, topk=1))
-        assert data["about"]["queries"]["row"] == [*range(11)]
-    again = [ranked_list_page(one, queries=5, topk=1) for _ in range(2)]
-    assert again[0] == again[1]
+        assert chosen(one, queries)[0] == [*range(11)]
 
 
 def test_what_cannot_be_shown_is_refused(tables, runs):
@@ -248,6 +244,10 @@ def test_what_cannot_be_shown_is_refused(tables, runs):
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):
             ranked_list_page({"a": one, "b": retrieval(other)})
+    moved = [table.assign(path="/elsewhere" + table["path"]) for table in tables]
+    ranked_list_page(
+        {"here": one, "there": retrieval(moved)}, topk=1
+    )  # the same, in another folder
     with pytest.raises(ValueError, match="own camera"):
         ranked_list_page({"a": one, "b": retrieval(tables, exclude_same_camera=False)})
     for wrong in ({}, dict.fromkeys("abc", one)):
@@ -261,11 +261,6 @@ def test_what_cannot_be_shown_is_refused(tables, runs):
     for wrong in ([one], "plain", {"a": "plain"}):
         with pytest.raises(TypeError, match="shows a Retrieval"):
             ranked_list_page(wrong)
-
-
-def test_the_same_data_in_another_folder_can_be_compared(tables, runs):
-    moved = [table.assign(path="/elsewhere" + table["path"]) for table in tables]
-    ranked_list_page({"here": runs["plain"], "there": retrieval(moved)}, topk=1)
 
 
 def test_nobody_known_gives_lists_without_right_or_wrong(tables):
@@ -312,16 +307,12 @@ def test_the_selection_is_a_table(runs):
     widget = Browser(runs, topk=TOPK, live=False)
     first = int(widget.view["key"][1:])
     assert first == runs["plain"].evaluate().per_query["AP"].idxmin()
-    whole = runs["plain"].ranked_list(first, topk=TOPK, show_missed=True)
     table = widget.selection
-    assert [*table.columns] == [
-        *("run", "asked", "query", "query_path", "rank", "gallery", "path", "pid", "camid"),
-        *("distance", "status"),
-    ]
+    assert [*table.columns] == [*COLUMNS]
     assert [*dict.fromkeys(table["run"])] == [*runs]
-    shown = table[table["run"] == "plain"]
-    assert shown["gallery"].tolist() == whole["gallery"].tolist()
-    assert shown["distance"].tolist() == whole["distance"].tolist()
+    mine = table[table["run"] == "plain"]
+    for column in ("gallery", "distance"):
+        assert mine[column].tolist() == shown(runs["plain"], first)[column].tolist()
     widget.view = {"key": "g9", "camera": "2", "excluded": False}
     table = widget.selection
     assert {*table["camid"]} == {2} and {*table["asked"]} == {"gallery"}
@@ -394,12 +385,20 @@ class Page:
     def focused(self):
         return self.driver.switch_to.active_element
 
-    def ap(self, run=0):
-        """The AP that a list states, per cent, and the one that its results give."""
+    def pick(self, row):
+        self.one(f"[data-key=q{row}]").click()
+
+    def stated(self, run=0):
+        """Both APs that a list states, per cent."""
         words = r"AP ([\d.]+) % \(Market's definition: ([\d.]+) %\)"
-        stated = re.search(words, self.all(".statement")[run].text)
+        return [float(x) for x in re.search(words, self.all(".statement")[run].text).groups()]
+
+    def checked_ap(self, run=0):
+        """The AP that a list states, per cent: it is the one that its results give."""
         ranks = [rank for rank, status, _ in self.results(run) if status == "match"]
-        return [float(x) for x in stated.groups()], [100 * x for x in average_precision(ranks)]
+        computed = [100 * x for x in average_precision(ranks)]
+        assert self.stated(run) == pytest.approx(computed, abs=0.0051)
+        return self.stated(run)[0]
 
 
 @pytest.fixture
@@ -459,37 +458,35 @@ def test_picking_a_query(opened, runs, tables):
 def test_each_list_is_the_evaluators_and_its_ap_follows_from_the_screen(opened, runs):
     page, ap = opened(runs["plain"]), runs["plain"].evaluate().per_query["AP"]
     for row in (0, 3, 7, 9):
-        page.one(f"[data-key=q{row}]").click()
-        expected = runs["plain"].ranked_list(row, topk=TOPK, show_missed=True)
+        page.pick(row)
+        expected = shown(runs["plain"], row)
         assert page.results() == rows_of(expected)
-        stated, again = page.ap()
-        assert stated == pytest.approx(again, abs=0.0051)
-        assert stated[0] == pytest.approx(100 * ap[row], abs=0.0051)
+        assert page.checked_ap() == pytest.approx(100 * ap[row], abs=0.0051)
         assert page.key() == f"q{row}" and page.driver.current_url.endswith(f"#q{row}")
         missed = [rank for rank, status, _ in page.results() if rank > TOPK]
         assert len(missed) == (expected["rank"] > TOPK).sum()
         if missed:
             assert f"Missed: {len(missed)} match" in page.text(".run")
             assert f"at rank {', '.join(map(str, missed))}" in page.text(".run")
-    page.one("[data-key=q10]").click()
+    page.pick(10)
     assert "No match" in page.text(".statement")
 
 
-def test_what_each_result_says(opened, runs, chromium):
+def test_what_each_result_says(opened, runs):
     page = opened(runs["plain"])
-    page.one("[data-key=q0]").click()
-    expected = runs["plain"].ranked_list(0, topk=TOPK, show_missed=True)
+    page.pick(0)
     words = {"match": "✓ {} right", "wrong": "✗ {} wrong", "junk": "– junk"}
     words |= {"same camera": "– same camera"}
-    for item, result in zip(page.all(".results li"), expected.itertuples(), strict=True):
+    results = shown(runs["plain"], 0).itertuples()
+    for item, result in zip(page.all(".results li"), results, strict=True):
+        inner = lambda selector, item=item: item.find_element("css selector", selector)
         assert words[result.status].format(result.rank) in item.text
         assert f"distance {result.distance:#.4g}" in item.text and f"c{result.camid}" in item.text
-        name = item.find_element("css selector", ".file").get_attribute("textContent")
+        name = inner(".file").get_attribute("textContent")
         assert name and result.path.endswith("/" + name)
-        alt = item.find_element("css selector", "img").get_attribute("alt")
+        alt = inner("img").get_attribute("alt")
         assert f"camera {result.camid}" in alt and words[result.status].split()[-1] in alt
-        frame = item.find_element("css selector", ".photo")
-        frame = frame.value_of_css_property("border-top-color").replace("rgba", "rgb")
+        frame = inner(".photo").value_of_css_property("border-top-color").replace("rgba", "rgb")
         mark = photographs.STATUS.get(result.status, figures.EXCLUDED)
         colour = ", ".join(str(int(mark.colour[i : i + 2], 16)) for i in (1, 3, 5))
         assert frame.startswith(f"rgb({colour}")
@@ -497,9 +494,9 @@ def test_what_each_result_says(opened, runs, chromium):
 
 def test_filters_and_a_result_that_becomes_the_query(opened, runs, tables):
     page = opened(runs["plain"])
-    page.one("[data-key=q0]").click()
+    page.pick(0)
     # Excluded images away, then one camera: ranks and AP stay.
-    whole, stated = page.results(), page.ap()[0]
+    whole, stated = page.results(), page.stated()
     page.one("input[name=excluded]").click()
     assert page.results() == [result for result in whole if result[0]] != whole
     assert "leaves out." in page.text(".run")
@@ -507,7 +504,7 @@ def test_filters_and_a_result_that_becomes_the_query(opened, runs, tables):
     cameras = tables[1]["camid"]
     assert page.results() == [r for r in whole if r[0] and cameras[r[2]] == 3]
     assert "Ranks and AP are those of the whole list" in page.text(".run")
-    assert page.ap()[0] == stated
+    assert page.stated() == stated
     page.choose("result-camera", "all")
     page.one("input[name=excluded]").click()
     assert page.results() == whole
@@ -515,11 +512,9 @@ def test_filters_and_a_result_that_becomes_the_query(opened, runs, tables):
     row = whole[2][2]
     page.all(".photo")[2].click()
     until(lambda: "a gallery image, asked as a query" in page.text(".asked"))
-    asked = runs["plain"].ask([row]).ranked_list(0, topk=TOPK, show_missed=True)
-    assert [g for _, _, g in page.results()] == asked["gallery"].tolist()
-    if (asked["status"] == "match").any():
-        stated, again = page.ap()
-        assert stated == pytest.approx(again, abs=0.0051)
+    asked = shown(runs["plain"].ask([row]), 0)
+    assert page.results() == rows_of(asked) and (asked["status"] == "match").any()
+    page.checked_ap()
     page.one(".back").click()
     assert page.results() == whole and page.key() == "q0"
 
@@ -596,7 +591,7 @@ def test_two_runs_side_by_side(opened, runs, chromium):
     page.choose("order", f"AP of {b}, worst first")
     moved = set()
     for query in (3, 6, 8):
-        page.one(f"[data-key=q{query}]").click()
+        page.pick(query)
         ranks = [
             dict(zip(found["gallery"], found["rank"], strict=True))
             for found in (one.ranked_list(query, topk=None) for one in runs.values())
@@ -619,8 +614,7 @@ def test_two_runs_side_by_side(opened, runs, chromium):
                 assert found[0].text == text
                 alt = item.find_element("css selector", "img").get_attribute("alt")
                 assert f"rank {there} in {(b, a)[r]}" in alt and (word if up else "same") in alt
-            stated, again = page.ap(r)
-            assert stated == pytest.approx(again, abs=0.0051)
+            page.checked_ap(r)
     assert len(moved) > 1
 
 
@@ -639,7 +633,7 @@ def test_the_selection_is_saved_as_csv(opened, runs, chromium, tmp_path, tables)
         file.unlink()
         return rows
 
-    page.one("[data-key=q2]").click()
+    page.pick(2)
     rows = saved()  # nothing ticked: the lists in view
     expected = pd.concat(one.ranked_list(2, topk=TOPK, show_missed=True) for one in runs.values())
     assert [int(row["gallery"]) for row in rows] == expected["gallery"].tolist()
@@ -654,7 +648,7 @@ def test_the_selection_is_saved_as_csv(opened, runs, chromium, tmp_path, tables)
     assert [*rows[0]] == [*Browser(runs, topk=TOPK, live=False).selection.columns]
     page.all(".tick input")[1].click()
     first = page.results()[1]
-    page.one("[data-key=q5]").click()
+    page.pick(5)
     page.all(".tick input")[-1].click()
     last = page.results(1)[-1]
     rows = saved()

@@ -1,8 +1,6 @@
-// The ranked-list browser. It runs in a page that holds its lists (`fromPage`) and in a notebook, where
-// it asks Python for them (`fromKernel`); all else is the same. `start` puts it together of three parts:
-// the picker (browser_picker.js), a query with its lists, and what is taken away of them
-// (browser_lists.js). Python joins the three files to one script. File names and all other data reach
-// the document as text nodes and attributes only, never as markup.
+// The ranked-list browser, in a page that holds its lists (`fromPage`) and in a notebook, where it asks
+// Python for them (`fromKernel`). `start` puts it together of a picker (browser_picker.js) and lists
+// (browser_lists.js); Python joins the files. Data become text nodes and attributes, never markup.
 
 const STATUS = {
   m: { status: "match", kind: "right", sign: "✓", word: "right" },
@@ -12,10 +10,7 @@ const STATUS = {
   j: { status: "junk", kind: "excluded", sign: "–", word: "junk" },
   i: { status: "query itself", kind: "excluded", sign: "–", word: "query itself" },
 };
-const COLUMNS = [
-  ...["run", "asked", "query", "query_path", "rank", "gallery", "path", "pid", "camid", "distance"],
-  "status",
-];
+const COLUMNS = "run asked query query_path rank gallery path pid camid distance status".split(" ");
 const PAGE = 60; // queries that the picker draws at a time
 
 // --- where lists and photographs come from
@@ -31,36 +26,32 @@ function fromPage(data, photos) {
 }
 
 function fromKernel(model, about, late) {
-  const waiting = new Map();
+  const waiting = new Map(); // id of a question -> who waits for its answer
   const images = {};
   const photos = new Map(); // key -> promise of a URL
-  let wanted = [];
-  let asked = 0;
-  const view = Math.random().toString(36).slice(2); // several views of one widget share its messages
+  const wanted = []; // keys and who waits for their photographs
 
-  const listen = (message) => {
-    const question = waiting.get(message.id);
+  const listen = ({ id, error, answer }) => {
+    const question = waiting.get(id);
     if (!question) return;
-    waiting.delete(message.id);
+    waiting.delete(id);
     clearTimeout(question.timer);
     late(false);
-    if (message.error) question.reject(new Error(message.error));
-    else question.resolve(message.answer);
+    if (error) question.reject(new Error(error));
+    else question.resolve(answer);
   };
   model.on("msg:custom", listen);
 
   const ask = (what, keys) =>
     new Promise((resolve, reject) => {
-      const id = `${view}-${(asked += 1)}`;
+      const id = Math.random().toString(36).slice(2); // several views of one widget share its messages
       waiting.set(id, { resolve, reject, timer: setTimeout(() => late(true), 5000) });
       model.send({ id, ask: what, keys });
     });
 
   const fetchPhotos = () => {
-    const batch = wanted;
-    wanted = [];
-    for (let i = 0; i < batch.length; i += PAGE) {
-      const part = batch.slice(i, i + PAGE);
+    while (wanted.length) {
+      const part = wanted.splice(0, PAGE);
       ask("photos", part.map(([key]) => key)).then(
         (found) => part.forEach(([key, resolve]) => resolve(url(found[key]))),
         () => part.forEach(([, resolve]) => resolve(null)),
@@ -95,9 +86,8 @@ const url = (photo) => (photo ? `data:image/webp;base64,${photo}` : null);
 function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (value === undefined || value === null) continue;
     if (name in node && !name.startsWith("aria")) node[name] = value;
-    else node.setAttribute(name, value);
+    else if (value !== null) node.setAttribute(name, value);
   }
   node.append(...children.filter((child) => child !== null && child !== ""));
   return node;
@@ -121,32 +111,21 @@ const rowOf = (key) => Number(key.slice(1));
 
 const labelled = (text, control) => make("label", {}, make("span", {}, text), control);
 const cameras = (list) => [["", "all"], ...list.map((c) => [String(c), where(c)])];
-function options(select, pairs) {
-  for (const [value, text] of pairs) select.append(make("option", { value }, text));
-  return select;
-}
+const menu = (name, pairs) =>
+  make("select", { name }, ...pairs.map(([value, text]) => make("option", { value }, text)));
 
-function shuffled(rows, seed) {
-  // Fisher and Yates, with a generator of its own (mulberry32): the same order for the same seed.
-  const order = [...rows];
-  for (let i = order.length - 1; i > 0; i--) {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    const j = ((t ^ (t >>> 14)) >>> 0) % (i + 1);
-    [order[i], order[j]] = [order[j], order[i]];
-  }
-  return order;
+// A number that looks drawn, and is the same for the same seed: MurmurHash3's last steps.
+function luck(i, seed) {
+  let hash = Math.imul(i + 1, 0x9e3779b1) + seed;
+  hash = Math.imul(hash ^ (hash >>> 16), 0x85ebca6b);
+  hash = Math.imul(hash ^ (hash >>> 13), 0xc2b2ae35);
+  return (hash ^ (hash >>> 16)) >>> 0;
 }
 
 function csv(rows) {
-  const cell = (value) => {
-    const text = value === null || value === undefined ? "" : String(value);
-    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-  };
-  return [COLUMNS, ...rows.map((row) => COLUMNS.map((name) => row[name]))]
-    .map((row) => row.map(cell).join(",") + "\n")
-    .join("");
+  const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const cells = (row) => COLUMNS.map((name) => quoted(String(row[name] ?? "")));
+  return [COLUMNS, ...rows.map(cells)].map((line) => line.join(",") + "\n").join("");
 }
 
 // One tab stop for a whole list; arrow keys, Home and End move inside it.
@@ -176,10 +155,9 @@ function start(root, source, options) {
   const columns = make("div", { className: "columns" }, app.picker.node, app.answer.node);
   root.replaceChildren(header(app), columns, app.said);
   root.addEventListener("keydown", (event) => {
-    if (event.key === "Backspace" && event.target !== app.picker.search) {
-      event.preventDefault();
-      app.answer.goBack();
-    }
+    if (event.key !== "Backspace" || event.target === app.picker.search) return;
+    event.preventDefault();
+    app.answer.goBack();
   });
   app.picker.pick();
   const linked = () => {
@@ -188,12 +166,11 @@ function start(root, source, options) {
   };
   const first = linked() ?? app.picker.first();
   if (first) app.answer.go(first);
-  if (app.page) {
-    window.addEventListener("hashchange", () => {
-      const key = linked();
-      if (key && key !== app.key) app.answer.go(key);
-    });
-  }
+  if (!app.page) return;
+  window.addEventListener("hashchange", () => {
+    const key = linked();
+    if (key && key !== app.key) app.answer.go(key);
+  });
 }
 
 // What the parts of the browser share: the data, what is chosen, and helpers that need the data.
@@ -214,8 +191,7 @@ function shared(source, { level, page, change = () => {} }) {
     heading: (below, properties, ...text) => make(`h${level + below}`, properties, ...text),
     image(key) {
       const i = rowAt.get(key);
-      if (i === undefined) return source.image(key);
-      return [queries.name[i], queries.pid[i], queries.camid[i]];
+      return i === undefined ? source.image(key) : [queries.name[i], queries.pid[i], queries.camid[i]];
     },
     photo(key, alt) {
       const image = make("img", { alt, decoding: "async", className: "waiting" });
@@ -230,22 +206,15 @@ function shared(source, { level, page, change = () => {} }) {
 }
 
 function header({ about, runs, two, scored, heading }) {
-  const node = make("header", {}, heading(0, {}, about.title));
-  for (const run of runs) {
-    node.append(make("p", {}, two ? make("b", {}, `${run.name}: `) : "", run.scores));
-  }
-  if (scored) {
-    const key = [
-      ["right", "✓ right: same person"],
-      ["wrong", "✗ wrong: somebody else"],
-      ["excluded", "– excluded: left out of the ranking, with the reason"],
-    ];
-    const entries = key.map(([kind, text]) => make("span", { className: kind }, make("i"), text));
-    node.append(make("p", { className: "key" }, ...entries));
-  }
+  const scores = runs.map((run) => make("p", {}, two ? make("b", {}, `${run.name}: `) : "", run.scores));
+  const entry = (kind, text) => make("span", { className: kind }, make("i"), text);
+  const right = entry("right", "✓ right: same person");
+  const wrong = entry("wrong", "✗ wrong: somebody else");
+  const excluded = entry("excluded", "– excluded: left out of the ranking, with the reason");
+  const key = scored ? make("p", { className: "key" }, right, wrong, excluded) : "";
   const notes = about.notes.map((note) => make("p", {}, note));
-  node.append(make("details", {}, make("summary", {}, "what is shown, and how"), ...notes));
-  return node;
+  const details = make("details", {}, make("summary", {}, "what is shown, and how"), ...notes);
+  return make("header", {}, heading(0, {}, about.title), ...scores, key, details);
 }
 
 // --- in a notebook
@@ -260,23 +229,17 @@ function render({ model, el }) {
   dark();
   const theme = new MutationObserver(dark);
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-light"] });
-  const box = make("div", {});
-  const trouble = make(
-    "p",
-    { role: "alert", hidden: true },
-    "Python has not answered yet: the kernel is busy, or was stopped. If stopped, run this cell again.",
-  );
+  const box = make("div");
+  const late = "Python has not answered yet: the kernel is busy, or was stopped. If stopped, run this cell again.";
+  const trouble = make("p", { role: "alert", hidden: true }, late);
   el.append(trouble, box);
-  const source = fromKernel(model, model.get("about"), (late) => (trouble.hidden = !late));
-  start(box, source, {
-    level: 3,
-    page: false,
-    change: ({ ticked, view }) => {
-      model.set("ticked", ticked);
-      model.set("view", view);
-      model.save_changes();
-    },
-  });
+  const source = fromKernel(model, model.get("about"), (isLate) => (trouble.hidden = !isLate));
+  const change = (ticked, view) => {
+    model.set("ticked", ticked);
+    model.set("view", view);
+    model.save_changes();
+  };
+  start(box, source, { level: 3, page: false, change });
   return () => {
     theme.disconnect();
     source.close();

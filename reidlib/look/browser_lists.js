@@ -1,12 +1,10 @@
 // A query with its list in each run, and the table of what is ticked. A part of browser.js.
 
-// --- one query and its lists
-
 function makeAnswer(app) {
   const { about, page, two } = app;
   const node = make(page ? "main" : "section", { className: "answer", "aria-label": "ranked lists" });
   const back = make("button", { type: "button", className: "back" }, "← query before");
-  const camera = options(make("select", { name: "result-camera" }), cameras(about.cameras.gallery));
+  const camera = menu("result-camera", cameras(about.cameras.gallery));
   const excluded = make("input", { type: "checkbox", name: "excluded", checked: true });
   const query = make("div", { className: "asked" });
   const lists = make("div", { className: two ? "lists two" : "lists" });
@@ -17,18 +15,14 @@ function makeAnswer(app) {
     app.key = key;
     node.setAttribute("aria-busy", "true");
     app.picker.markCurrent();
-    let records;
-    try {
-      records = await app.source.lists(key);
-    } catch (error) {
-      if (app.key !== key) return;
-      node.removeAttribute("aria-busy");
-      query.replaceChildren(make("p", { role: "alert" }, `Python could not answer: ${error.message}`));
+    const records = await app.source.lists(key).catch((error) => ({ error }));
+    if (app.key !== key) return; // another query was chosen meanwhile
+    node.removeAttribute("aria-busy");
+    if (records.error) {
+      query.replaceChildren(make("p", { role: "alert" }, `Python could not answer: ${records.error.message}`));
       lists.replaceChildren();
       return;
     }
-    if (app.key !== key) return; // another query was chosen meanwhile
-    node.removeAttribute("aria-busy");
     app.shown = { key, records };
     draw();
     if (page) history.replaceState(null, "", `#${key}`);
@@ -47,24 +41,22 @@ function makeAnswer(app) {
   }
 
   back.addEventListener("click", goBack);
-  camera.addEventListener("change", () => {
-    app.camera = camera.value;
-    draw();
-  });
-  excluded.addEventListener("change", () => {
-    app.excluded = excluded.checked;
-    draw();
-  });
+  for (const filter of [camera, excluded]) {
+    filter.addEventListener("change", () => {
+      Object.assign(app, { camera: camera.value, excluded: excluded.checked });
+      draw();
+    });
+  }
   const check = make("label", { className: "check" }, excluded, "excluded images, in their place");
   const filters = [labelled("camera of the results", camera), check];
   node.append(make("div", { className: "controls" }, back, ...filters, app.selection.node), query, lists);
-  return { node, lists, go, goBack, draw };
+  return { node, go, goBack, draw };
 }
 
-const resultsOf = (record) =>
-  (record?.rows ?? []).map((row, i) => {
-    return { row, rank: record.ranks[i], distance: record.distances[i], code: record.status[i] };
-  });
+function resultsOf(record) {
+  const { rows, ranks, distances, status } = record ?? { rows: [] };
+  return rows.map((row, i) => ({ row, rank: ranks[i], distance: distances[i], code: status[i] }));
+}
 const matchRanks = (record) =>
   new Map(resultsOf(record).flatMap(({ row, rank, code }) => (code === "m" ? [[row, rank]] : [])));
 
@@ -83,10 +75,8 @@ function drawQuery(app) {
   });
   app.said.textContent = `${title}. ${texts.join(" ")}`;
   const lines = facts.map((fact, i) => make("p", { className: i ? "" : "file" }, fact));
-  return [
-    app.photo(key, `query, ${joined(who(pid), where(camid))}`),
-    make("div", {}, app.heading(1, { tabIndex: -1 }, title), ...lines),
-  ];
+  const photo = app.photo(key, `query, ${joined(who(pid), where(camid))}`);
+  return [photo, make("div", {}, app.heading(1, { tabIndex: -1 }, title), ...lines)];
 }
 
 function changes({ shown, runs }) {
@@ -131,8 +121,7 @@ function drawList(app, r) {
   const near = all.filter((result) => result.rank <= topk);
   const missed = all.filter((result) => result.rank > topk);
   const there = matchRanks(two ? app.shown.records[1 - r] : null); // of the matches in the other run
-  const notes = filterNotes(app, all, near);
-  if (notes.length) box.append(make("p", { className: "note" }, notes.join(" ")));
+  box.append(...filterNotes(app, all, near));
   const section = (results, label) => {
     const list = make("ol", { className: "results", "aria-label": label });
     const shown = results.filter((result) => fits(app, result));
@@ -142,12 +131,10 @@ function drawList(app, r) {
   };
   box.append(section(near, `the first ${topk}, nearest first`));
   if (missed.length) {
+    const title = `Missed: ${count(missed.length, "match", "matches")} beyond rank ${topk}`;
     const places = missed.map((result) => result.rank.toLocaleString("en"));
-    box.append(
-      app.heading(two ? 3 : 2, {}, `Missed: ${count(missed.length, "match", "matches")} beyond rank ${topk}`),
-      make("p", { className: "note" }, `at rank ${places.join(", ")}`),
-      section(missed, "missed matches"),
-    );
+    const note = make("p", { className: "note" }, `at rank ${places.join(", ")}`);
+    box.append(app.heading(two ? 3 : 2, {}, title), note, section(missed, "missed matches"));
   }
   return box;
 }
@@ -157,31 +144,37 @@ function fits(app, result) {
   return (!app.camera || String(camid) === app.camera) && (app.excluded || result.rank > 0);
 }
 
+// What the filters hide: a paragraph, or none.
 function filterNotes(app, all, near) {
   const notes = [];
   const dropped = all.filter((result) => result.rank === 0).length;
-  if (dropped && !app.excluded) {
-    notes.push(`Hidden: ${count(dropped, "image")} that the protocol leaves out.`);
-  }
+  if (dropped && !app.excluded) notes.push(`Hidden: ${count(dropped, "image")} that the protocol leaves out.`);
   if (app.camera) {
     const fitting = near.filter((result) => fits(app, result)).length;
-    notes.push(
-      `Only ${where(Number(app.camera))} is shown: ${fitting} of ${near.length}. ` +
-        "Ranks and AP are those of the whole list.",
-    );
+    notes.push(`Only ${where(Number(app.camera))} is shown: ${fitting} of ${near.length}.`);
+    notes.push("Ranks and AP are those of the whole list.");
   }
-  return notes;
+  return notes.length ? [make("p", { className: "note" }, notes.join(" "))] : [];
 }
 
+// A result of run r: its photograph, which makes it the query, and what is known of it.
 function drawResult(app, r, result, there, first) {
   const { kind, sign, word, status } = STATUS[result.code];
-  const [name, pid, camid] = app.source.image(`g${result.row}`);
+  const key = `g${result.row}`;
+  const can = app.source.has(key);
+  const [name, pid, camid] = app.source.image(key);
   const rank = result.rank ? `rank ${result.rank}` : "not ranked";
   const move = moveOf(app, r, result, there);
   const place = pid < 0 && camid < 0 && name ? last(name) : where(camid);
   const alt = joined(rank, word, pid >= 0 ? who(pid) : "", place, move.said);
   const tick = app.selection.tickOf(r, result, joined(rank, word));
-  const button = resultButton(app, result, alt);
+  const title = can ? "make this image the query" : "there is no list of its own here";
+  const properties = { type: "button", className: "photo", title, "aria-disabled": can ? null : "true" };
+  const button = make("button", properties, app.photo(key, alt));
+  button.addEventListener("click", () => {
+    if (can) app.answer.go(key, { focus: true });
+    else app.said.textContent = "There is no list of this image here.";
+  });
   // The tick of a result is the tab stop after its photograph.
   for (const node of [button, tick]) node.tabIndex = first ? 0 : -1;
   button.addEventListener("focus", () => {
@@ -210,26 +203,9 @@ function moveOf({ runs }, r, result, there) {
   const up = r ? there - result.rank : result.rank - there;
   if (up === 0) return { shown: "= same rank", said: `same ${other}` };
   const [sign, word] = up > 0 ? ["▲", "up"] : ["▼", "down"];
-  const side = r ? "from" : "to";
-  const places = count(Math.abs(up), "place");
-  return {
-    shown: `${sign} ${Math.abs(up)}, ${side} ${there}`,
-    said: `moved ${word} ${places}, ${side} ${other}`,
-  };
-}
-
-// The photograph of a result, which makes it the query.
-function resultButton(app, result, alt) {
-  const key = `g${result.row}`;
-  const can = app.source.has(key);
-  const title = can ? "make this image the query" : "there is no list of its own here";
-  const properties = { type: "button", className: "photo", title, "aria-disabled": can ? null : "true" };
-  const button = make("button", properties, app.photo(key, alt));
-  button.addEventListener("click", () => {
-    if (can) app.answer.go(key, { focus: true });
-    else app.said.textContent = "There is no list of this image here.";
-  });
-  return button;
+  const [places, side] = [Math.abs(up), r ? "from" : "to"];
+  const said = `moved ${word} ${count(places, "place")}, ${side} ${other}`;
+  return { shown: `${sign} ${places}, ${side} ${there}`, said };
 }
 
 // --- what is taken away
@@ -245,11 +221,9 @@ function makeSelection(app) {
     selected.textContent = n ? `${count(n, "result")} selected` : "nothing selected";
     save.textContent = n ? "save the selection as CSV" : "save this list as CSV";
     clear.disabled = n === 0;
-    const rows = [...ticked.keys()].map((id) => id.split(" "));
-    app.change({
-      ticked: rows.map(([r, key, row]) => [Number(r), key, Number(row)]),
-      view: { key: app.shown.key, camera: app.camera, excluded: app.excluded },
-    });
+    const ids = [...ticked.keys()].map((id) => id.split(" "));
+    const rows = ids.map(([r, key, row]) => [Number(r), key, Number(row)]);
+    app.change(rows, { key: app.shown.key, camera: app.camera, excluded: app.excluded });
   }
 
   function tickOf(r, result, words) {
@@ -265,7 +239,9 @@ function makeSelection(app) {
   }
 
   save.addEventListener("click", () => {
-    const rows = ticked.size ? [...ticked.values()] : rowsInView(app);
+    const fitting = (record) => resultsOf(record).filter((result) => fits(app, result));
+    const rowsOf = (record, r) => fitting(record).map((result) => tableRow(app, r, result));
+    const rows = ticked.size ? [...ticked.values()] : app.shown.records.flatMap(rowsOf);
     const href = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv" }));
     make("a", { href, download: "selection.csv" }).click();
     setTimeout(() => URL.revokeObjectURL(href), 1000);
@@ -277,27 +253,12 @@ function makeSelection(app) {
   return { node: make("div", { className: "selection" }, selected, save, clear), tell, tickOf };
 }
 
-// The lists in view, as they are filtered.
-function rowsInView(app) {
-  return app.shown.records.flatMap((record, r) =>
-    resultsOf(record)
-      .filter((result) => fits(app, result))
-      .map((result) => tableRow(app, r, result)),
-  );
-}
-
 function tableRow(app, r, result) {
   const { key } = app.shown;
   const [path, pid, camid] = app.source.image(`g${result.row}`);
   return {
-    run: app.runs[r].name,
-    asked: sideOf(key),
-    query: rowOf(key),
-    query_path: app.image(key)[0],
-    rank: result.rank || null,
-    gallery: result.row,
-    ...{ path, pid, camid },
-    distance: result.distance,
-    status: STATUS[result.code].status,
+    ...{ run: app.runs[r].name, asked: sideOf(key), query: rowOf(key), query_path: app.image(key)[0] },
+    ...{ rank: result.rank || null, gallery: result.row, path, pid, camid },
+    ...{ distance: result.distance, status: STATUS[result.code].status },
   };
 }

@@ -2,20 +2,23 @@
 
 function makePicker(app) {
   const { about, queries } = app;
-  const sort = options(make("select", { name: "order" }), orders(app));
+  let seed = 0;
+  const choices = orders(app, (i) => luck(i, seed));
+  const sort = menu("order", choices.map(([text], n) => [n, text]));
   const search = make("input", { type: "search", name: "search", autocomplete: "off" });
-  const camera = options(make("select", { name: "query-camera" }), cameras(about.cameras.query));
+  const camera = menu("query-camera", cameras(about.cameras.query));
   const found = make("p", { className: "note" });
   const strip = make("ol", { className: "strip", "aria-label": "queries, in the chosen order" });
   const buttons = () => [...strip.querySelectorAll("button")];
   let order = []; // places in the table of queries
-  let seed = 0;
 
   function pick() {
-    order = sorted(app, matching(app, search.value, camera.value), sort.value, seed);
+    const [text, by] = choices[sort.value];
+    // Queries without a match have no AP: they stand last in both directions.
+    const value = (i) => (Number.isNaN(by(i)) ? Infinity : by(i));
+    order = matching(app, search.value, camera.value).sort((a, b) => value(a) - value(b) || a - b);
     // A menu cuts long names off, and with them the direction.
-    const direction = app.two && app.scored ? `${sort.selectedOptions[0].textContent}: ` : "";
-    found.textContent = howMany(app, order.length, direction);
+    found.textContent = howMany(app, order.length, app.two && app.scored ? `${text}: ` : "");
     strip.replaceChildren();
     strip.scrollTop = strip.scrollLeft = 0;
     more();
@@ -32,10 +35,7 @@ function makePicker(app) {
   }
 
   function markCurrent() {
-    for (const button of buttons()) {
-      if (button.dataset.key === app.key) button.setAttribute("aria-current", "true");
-      else button.removeAttribute("aria-current");
-    }
+    for (const button of buttons()) button.ariaCurrent = button.dataset.key === app.key ? "true" : null;
   }
 
   roving(strip, buttons, more);
@@ -45,7 +45,7 @@ function makePicker(app) {
     if (below + beside < 400 && strip.children.length < order.length) more();
   });
   sort.addEventListener("change", () => {
-    if (sort.value === "random") seed += 1;
+    seed += 1;
     pick();
   });
   search.addEventListener("input", pick);
@@ -60,18 +60,19 @@ function makePicker(app) {
   return { node, search, pick, markCurrent, first };
 }
 
-function orders({ runs, two, scored }) {
-  const pairs = [];
-  runs.forEach((run, r) => {
-    if (!scored) return;
-    const ap = two ? `AP of ${run.name}` : "AP";
-    pairs.push([`worst${r}`, `${ap}, worst first`], [`best${r}`, `${ap}, best first`]);
+// Orders of the queries: what the menu says, and what is sorted ascending.
+function orders({ runs, queries, two, scored }, random) {
+  const ap = queries.ap.map((run) => run.map((value) => value ?? NaN));
+  const byAp = runs.flatMap(({ name }, r) => {
+    const own = two ? `AP of ${name}` : "AP";
+    return [[`${own}, worst first`, (i) => ap[r][i]], [`${own}, best first`, (i) => -ap[r][i]]];
   });
-  if (two && scored) {
+  if (two) {
     const change = `AP from ${runs[0].name} to ${runs[1].name}`;
-    pairs.push(["gain", `largest gain of ${change}`], ["loss", `largest loss of ${change}`]);
+    byAp.push([`largest gain of ${change}`, (i) => ap[0][i] - ap[1][i]]);
+    byAp.push([`largest loss of ${change}`, (i) => ap[1][i] - ap[0][i]]);
   }
-  return [...pairs, ["random", "random order"], ["table", "order of the query table"]];
+  return [...(scored ? byAp : []), ["random order", random], ["order of the query table", (i) => i]];
 }
 
 // Places of the queries that fit what was typed and the chosen camera.
@@ -82,28 +83,6 @@ function matching({ queries }, typed, camera) {
     if (camera && String(queries.camid[i]) !== camera) return false;
     // A number is an identity, where there is such a one; all else is part of a file name.
     return person === null ? queries.name[i].toLowerCase().includes(text) : queries.pid[i] === person;
-  });
-}
-
-function sorted({ queries }, places, by, seed) {
-  if (by === "random") return shuffled(places, seed);
-  if (by === "table") return places;
-  const kind = by.replace(/\d/, "");
-  const value = (i) => {
-    const ap = queries.ap.map((run) => run[i]);
-    if (kind === "gain" || kind === "loss") {
-      if (ap[0] === null || ap[1] === null) return null;
-      return kind === "gain" ? ap[0] - ap[1] : ap[1] - ap[0];
-    }
-    const own = ap[Number(by.slice(-1))];
-    return own === null ? null : kind === "worst" ? own : -own;
-  };
-  const values = new Map(places.map((i) => [i, value(i)]));
-  // Queries without a match have no AP: they stand last in both directions.
-  return places.sort((a, b) => {
-    const [x, y] = [values.get(a), values.get(b)];
-    if (x === null || y === null) return (x === null) - (y === null) || a - b;
-    return x - y || a - b;
   });
 }
 
