@@ -150,6 +150,7 @@ def test_a_run_that_went_wrong_says_nothing_of_the_luck_of_seeds():
     assert verdicts.steady(found) == list(VARIANTS)[1:] and spread.freedom == 4
     said = verdicts.luck_in_words(found, spread, verdicts.intervals(found))
     assert f"(4 degrees of freedom, {', '.join(list(VARIANTS)[1:])} together)" in said
+    assert "held-out mAP" not in results.for_people(table)
     assert list(table["health"]) == ["collapsed", "slow", "", "", ""]
     assert results.for_people(table)["health"][HARD] == "no finding"
 
@@ -193,6 +194,7 @@ def margins(found, split):
 def test_margins_are_chosen_on_held_out_people():
     held = dict.fromkeys(LEVEL, 0.4) | {"batch-hard 1.0": 0.45}
     found = rows_of(LEVEL | {"batch-hard 0.5": 0.7}, held=held)
+    assert list(results.for_people(results.summary(found))["held-out mAP"]) == ["40.0"] * 5
     table, (_, hard) = margins(found, "test")
     losses = ("batch_all", "batch_hard")
     assert {*table.columns} == {(loss, where) for loss in losses for where in ("test", "held_out")}

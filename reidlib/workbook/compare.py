@@ -120,10 +120,10 @@ def _data(dataset: str, held_out: int | str) -> tuple[str, str]:
 def _settled(row: Sought, split: Split, train: bool) -> Made | None:
     """Return what becomes of a row that needs no work; None for one that does."""
     folder = _find(row)
+    if not folder and train:
+        return None
     if not folder:
-        return (
-            None if train else Made(None, f"No run with these settings is there. {_nearest(row)}")
-        )
+        return Made(None, f"No run with these settings is there. {_nearest(row)}")
     try:
         if _scored(row, folder, split):
             return Made(folder)

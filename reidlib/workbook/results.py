@@ -104,9 +104,9 @@ def summary(found: Runs) -> pd.DataFrame:
         scores = 100 * pd.DataFrame([run.scores for run in its])
         line = {"seeds": len(its)} | scores.mean().to_dict()
         line |= scores.std().add_suffix(" sd").to_dict()
-        held = [run.held_out for run in its]
-        if not np.isnan(held).any():
-            line["held-out mAP"] = np.mean(held)
+        held = np.mean([run.held_out for run in its])
+        if not np.isnan(held):
+            line["held-out mAP"] = held
         line["minutes"] = np.mean([run.minutes for run in its])
         findings = {finding for run in its for finding in run.findings}
         lines[name] = line | {"health": "; ".join(sorted(findings))}
