@@ -53,12 +53,15 @@ def shuffled_labels(plan):
 
 # One real run for each kind of cause, and what its advice says; the histories below have the edges of
 # every threshold.
+RATE_0 = dict(lr=1e-9, hold_out=4, evaluate_every=20)
 BROKEN = {
     "rate 10": (dict(lr=10.0), None, "diverging", "rate: 0.0003 (now lr = 10)"),
     "shuffled": (dict(), shuffled_labels, "not learning", "Look at the labels"),
     "black": (dict(), black_images, "collapsed", "Look at the images"),
     "margin 50": (dict(margin=50.0), None, "margin out of reach", "A smaller margin"),
     "few people": (dict(p=12), None, "too few identities", "p=3, or more identities"),
+    # Held-out mAP may rise by BatchNorm's statistics alone; the distances tell.
+    "rate 0": (RATE_0, None, "not learning", "A higher learning rate (now lr = 1e-09"),
 }
 # What is true of any run so short, on so few people.
 SMALL_TOO = {"still learning", "far from origin", "too easy"}
@@ -81,8 +84,9 @@ def test_a_broken_run_is_found(case):
 @pytest.mark.parametrize("margin", ["soft", 0.2])
 def test_a_healthy_run_has_no_finding(margin, capsys):
     folder = fit(plan("healthy", loss="batch_all", margin=margin, p=6, steps=60, log_every=3))
-    assert report_run(folder) == []
-    assert runs.read_json(folder / "manifest.json")["health"] == []
+    assert report_run(folder) == runs.read_json(folder / "manifest.json")["health"] == []
+    seen = Watched(pd.read_csv(folder / "history.csv"), runs.read_recipe(folder))
+    assert seen.loss_at_end < 0.7 * seen.loss[:2].mean()
     assert main(["health", folder.name]) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{folder.name}\n{as_text([])}\n" and "Step" not in printed.err
@@ -124,9 +128,7 @@ def test_weights_that_are_not_what_they_are_said_to_be(
 
 
 def test_fresh_layers_are_those_with_either_pair_untouched():
-    net = torch.nn.Sequential(
-        *(torch.nn.BatchNorm2d(2) for _ in range(4)), torch.nn.Conv2d(2, 2, 1)
-    )
+    net = torch.nn.Sequential(*(torch.nn.BatchNorm2d(2) for _ in range(4)), torch.nn.ReLU())
     for i in (1, 3):
         net[i].running_mean += 1
     for i in (2, 3):
@@ -149,17 +151,6 @@ def test_a_run_that_fails_says_so_in_its_manifest_and_at_once(monkeypatch, capsy
     assert as_text([finding]) in capsys.readouterr().err
     assert ("the first step" in finding.evidence) == first_step
     assert ("lower learning rate" in finding.try_first) != first_step
-
-
-@pytest.mark.slow
-def test_a_rate_of_nothing_is_found_with_held_out_people_too():
-    """Their mAP may rise by BatchNorm's statistics alone; the distances tell."""
-    folder = fit(plan("blind", lr=1e-9, hold_out=4, evaluate_every=20))
-    (finding,) = report_run(folder)
-    assert finding.name == "not learning"
-    assert "A higher learning rate (now lr = 1e-09" in finding.try_first
-    scores = runs.read_json(folder / "metrics.json")["held_out"]
-    assert 0 < scores["before_mAP"] < 1
 
 
 @pytest.mark.slow

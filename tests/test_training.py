@@ -299,22 +299,17 @@ def test_precision_follows_the_device_and_the_input():
         choose(precision="bfloat16", width=32)
 
 
-@pytest.mark.parametrize(
-    ("can", "told"),
-    [
-        ({"avx512_bf16": False, "amx_bf16": False}, True),
-        ({"avx512_bf16": True, "amx_bf16": False}, False),
-        ({"avx512_bf16": False, "amx_bf16": True}, False),
-        ({"sve": True}, False),  # another architecture: nothing is known
-    ],
-)
-def test_emulated_bfloat16_is_told(can, told, monkeypatch, capsys):
+@pytest.mark.parametrize("has", ["nothing", "avx512_bf16", "amx_bf16", "sve"])
+def test_emulated_bfloat16_is_told(has, monkeypatch, capsys):
+    can = dict.fromkeys(("avx512_bf16", "amx_bf16"), False) | {has: True}
+    if has == "sve":
+        can = {"sve": True}  # another architecture: nothing is known
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     for precision in ("bfloat16", "auto", "float32"):
         recipe = small(height=64, width=48, precision=precision)
         loop.prepare(recipe, device="cpu", show_progress=False)
-        expected = told and precision == "bfloat16"
-        assert ("no instructions for bfloat16" in capsys.readouterr().err) == expected
+        expected = has == "nothing" and precision == "bfloat16"
+        assert ("emulates bfloat16" in capsys.readouterr().err) == expected
 
 
 def test_the_run_explains_itself(whole, monkeypatch):
@@ -327,8 +322,9 @@ def test_the_run_explains_itself(whole, monkeypatch):
     history = pd.read_csv(whole / "history.csv")
     assert history["step"].tolist() == [*range(1, 13)]
     assert history["held_out_mAP"].notna().sum() == 2
-    best = runs.read_json(whole / "metrics.json")["held_out"]["best"]
-    assert best["mAP"] == history["held_out_mAP"].max()
+    scores = runs.read_json(whole / "metrics.json")["held_out"]
+    best = scores["best"]
+    assert 0 < scores["before_mAP"] < 1 and best["mAP"] == history["held_out_mAP"].max()
     assert load_checkpoint(whole / "checkpoint_best.pt")["step"] == best["step"]
     expected = load_checkpoint(whole / "checkpoint.pt")["model"]
     for source in (whole, whole.name, whole / "weights.safetensors"):
@@ -344,14 +340,6 @@ def test_every_loss_trains(loss, margin):
     name = loss.replace("_", "") + ("_softplus" if margin == "soft" else "")
     assert folder.name == f"synthetic_{name}"
     assert pd.read_csv(folder / "history.csv")["loss"].gt(0).all()
-
-
-@pytest.mark.slow
-def test_the_loss_goes_down():
-    settings = dict(backbone="resnet8", p=8, k=4, steps=60, loss="batch_all", mean="valid")
-    folder = fit("learns", **settings, margin=1.0, hold_out=0)
-    loss = pd.read_csv(folder / "history.csv")["loss"]
-    assert loss[-5:].mean() < 0.7 * loss[:5].mean()
 
 
 def test_any_folder_of_identities_trains_and_names_its_run(tmp_path, data_root):

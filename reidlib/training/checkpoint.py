@@ -14,54 +14,39 @@ from reidlib.data.sampler import PKSampler
 from reidlib.model.network import EmbeddingNet
 from reidlib.runs import sha256, write_atomically, write_text
 
+PARTS = ("model", "optimiser", "sampler")
+VALUES = ("step", "best", "seconds", "history", "facts")
+
 
 @dataclass(eq=False)
 class State:
-    """All that a training step changes. With torch's random state, it decides every step to come.
-
-    Attributes:
-        model, optimiser, sampler, augmentation: what has a state of its own.
-        step: the last one that is done.
-        best: step, mAP and top1 of the best held-out score; None before the first.
-        seconds: how long training has taken, over all processes that worked at it.
-        history: a row (name to number) for each logged step.
-        facts: what the health report needs besides the history, and nobody can see later.
-    """
+    """All that a training step changes. With torch's random state, it decides every step to come."""
 
     model: EmbeddingNet
     optimiser: torch.optim.Optimizer
     sampler: PKSampler
     augmentation: Augmentation
-    step: int = 0
-    best: dict | None = None
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-    facts: dict = field(default_factory=dict)
+    step: int = 0  # the last one that is done
+    best: dict | None = None  # step, mAP and top1 of the best held-out score; None before the first
+    seconds: float = 0.0  # that training has taken, in all processes that worked at it
+    history: list[dict[str, float]] = field(default_factory=list)  # a row for each logged step
+    facts: dict = field(default_factory=dict)  # that only the beginning shows, for `health`
 
     def state_dict(self) -> dict:
         """Return what `save_checkpoint` writes: tensors and plain values alone."""
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "augmentation": self.augmentation.generator.get_state(),
-            "torch_random": torch.get_rng_state(),
-            "best": self.best,
-            "seconds": self.seconds,
-            "history": self.history,
-            "facts": self.facts,
-        }
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        values = {name: getattr(self, name) for name in VALUES}
+        augmentation, others = self.augmentation.generator.get_state(), torch.get_rng_state()
+        return parts | values | {"augmentation": augmentation, "torch_random": others}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned; torch's random state is set, too."""
-        for part in ("model", "optimiser", "sampler"):
-            getattr(self, part).load_state_dict(state[part])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.augmentation.generator.set_state(state["augmentation"])
         torch.set_rng_state(state["torch_random"])
-        for value in ("step", "best", "seconds", "history"):
-            setattr(self, value, state[value])
-        self.facts = state.get("facts", {})  # checkpoints had none before there was a health report
+        for name in VALUES:
+            setattr(self, name, state.get(name, {}))  # old checkpoints have no facts
 
 
 def _digests(path: Path) -> list[str]:

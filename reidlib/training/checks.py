@@ -4,9 +4,8 @@ A check takes what is `Watched` and returns None, or three sentences: what happe
 show it, and what to try first. To add one, write such a function and add it to `CHECKS`; its name, with
 spaces, is the finding's.
 
-Thresholds are constants with a reason. They were set so that all four variants and random triplets, on
-the built-in data for 60 to 400 steps and on Market-1501, are healthy; the numbers of those runs stand
-beside the thresholds.
+Thresholds were set so that all four variants and random triplets, on the built-in data for 60 to 400
+steps and on Market-1501, are healthy; the numbers of those runs stand beside the thresholds.
 """
 
 import math
@@ -23,9 +22,37 @@ DECAYED = 0.05
 MAP_NOISE = 0.02
 # TriNet's rate for Adam, and that of most recipes since.
 GOOD_RATE = 3e-4
-
-
-# --- before the first step
+# Below 2 P identities each batch shows more than half of all people: an anchor meets the same
+# strangers at nearly every step. (Market-1501 with P = 18 has 42 P, the built-in data 7 P.)
+MIN_BATCHES_OF_IDENTITIES = 2
+# Of Market-1501's identities 2 % have fewer than K = 4 images.
+MAX_SHORT_IDENTITIES = 0.2
+# No healthy run's logged loss was above 1.1 times the first one; large steps take it beyond 10.
+LOSS_GROWN = 3.0
+# Where it ends, the loss of healthy runs is a twentieth to a half of the first one.
+LOSS_ENDED_HIGHER = 1.25
+# Norms of healthy runs grow to 3.5 times the first one.
+NORM_GROWN = 30.0
+# Distances that are a tenth of what the loss asks for leave it within a tenth of its value at 0.
+COLLAPSED = 0.1
+# Of healthy runs, the median distance between identities ends at 4 times what the loss asks for or
+# more. The run market1501_batchhard_softplus_erasing fell from 5.4 to 0.9, stayed with a loss of
+# ln 2, and scored 22 points of mAP lower than the same without erasing.
+SHRUNK = 0.25
+NEAR_COLLAPSED_LOSS = 0.85
+# A network that learns puts strangers 1.4 (60 steps) to 2.9 times as far as the same person.
+MOVED_APART = 1.1
+# Under the soft margin a triplet's gradient is about its loss, once that is small: 1 of 1000.
+SOFT_IDLE = 1e-3
+# Five points below the best is more than the noise of both scores.
+MAP_FALLEN = 0.05
+# The loss of healthy runs whose schedule has ended is below 0.25 times the first one, and 0.3 to
+# 0.55 times for the built-in data at 60 steps, where 400 give 25 points of mAP more.
+LOSS_LEFT = 0.3
+LOSS_FALLING = 0.9
+# bfloat16 keeps 8 bits: at 5 times the distance from the origin, rounding is 1 % of the distance.
+# Healthy runs have 0.3 to 0.8.
+FAR = 5.0
 
 
 def weights_did_not_load(run: Watched) -> Sentences:
@@ -59,13 +86,6 @@ def no_margin(run: Watched) -> Sentences:
         )
 
 
-# Below 2 P identities each batch shows more than half of all people: an anchor meets the same
-# strangers at nearly every step. (Market-1501 with P = 18 has 42 P, the built-in data 7 P.)
-MIN_BATCHES_OF_IDENTITIES = 2
-# Of Market-1501's identities 2 % have fewer than K = 4 images.
-MAX_SHORT_IDENTITIES = 0.2
-
-
 def too_few_identities(run: Watched) -> Sentences:
     """P × K batches want many identities, with K images each."""
     p, k, identities, short = run.recipe.p, run.recipe.k, run.identities, run.short
@@ -80,17 +100,6 @@ def too_few_identities(run: Watched) -> Sentences:
             f"P = {p} of {identities} identities; {short} have fewer than K = {k} images",
             f"{' '.join(advice)} Trust held-out scores only.",
         )
-
-
-# --- the loss and the distances
-
-
-# No healthy run's logged loss was above 1.1 times the first one; large steps take it beyond 10.
-LOSS_GROWN = 3.0
-# Where it ends, the loss of healthy runs is a twentieth to a half of the first one.
-LOSS_ENDED_HIGHER = 1.25
-# Norms of healthy runs grow to 3.5 times the first one.
-NORM_GROWN = 30.0
 
 
 def diverging(run: Watched) -> Sentences:
@@ -120,16 +129,11 @@ def diverging(run: Watched) -> Sentences:
         return "The loss ended higher than it began.", evidence, advice
 
 
-# Distances that are a tenth of what the loss asks for leave it within a tenth of its value at 0.
-COLLAPSED = 0.1
-
-
 def collapsed(run: Watched) -> Sentences:
     """All embeddings are nearly equal, at the end or for a while.
 
-    It is called so when, in two logged batches in a row, even the largest distances between
-    identities (95th percentile) are below a tenth of the margin. For the soft margin, and margins
-    above 1, below 0.1.
+    So it is when, in two logged batches in a row, even the largest distances between identities
+    (95th percentile) are below a tenth of the margin; of 1 for the soft margin, and margins above 1.
     """
     far, steps = run.history["negative_p95"], run.history["step"]
     found = stretch(far < COLLAPSED * run.asked, steps)
@@ -150,20 +154,10 @@ def collapsed(run: Watched) -> Sentences:
     )
 
 
-# Of healthy runs, the median distance between identities ends at 4 times what the loss asks for or
-# more. The run market1501_batchhard_softplus_erasing fell from 5.4 to 0.9, stayed with a loss of
-# ln 2, and scored 22 points of mAP lower than the same without erasing.
-SHRUNK = 0.25
-NEAR_COLLAPSED_LOSS = 0.85
-
-
 def near_collapse(run: Watched) -> Sentences:
     """Distances have shrunk below what the loss asks for, and it sits where a collapsed one does."""
-    start, end, floor = (
-        run.start["negative_p50"],
-        run.end["negative_p50"],
-        run.recipe.collapsed_loss,
-    )
+    start, end = run.start["negative_p50"], run.end["negative_p50"]
+    floor = run.recipe.collapsed_loss
     near = end < run.asked and end < SHRUNK * start
     if run.shows_trends and near and run.loss_at_end > NEAR_COLLAPSED_LOSS * floor:
         return (
@@ -172,10 +166,6 @@ def near_collapse(run: Watched) -> Sentences:
             f"the end, collapsed: {floor:.3f}; active triplets {run.end['active']:.0%}",
             'A lower learning rate, loss="batch_all", less augmentation, or a rate that decays later.',
         )
-
-
-# A network that learns puts strangers 1.4 (60 steps) to 2.9 times as far as the same person.
-MOVED_APART = 1.1
 
 
 def not_learning(run: Watched) -> Sentences:
@@ -196,13 +186,6 @@ def not_learning(run: Watched) -> Sentences:
         )
 
 
-# --- nothing left to learn, or too much
-
-
-# Under the soft margin a triplet's gradient is about its loss, once that is small: 1 of 1000.
-SOFT_IDLE = 1e-3
-
-
 def too_easy(run: Watched) -> Sentences:
     """Most batches of the last half of the run have no active triplet."""
     half = run.history.iloc[len(run.history) // 2 :]
@@ -210,7 +193,7 @@ def too_easy(run: Watched) -> Sentences:
     idle = (half["loss"] < SOFT_IDLE) if soft else (half["active"] == 0)
     have = f"a loss below {SOFT_IDLE:g}" if soft else "no active triplet at all"
     advice = (
-        "Stop here if the held-out scores are good. Or a larger p, a larger margin, or erasing=0.5."
+        "Stop here if held-out scores are good. Or a larger p, a larger margin, or erasing=0.5."
     )
     if run.shows_trends and idle.mean() > 0.5:
         return (
@@ -232,10 +215,6 @@ def margin_out_of_reach(run: Watched) -> Sentences:
         )
 
 
-# Five points below the best is more than the noise of both scores.
-MAP_FALLEN = 0.05
-
-
 def overfitting(run: Watched) -> Sentences:
     """Held-out scores fall while the loss falls."""
     scores = run.held_out
@@ -253,20 +232,13 @@ def overfitting(run: Watched) -> Sentences:
         )
 
 
-# The loss of healthy runs whose schedule has ended is below 0.25 times the first one, and 0.3 to
-# 0.55 times for the built-in data at 60 steps, where 400 give 25 points of mAP more.
-LOSS_LEFT = 0.3
-LOSS_FALLING = 0.9
-
-
 def still_learning(run: Watched) -> Sentences:
     """The run ended while it was still getting better.
 
     With held-out scores: the mean of the last third of the steps is above that of the third before
-    by more than the noise. Without: the loss falls over the last half of the rows (Kendall's rank
-    correlation with the step, one-sided, 1 %), by a tenth or more from one quarter to the next. A run
-    whose learning rate has decayed has ended by design, unless its loss was falling before the decay
-    and a large part of it is left.
+    by more than the noise. Without: the loss falls over the last half of the rows, by a tenth or more
+    from one quarter to the next. A run whose learning rate has decayed has ended by design, unless its
+    loss was falling before the decay and a large part of it is left.
     """
     lr, loss, scores, step = run.history["lr"], run.loss, run.held_out, run.history["step"].iloc[-1]
     if lr.iloc[-1] < DECAYED * run.recipe.lr:
@@ -279,9 +251,7 @@ def still_learning(run: Watched) -> Sentences:
         last = scores[scores.index > 2 * third].mean()
         middle = scores[(scores.index > third) & (scores.index <= 2 * third)].mean()
         better = last > middle + MAP_NOISE
-        evidence = (
-            f"held-out mAP {middle:.1%} in the second third of the steps, {last:.1%} in the last"
-        )
+        evidence = f"held-out mAP {middle:.1%} in the second third of steps, {last:.1%} in the last"
     else:
         half = loss.iloc[len(loss) // 2 :]
         one, two = half.iloc[: len(half) // 2].median(), half.iloc[len(half) // 2 :].median()
@@ -293,11 +263,6 @@ def still_learning(run: Watched) -> Sentences:
             f"{evidence}; learning rate {lr.iloc[-1]:.2g} at the end, {run.recipe.lr:g} at most",
             f"More steps: {2 * step} instead of {step}.",
         )
-
-
-# bfloat16 keeps 8 bits: at 5 times the distance from the origin, rounding is 1 % of the distance.
-# Healthy runs have 0.3 to 0.8.
-FAR = 5.0
 
 
 def far_from_origin(run: Watched) -> Sentences:
@@ -325,9 +290,6 @@ def too_short(run: Watched) -> Sentences:
             f"{rows} rows for {step} steps; trends need {MIN_ROWS}",
             f"More steps, or log_every={max(1, step // (2 * MIN_ROWS))}.",
         )
-
-
-# --- all of them, by when they can be made
 
 
 # Worth a line as soon as they are seen: the rest of the run is lost time.

@@ -51,8 +51,6 @@ def report(
 
     Args:
         history: the rows of history.csv so far. Without any, only checks `AT_ONCE` can be made.
-        recipe: the run's settings.
-        checks: which to make.
         facts: the other fields of `Watched`.
     """
     rows = pd.DataFrame(history)
@@ -67,9 +65,9 @@ def report(
 
 
 def report_run(run: str | Path) -> list[Finding]:
-    """Return the findings of a run, by its name or folder: from its manifest, which has all.
+    """Return the findings of a run, by its name or folder, from its manifest.
 
-    Runs from before there was a report, and those under way, are judged by their history: what only
+    Runs under way, and those from before there was a report, are judged by their history: what only
     the training could see (its weights before the first step) is taken from the manifest, if there.
 
     Raises:
@@ -81,9 +79,7 @@ def report_run(run: str | Path) -> list[Finding]:
     checks = _checks(manifest)
     if "health" not in manifest or checks == UNDER_WAY:
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{folder.name} has no history.csv: its training has just begun."
-            )
+            raise FileNotFoundError(f"{folder.name} has no history.csv: it has just begun.")
         history, recipe = pd.read_csv(file), runs.read_recipe(folder)
         now = report(history, recipe, checks, identities=manifest["train_identities"])
         found |= {finding.name: finding for finding in now}
@@ -106,8 +102,8 @@ def run_text(run: str | Path) -> str:
     if checks == UNDER_WAY:
         step = pd.read_csv(folder / "history.csv")["step"].iloc[-1]  # a kill leaves no other trace
         left_out = ", ".join(named(check for check in CHECKS if check not in checks))
-        text += f"\nIts training has not ended (step {step:,} of {manifest['steps']:,}), so not checked: "
-        text += f"{left_out}."
+        done = f"step {step:,} of {manifest['steps']:,}"
+        text += f"\nIts training has not ended ({done}), so not checked: {left_out}."
     return text
 
 

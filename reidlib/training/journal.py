@@ -18,7 +18,7 @@ from reidlib.model.embed import embed
 from reidlib.recipes import Recipe
 from reidlib.training import health
 from reidlib.training.checkpoint import State, save_checkpoint
-from reidlib.training.checks import AT_ONCE, CHECKS
+from reidlib.training.checks import AT_ONCE, CHECKS, diverging
 from reidlib.training.losses import TripletLoss, diagnostics
 from reidlib.training.watched import fresh_layers
 
@@ -46,10 +46,8 @@ class Journal:
         self.folder, self.recipe = plan.folder, plan.recipe
         images = plan.table["pid"].value_counts()
         self._counts = {"identities": len(images), "short": int((images < plan.recipe.k).sum())}
-        self._said = set()
-        if state.step > 0:
-            self._said = {finding.name for finding in self._findings(AT_ONCE)}
-        else:
+        self._said = {finding.name for finding in self._findings(AT_ONCE)} if state.step else set()
+        if state.step == 0:
             runs.write_json(self.folder / "config.json", self.recipe.model_dump())
             if self.recipe.weights != "none":
                 state.facts["fresh"] = fresh_layers(state.model.backbone)
@@ -139,24 +137,18 @@ class Journal:
         """Write down that the loss or a weight is not finite, and raise TrainingFailed."""
         where = f"At step {self.state.step} {what}"
         self.write_manifest("failed", where)
-        found = self._findings(AT_ONCE, where)
-        tell(health.as_text(found))
-        (why,) = (finding for finding in found if finding.name == "diverging")
+        (why,) = self._findings((diverging,), where)
+        tell(health.as_text([why]))
         raise TrainingFailed(f"{why.says} Try first: {why.try_first}")
 
-    def finish(self) -> None:
-        """Write the held-out scores and the manifest of a run that has come to its end."""
-        if self.state.best:
-            ends = self.state.history[-1]
-            last = {key: ends[key] for key in ends if key.startswith("held_out_")}
-            before = self.state.facts.get("before")
-            scores = {"before_mAP": before, "best": self.state.best, "last": last}
-            runs.update_json(self.folder / "metrics.json", held_out=scores)
-        self.write_manifest("finished")
-
     def write_manifest(self, status: str, failed: str = "") -> None:
-        """Write manifest.json: what was run, where, how far it came, and what is wrong with it."""
+        """Write what was run, where, how far it came, and what is wrong with it; at last its scores."""
         plan, recipe, state = self.plan, self.recipe, self.state
+        if status == "finished" and state.best:
+            ends = state.history[-1]
+            last = {key: ends[key] for key in ends if key.startswith("held_out_")}
+            scores = {"before_mAP": state.facts.get("before"), "best": state.best, "last": last}
+            runs.update_json(self.folder / "metrics.json", held_out=scores)
         # Some checks only make sense after the last step.
         findings = self._findings(CHECKS if status == "finished" else AT_ONCE, failed)
         runs.update_json(

@@ -2,8 +2,8 @@
 
     folder = train(make_recipe("demo"))
 
-`prepare` finds out all that is known before the first step, `State` (in `checkpoint`) is all that a step
-changes, `Journal` writes down what happens. What is left is the loop, on one screen: `_steps`.
+`prepare` finds out what is known before the first step, `State` is all that a step changes, `Journal`
+writes down what happens. What is left is the loop, on one screen: `_steps`.
 """
 
 import math
@@ -56,14 +56,13 @@ class Plan:
 
     def sampler(self) -> PKSampler:
         """Return the sampler as it is before the first batch."""
-        recipe = self.recipe
-        return PKSampler(self.table["pid"], recipe.p, recipe.k, recipe.epoch, recipe.seed)
+        r = self.recipe
+        return PKSampler(self.table["pid"], r.p, r.k, r.epoch, r.seed)
 
     def augmentation(self) -> Augmentation:
         """Return the augmentation as it is before the first batch."""
         r = self.recipe
-        size = (r.height, r.width)
-        return Augmentation(size, r.enlarge, r.flip, r.erasing, r.normalise, r.seed)
+        return Augmentation((r.height, r.width), r.enlarge, r.flip, r.erasing, r.normalise, r.seed)
 
 
 def prepare(
@@ -80,8 +79,8 @@ def prepare(
         recipe: all settings.
         tag: appended to the run's name, so that runs of the same variant stand side by side.
         device: `"auto"`, `"cpu"`, `"cuda"`, …
-        dataset: an already loaded data set; by default the recipe's is loaded.
-        show_progress: draw a bar while images are decoded.
+        dataset: already loaded; by default the recipe's is.
+        show_progress: draw bars.
 
     Raises:
         ValueError: data that does not suit the recipe.
@@ -89,10 +88,7 @@ def prepare(
     target = pick_device(device)
     recipe = resolve_precision(recipe, target)
     if recipe.precision == "bfloat16" and fast_at_bfloat16(target) is False:
-        tell(
-            "This processor has no instructions for bfloat16 and emulates it, many times slower than "
-            'float32: precision = "float32" or "auto" avoids that.'
-        )
+        tell('This processor emulates bfloat16, slowly: take precision = "float32" or "auto".')
     dataset = dataset or load(recipe.dataset)
     folder = outputs_dir() / runs.run_name(dataset.name, recipe, tag)
     table, held_out = dataset.train, ()
@@ -121,15 +117,13 @@ def train(
     SystemExit; a kill loses what came after the last checkpoint.
 
     Args:
-        recipe: all settings; or what `prepare` returned, and then tag, device and dataset are its.
+        recipe: all settings; or what `prepare` returned, which then has tag, device and dataset.
         tag, device, dataset, show_progress: as in `prepare`.
-        resume: `"auto"` goes on with a run of this name if there is one, from its last checkpoint;
-            `"previous"` from the checkpoint before that; `"never"` refuses to touch an existing run;
-            `"restart"` deletes it and starts again.
+        resume: what to do with a run of this name: `"auto"` goes on from its last checkpoint,
+            `"previous"` from the one before, `"never"` refuses, `"restart"` deletes the run.
 
     Raises:
-        ValueError: data that does not suit the recipe; a run of this name with other settings; a
-            broken checkpoint.
+        ValueError: data that does not suit; a run with other settings; a broken checkpoint.
         FileExistsError: the run exists and `resume` is `"never"`.
         TrainingFailed: NaN or infinite loss or weights; the last checkpoint is from before.
         RuntimeError: another process is writing this run.
@@ -145,10 +139,10 @@ def train(
     plan = recipe
     if isinstance(recipe, Recipe):
         plan = prepare(recipe, tag, device=device, dataset=dataset, show_progress=show_progress)
-    folder, weights = plan.folder, plan.folder / "weights.safetensors"
+    folder = plan.folder
+    weights, manifest = folder / "weights.safetensors", folder / "manifest.json"
     with runs.lock(folder):
         checkpoint = _existing(plan, resume)
-        manifest = folder / "manifest.json"
         finished = manifest.exists() and runs.read_json(manifest)["status"] == "finished"
         # A released run has its weights and no checkpoint.
         whole = checkpoint is None or checkpoint["step"] >= plan.steps
@@ -164,7 +158,7 @@ def train(
             journal = Journal(plan, state, shown)
             _steps(plan, state, journal, asked, show_progress)
             save_weights(weights, state.model, plan.recipe)
-            journal.finish()
+            journal.write_manifest("finished")
     return folder
 
 

@@ -45,8 +45,7 @@ def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False)
     >>> pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
     [[0.0, 5.0], [5.0, 0.0]]
     """
-    with_itself = y is None
-    y = x if with_itself else y
+    y = x if y is None else y
     if not (x.is_floating_point() and y.is_floating_point()):
         raise TypeError(f"Embeddings are floating-point tensors, not {x.dtype} and {y.dtype}.")
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
@@ -54,14 +53,14 @@ def pairwise_distance(x: Tensor, y: Tensor | None = None, squared: bool = False)
         raise ValueError(f"Embeddings have shape (B, D) and (C, D) with one D, not {shapes}.")
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     # Lifted once, so that the two gradients of cdist(x, x) are added before they are rounded.
-    x = x.to(dtype)
-    y = x if with_itself else y.to(dtype)
+    lifted = x.to(dtype)
+    y = lifted if y is x else y.to(dtype)
     # Not the expanded form ‖x‖² − 2x·y + ‖y‖², which is a fast matrix product: it subtracts large
     # numbers to find a small one, so far from the origin every digit is lost; where x = y, rounding
     # leaves it anywhere around 0, and the square root's slope there is infinite.
     with torch.autocast(x.device.type, enabled=False):
         # (B, D), (C, D) -> (B, C)
-        distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(lifted, y, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.square() if squared else distances
 
 
@@ -112,9 +111,8 @@ class TripletLoss(NamedTuple):
 def batch_hard(emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = False) -> TripletLoss:
     """Batch-hard: each anchor with its farthest positive and its nearest negative.
 
-    L_BH = mean over anchors a of loss(max_p D(a, p) − min_n D(a, n)), over the anchors that have
-    both a positive and a negative. (The paper's batches are PK, there every anchor has.) Where
-    several positives or negatives are equally hard, they share the gradient.
+    L_BH = mean of loss(max_p D(a, p) − min_n D(a, n)) over the anchors a that have both a positive and
+    a negative (in a PK batch all). Those that are equally hard share the gradient.
 
     Args:
         emb: (B, D) embeddings, floating point, B ≥ 1.
@@ -123,8 +121,7 @@ def batch_hard(emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = Fal
         squared: take squared distances.
 
     Returns:
-        The loss and what comes free with it. If no anchor has both (B = 1, K = 1, one identity), the
-        loss is 0 with gradient 0, and `triplets` is 0.
+        If no anchor has both (B = 1, K = 1, one identity): loss 0 with gradient 0, and `triplets` 0.
 
     Raises:
         TypeError, ValueError: anything else.
@@ -156,10 +153,9 @@ def batch_all(
 
     Args:
         emb, pids, margin, squared: as in `batch_hard`, and so are errors and batches without triplets.
-        mean: "valid" is the mean over all triplets, the paper's L_BA. "active" is the mean over those
-            with a loss above zero, its L_BA≠0, and 0 if there are none. It is the default: late in
-            training nearly all triplets are easy, and their zeros would wash out the few that still
-            teach. The paper finds it better, and the field's small repositories call it "batch-all".
+        mean: "valid": over all triplets, the paper's L_BA. "active": over those with a loss above
+            zero, its L_BA≠0, and 0 if there are none. That is the default: late in training nearly all
+            triplets are easy, and their zeros would wash out the few that still teach.
 
     >>> emb, pids = torch.tensor([[0.0], [1.0], [3.0], [3.5]]), torch.tensor([7, 7, 8, 8])
     >>> result = batch_all(emb, pids, margin=1.5)
@@ -215,14 +211,12 @@ LOSSES = {"batch_all": batch_all, "batch_hard": batch_hard, "random": random_tri
 def diagnostics(result: TripletLoss) -> dict[str, float]:
     """Return the numbers to watch while training, as plain floats. Waits for the GPU: not every step.
 
+    `loss`, `active`, `triplets`; `positive_p5`, `_p50`, `_p95` and the same for `negative`, percentiles
+    of the distances within and between identities; `hardest_positive` and `hardest_negative`, means
+    over the anchors that have one; the mean `norm`. What a batch does not have is NaN.
+
     Healthy: the positive percentiles sink below the negative ones. Collapsed: all distances go to 0,
     active stays near 1, and the loss sits at the margin, or at ln 2 for "soft".
-
-    Returns:
-        `loss`, `active`, `triplets`; `positive_p5`, `_p50`, `_p95` and the same for `negative`,
-        percentiles of the distances within and between identities; `hardest_positive` and
-        `hardest_negative`, means over the anchors that have one; `norm`, the mean one of embeddings.
-        What a batch does not have (no positives at all, say) is NaN.
     """
     values = {"loss": result.loss, "active": result.active, "triplets": result.triplets}
     for name, distances in (("positive", result.positives), ("negative", result.negatives)):

@@ -42,10 +42,7 @@ class Watched(NamedTuple):
 
     @property
     def loss(self) -> pd.Series:
-        """The mean loss over all triplets of each row.
-
-        The mean over active ones may rise while a network learns: the easy ones leave it.
-        """
+        """The mean loss over all triplets: that over active ones may rise while a network learns."""
         recipe, loss = self.recipe, self.history["loss"]
         hinged = recipe.loss == "batch_all" and recipe.margin != "soft"
         return loss * self.history["active"] if hinged and recipe.mean == "active" else loss
@@ -87,10 +84,10 @@ class Watched(NamedTuple):
         return [
             f"**Loss** {self.loss.iloc[0]:.3f} → {self.loss_at_end:.3f}. A collapsed network would sit "
             f"at {self.recipe.collapsed_loss:.3f}, the dashed line.",
-            f"**Active triplets** {start['active']:.0%} → {end['active']:.0%}. Near 0 % nothing is left "
+            f"**Active triplets** {start['active']:.0%} → {end['active']:.0%}. Near 0 %, nothing is left "
             "to learn from these batches; at 100 % for long, nothing is being learnt.",
-            f"**Distances**: a stranger is now {self.apart(end):.1f} times as far as the same person "
-            f"(medians; {self.apart(start):.2f} at the start).",
+            f"**Distances**: strangers were {self.apart(start):.2f} times as far as the same person, and "
+            f"are now {self.apart(end):.1f} times as far (medians).",
             f"**Norm** {start['norm']:.2f} → {end['norm']:.2f}. A growing one buys loss with scale.",
         ]
 
@@ -120,8 +117,8 @@ class Watched(NamedTuple):
 def fresh_layers(backbone: nn.Module) -> list[str]:
     """Return the names of the BatchNorm layers that no training has touched.
 
-    PyTorch makes them with running mean 0 and variance 1, scale 1 and shift 0. Training moves every
-    one of them, so a layer where either pair still has these very values did not get weights.
+    PyTorch makes them with running mean 0 and variance 1, scale 1 and shift 0. Training moves all of
+    them, so a layer where either pair is as it was made did not get weights.
 
     >>> fresh_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     ['1']
