@@ -13,7 +13,7 @@ from reidlib import runs
 from reidlib.__main__ import main
 from reidlib.data.tables import load
 from reidlib.model.weights import build_model
-from reidlib.paths import ROOT
+from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import make_recipe
 from reidlib.training import health, journal, loop
 from reidlib.training.checks import AT_ONCE, CHECKS
@@ -197,10 +197,7 @@ def judged(recipe=None, facts=None, **changes):
     return names(report(history(**changes), make_recipe("demo", **(recipe or {})), **(facts or {})))
 
 
-STEP, FALLS = np.arange(20), history()["loss"]
-
-
-BEFORE = dict(before=0.1)
+STEP, FALLS, BEFORE = np.arange(20), history()["loss"], dict(before=0.1)
 
 
 def scored(*scores):
@@ -228,6 +225,7 @@ def shrunk(negative, loss):
         (dict(loss=np.where((STEP == 5) | (STEP == 6), 5.9, FALLS)), []),
         (dict(loss=np.where(STEP == 5, 60.0, FALLS)), []),  # one batch is no trend
         (dict(loss=np.where(STEP < 1, 2.0, 2.6)), ["diverging"]),
+        (dict(loss=np.where(STEP < 1, 2.0, 2.4)), []),
         (dict(norm=np.where(STEP < 10, 3.0, 91.0), negative_p50=60.0), ["diverging"]),
         (dict(norm=np.where(STEP < 10, 3.0, 89.0), negative_p50=60.0), []),
         # distances between identities, against a tenth of 1
@@ -250,6 +248,7 @@ def shrunk(negative, loss):
         (dict(active=at_end(5, 0, 0.1), recipe=dict(margin=0.2)), []),
         (dict(active=0.0), []),  # the soft margin still pulls
         (dict(loss=at_end(6, 9e-4, 0.2)), ["too easy"]),
+        (dict(loss=at_end(6, 1.1e-3, 0.2)), []),
         (dict(recipe=dict(margin=0.0)), ["no margin"]),
         (dict(recipe=dict(margin=0.01)), []),
         (dict(recipe=dict(margin=10.3)), ["margin out of reach"]),
@@ -308,42 +307,42 @@ def test_every_check_is_named_as_its_finding():
 
 
 def test_reports_read_as_text():
-    text = as_text([Finding("a", "B.", "c = 1", "D."), Finding("e", "F.", "g = 2", "H.")])
-    assert text.splitlines() == [
-        "Health: 2 findings.",
-        "- a: B. (c = 1.)",
-        "  Try first: D.",
-        "- e: F. (g = 2.)",
-        "  Try first: H.",
-    ]
+    found = [Finding("a", "B.", "c = 1", "D."), Finding("e", "F.", "g = 2", "H.")]
+    lines = ["Health: 2 findings.", "- a: B. (c = 1.)", "  Try first: D."]
+    assert as_text(found).splitlines() == [*lines, "- e: F. (g = 2.)", "  Try first: H."]
+    assert health.summary(found).startswith(
+        f"**2 of {len(CHECKS)} checks found something.** Begin with **a**"
+    )
+    assert "no finding" in health.summary([])
 
 
 # --- finished runs
 
 
-def test_runs_from_before_the_report_are_judged_by_their_history(tmp_path):
-    folder = tmp_path / "old"
-    folder.mkdir()
+def folder_of(name, **manifest):
+    """A run that is its settings and its manifest."""
+    folder = outputs_dir() / name
+    folder.mkdir(parents=True)
     runs.write_json(folder / "config.json", make_recipe("demo").model_dump())
-    manifest = {"status": "finished", "train_identities": 20, "warnings": []}
     runs.write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+def test_runs_from_before_the_report_are_judged_by_their_history():
+    folder = folder_of("old", status="finished", train_identities=20, warnings=[])
     with pytest.raises(FileNotFoundError, match="old has no history.csv"):
         report_run(folder)
     history(lr=1e-3, loss=np.linspace(2, 0.4, 20)).to_csv(folder / "history.csv", index=False)
     assert names(report_run(folder)) == ["too few identities", "still learning"]
     # A run under way is not told that it ended too early, and keeps what was found at its start.
-    found = ("weights did not load", "too few identities")
+    found = ["weights did not load", "too few identities"]
     findings = [Finding(name, "a", "b", "c")._asdict() for name in found]
     runs.update_json(folder / "manifest.json", status="running", health=findings)
-    assert names(report_run(folder)) == ["weights did not load", "too few identities"]
+    assert names(report_run(folder)) == found
 
 
-def test_a_run_that_was_stopped_is_judged_as_far_as_it_went(tmp_path, capsys):
-    folder = tmp_path / "outputs" / "halfway"
-    folder.mkdir(parents=True)
-    runs.write_json(folder / "config.json", make_recipe("demo", margin="soft").model_dump())
-    manifest = {"status": "stopped", "train_identities": 200, "health": [], "steps": 4000}
-    runs.write_json(folder / "manifest.json", manifest)
+def test_a_run_that_was_stopped_is_judged_as_far_as_it_went(capsys):
+    folder = folder_of("halfway", status="stopped", train_identities=200, health=[], steps=4000)
     fell = {"negative_p50": np.linspace(4.7, 0.1, 20), "negative_p95": 0.2, "loss": 0.72}
     for changes, found in ((fell, ["near collapse"]), ({}, [])):
         history(**changes).to_csv(folder / "history.csv", index=False)
@@ -408,10 +407,3 @@ def test_held_out_scores_in_words(scores, wanted):
     if scores:
         rows.loc[rows.index[1 : 1 + len(scores)], "held_out_mAP"] = scores
     assert wanted in Watched(rows, make_recipe("demo")).held_out_in_words()
-
-
-def test_a_summary_begins_with_the_first_finding():
-    assert "no finding" in health.summary([])
-    found = [Finding("collapsed", "It has collapsed.", "1", "2"), Finding("too short", "", "", "")]
-    said = health.summary(found)
-    assert said.startswith(f"**2 of {len(CHECKS)} checks") and "Begin with **collapsed**" in said
