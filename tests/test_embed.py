@@ -1,4 +1,4 @@
-"""Embeddings: batches, flips, the colour baseline, HDF5 files from here and from elsewhere."""
+"""Embeddings: batches, views, devices, HDF5 files from here and from elsewhere."""
 
 from pathlib import Path
 
@@ -36,18 +36,13 @@ def test_the_batch_size_does_not_matter_and_rows_keep_their_order():
     np.testing.assert_allclose(whole, expected, atol=1e-5)
 
 
-def test_float32_is_whole_on_cuda_too():
+def test_float32_is_whole_on_cuda_too_and_bfloat16_is_near_it():
     seen, before = [], torch.backends.cudnn.allow_tf32
-    model = build_model(RECIPE)
-    model.head[3].register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-    # `folded` copies the model, and its hooks with it.
-    quietly(model, PIXELS, RECIPE)
-    assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
-
-
-def test_bfloat16_is_near_float32():
     model, wide = build_model(RECIPE), RECIPE.model_copy(update={"height": 64, "width": 48})
+    # `folded` copies the model, and its hooks with it.
+    model.head[3].register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     one, two = (quietly(model, PIXELS, wide, precision=p) for p in ("float32", "bfloat16"))
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32 == before
     assert 0 < np.abs(one - two).max() < 0.1 * np.abs(one).max()
 
 
@@ -190,21 +185,12 @@ def test_views_are_the_image_its_mirror_and_five_crops_of_both():
     np.testing.assert_array_equal(flip, (views["plain"] + views["mirrored"]) / 2)
 
 
-class Counting(torch.nn.Module):
-    """Counts the images that it and its copies are shown; embeds the means of left and right half."""
-
-    seen = 0
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, images):
-        Counting.seen += len(images)
-        half = images.shape[3] // 2
-        return torch.stack(
-            [images[..., :half].mean((1, 2, 3)), images[..., half:].mean((1, 2, 3))], 1
-        )
+def halves(seen):
+    """A network that embeds the left and the right half, and notes how many images it is shown."""
+    layers = torch.nn.Conv2d(3, 1, 1), torch.nn.AdaptiveAvgPool2d((1, 2)), torch.nn.Flatten()
+    model = torch.nn.Sequential(*layers)
+    model.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))  # of copies, too
+    return model
 
 
 @pytest.mark.parametrize(
@@ -218,10 +204,9 @@ class Counting(torch.nn.Module):
     ],
 )
 def test_no_view_is_computed_that_was_not_asked_for(names, enlarge, passes):
-    model, recipe = Counting(), RECIPE.model_copy(update={"enlarge": enlarge})
-    Counting.seen = 0
-    views = embed_views(model, PIXELS, recipe, names, batch=5, show_progress=False)
-    assert tuple(views) == tuple(names) and Counting.seen == 13 * passes
+    seen, recipe = [], RECIPE.model_copy(update={"enlarge": enlarge})
+    views = embed_views(halves(seen), PIXELS, recipe, names, batch=5, show_progress=False)
+    assert tuple(views) == tuple(names) and sum(seen) == 13 * passes
     for one, other in (("plain", "mirrored"), ("crops", "mirrored crops")):
         if {one, other} <= {*names}:
             np.testing.assert_allclose(views[one], views[other][:, ::-1], atol=1e-5)
@@ -239,4 +224,4 @@ def test_no_view_is_computed_that_was_not_asked_for(names, enlarge, passes):
 )
 def test_views_that_there_are_not(images, names, message):
     with pytest.raises(ValueError, match=message):
-        embed_views(Counting(), images, RECIPE, names, show_progress=False)
+        embed_views(halves([]), images, RECIPE, names, show_progress=False)

@@ -2,9 +2,8 @@
 
 Pairs are those of the retrieval protocol: a query and a gallery image that the ranking of this
 query keeps. Junk (pid -1) is in no pair; a distractor (pid 0) is somebody else for every query; two
-images of one person by one camera, or one image twice (the same path), make no pair. Strangers by
-one camera do make an impostor pair. A `camid` of -1 in every row, or no such column, says that
-cameras are unknown: no pair is left out for its camera, and the tables have the one camera -1.
+images of one person by one camera make no pair, strangers by one camera do. Where cameras are
+unknown, the tables have the one camera -1.
 """
 
 import math
@@ -22,7 +21,7 @@ from reidlib.evaluation.sides import Side
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Pairs:
-    """All pairs of a query set and a gallery: each genuine one, and what decides of the others.
+    """Each genuine pair of a query set and a gallery, and what decides of the impostor pairs.
 
     Tables of pairs have the columns ``query`` and ``gallery`` (row numbers), ``distance``
     (Euclidean, float64), and of each side, as ``query_…`` and ``gallery_…``, ``pid``, ``camid`` and
@@ -60,7 +59,6 @@ class Pairs:
         return len(self.people) - self.identities
 
     def __repr__(self) -> str:
-        """How many pairs, of how many people."""
         return (
             f"{len(self.genuine):,} genuine and {self.impostors:,} impostor pairs of "
             f"{self.identities:,} people and {self.distractors:,} distractors; the nearest "
@@ -73,10 +71,9 @@ def pair_distances(
 ) -> Pairs:
     """Measure all pairs of queries and gallery images, and keep what questions need.
 
-    Every impostor pair is counted against every genuine one, so ROC, AUC and equal error rate are
-    exact; the nearest ``keep`` are kept as pairs, so thresholds at false-match rates up to ``keep``
-    by all, and their intervals, are exact too. Distances are summed directly in float64, so equal
-    images tie exactly, and a tie falls on one side for genuine and impostor alike.
+    Every impostor pair is counted against every genuine one, and the nearest ``keep`` are kept, so
+    ROC, AUC, equal error rate, and thresholds at false-match rates up to ``keep`` by all are exact.
+    Distances are summed directly in float64, so equal images tie exactly.
 
     Args:
         retrieval: queries with a ``pid`` from 1, against their gallery.
@@ -175,9 +172,8 @@ def _blocks(query: Side, gallery: Side, block_pairs: int) -> Iterator[tuple]:
 def _nearest(parts: list, keep: int, limit: float) -> tuple[list, float]:
     """The nearest ``keep`` of some tables of pairs, in one, and the limit.
 
-    Only what is nearer than the limit stays, and the limit is the next distance there is: with c
-    pairs kept, the (c+1)th to the (keep+1)th distance of all are equal to it. So a crowd of ties at
-    the limit takes no memory.
+    Only what is nearer than the limit stays, so a crowd of ties takes no memory: with c pairs kept,
+    the (c+1)th to the (keep+1)th distance of all are equal to the limit.
     """
     pairs = pd.concat(parts)
     if len(pairs) > keep:
@@ -198,11 +194,7 @@ def _sorted(pairs: pd.DataFrame, labels: dict[str, pd.DataFrame]) -> pd.DataFram
 def halves(retrieval: Retrieval, *, seed: int = 0) -> list[Retrieval]:
     """Two halves of a query set and its gallery that share no person.
 
-    For a threshold where no identities were held out: chosen on one half, it can be tried on the
-    other. Distractors are split by image; junk is in neither.
-
-    Raises:
-        ValueError: queries of fewer than two people.
+    Distractors are split by image; junk is in neither. A ValueError if queries show one person alone.
     """
     q, g = retrieval.query_side, retrieval.gallery_side
     queried = np.unique(q.pids)

@@ -37,14 +37,8 @@ def two_groups(
 ) -> Groups:
     """Return the held-out people and the test split; or, if nobody was held out, halves of the latter.
 
-    Args:
-        run: opened on the test split.
-        flip, precision: of the embeddings, see `OpenRun.embeddings`.
-        seed: of the halves.
-
-    Raises:
-        ValueError: the training images are not those that the run was trained on, so nobody can say
-            whom it has not seen.
+    `run` is opened on the test split; `flip` and `precision` are those of `OpenRun.embeddings`. A
+    ValueError if the training images are not those that the run was trained on.
     """
     testing, recipe = run.retrieval(flip=flip, precision=precision), run.recipe
     if not recipe.hold_out:
@@ -119,14 +113,8 @@ def choose_threshold(
 
     Where fewer than 30 false matches would be behind that rate, it is chosen where there are 30.
 
-    Args:
-        pairs: of the people to choose on.
-        fmr: false-match rate, above 0 and up to 0.5.
-        draws: of people, for the intervals.
-        seed: of the draws.
-
     Raises:
-        ValueError: a rate out of range, or too few impostor pairs for any.
+        ValueError: a rate that is not above 0 and up to 0.5, or too few impostor pairs for any.
     """
     if not 0 < fmr <= 0.5:
         raise ValueError(f"fmr = {fmr}: give a rate above 0 and up to 0.5, such as 0.001.")
@@ -228,14 +216,7 @@ def camera_rates_in_words(cameras: pd.DataFrame) -> str:
 
 
 def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed: float) -> str:
-    """Say what a threshold's rates mean in a whole gallery.
-
-    Args:
-        pairs: of the people it was tried on.
-        queries: how many queries they have.
-        fmr, tmr: the threshold's rates there.
-        alarmed: share of the queries with a false alarm.
-    """
+    """Say what a threshold's rates on some pairs mean to their queries, and which share is alarmed."""
     strangers, genuine = pairs.impostors / queries, len(pairs.genuine) / queries
     right = match_probability(genuine / (genuine + strangers), tmr, fmr)
     said = (

@@ -1,18 +1,16 @@
 """Same person or not: distances of pairs, ROC, thresholds, and how sure you can be of them.
 
-Retrieval (`evaluation`) asks who of a gallery is nearest; verification asks of two images whether
-they show one person, and answers yes where their distance is at most a threshold. A *genuine* pair
-shows one person, an *impostor* pair two. FMR, the false-match rate, is the share of impostor pairs
-that are accepted; TMR, the true-match rate (also TAR, or recall), the share of genuine pairs.
-
-`pairs` says which pairs there are.
+Two images are taken for one person where their distance is at most a threshold. A *genuine* pair
+shows one person, an *impostor* pair two; `pairs` says which there are. FMR, the false-match rate, is
+the share of impostor pairs that are accepted; TMR, the true-match rate (also TAR, or recall), the
+share of genuine pairs.
 
 Pairs of one person are alike, and so are all pairs of two people, so 50 million pairs of 750
-people are far fewer independent facts. Intervals here are drawn over people: a person drawn twice
-counts twice, a genuine pair counts as often as its person, and an impostor pair as often as the
-product of both. That is the subsets bootstrap (Bolle, Ratha and Pankanti, CVIU 93, 2004) for
-genuine, and the pigeonhole bootstrap (Owen, Annals of Applied Statistics 1, 2007) for impostor
-pairs. They say nothing of other cameras or another training seed.
+people are far fewer independent facts. So intervals hold 95 % of some draws of people: a genuine pair
+counts as often as its person was drawn, an impostor pair as often as the product of both. That is
+the subsets bootstrap (Bolle, Ratha and Pankanti, CVIU 93, 2004) for genuine, and the pigeonhole
+bootstrap (Owen, Annals of Applied Statistics 1, 2007) for impostor pairs. They say nothing of other
+cameras or another training seed.
 """
 
 import math
@@ -31,18 +29,8 @@ ROUNDED = 1 + 1e-12  # for counts of pairs: 0.29 * 100 < 29
 def roc(pairs: Pairs) -> pd.DataFrame:
     """The ROC curve, exact: ``threshold``, ``FMR`` and ``TMR`` at each of its corners.
 
-    A pair is accepted where its distance is at most the threshold. Straight lines between the rows
-    are the whole curve: all other thresholds lie on them. A slanted one is a tie of genuine and
-    impostor pairs.
-
-    >>> from reidlib.evaluation.pairs import Retrieval, pair_distances
-    >>> query, gallery = (pd.DataFrame({"pid": p}) for p in ([1], [1, 1, 2]))
-    >>> roc(pair_distances(Retrieval([[0.0]], query, [[1.0], [3.0], [2.0]], gallery)))
-       threshold  FMR  TMR
-    0       -inf  0.0  0.0
-    1        1.0  0.0  0.5
-    2        3.0  1.0  0.5
-    3        3.0  1.0  1.0
+    Straight lines between the rows are the whole curve: all other thresholds lie on them. A slanted
+    one is a tie of genuine and impostor pairs.
     """
     # Two corners at each genuine distance: just below it, and at it. (n,), (n,) -> (2n,)
     last = pairs.genuine.drop_duplicates("distance", keep="last")  # of equal ones
@@ -74,17 +62,11 @@ def true_match_rate(
 ) -> pd.DataFrame:
     """The threshold at each of some false-match rates, and the true-match rate there.
 
-    The threshold is the largest with an FMR of at most the given one. A rate below 1 / (number of
-    impostor pairs) cannot be measured: no pair could be accepted, and its row is NaN. By the rule of
-    30 (Doddington et al., Speech Communication 31, 2000) a rate with 30 false matches behind it is
-    known to within 30 per cent of itself, at 90 per cent confidence. That assumes independent pairs,
-    so it holds at best.
-
-    Args:
-        pairs: from `pair_distances`.
-        at: false-match rates, in (0, 1].
-        draws: of persons, for intervals (the module's docstring says how); 0 for none.
-        seed: of the draws.
+    The threshold is the largest with an FMR of at most the given one, in (0, 1]. A rate below
+    1 / (number of impostor pairs) cannot be measured: no pair could be accepted, and its row is NaN.
+    By the rule of 30 (Doddington et al., Speech Communication 31, 2000) a rate with 30 false matches
+    behind it is known to within 30 per cent of itself, at 90 per cent confidence, if pairs are
+    independent: so at best.
 
     Returns:
         A row for each rate, which is the index ``FMR``: ``threshold``, ``TMR``; ``false_matches``,
@@ -93,8 +75,7 @@ def true_match_rate(
         ``TMR_low`` and ``TMR_high``; each draw chooses its threshold anew.
 
     Raises:
-        ValueError: a rate beyond (0, 1]; one so high that more impostor pairs must be kept; or
-            draws from fewer than two people.
+        ValueError: a rate so high that more impostor pairs must be kept, or draws from one person.
     """
     at = np.asarray(at, dtype=float)
     if at.ndim != 1 or len(at) == 0 or not ((at > 0) & (at <= 1)).all():
@@ -123,13 +104,6 @@ def roc_band(pairs: Pairs, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
 
     The rates lie evenly on a log axis and start at one false match; those of `FMRS` are among them.
     They end at half of the impostor pairs that were kept, because some draws need more than a rate.
-
-    Args:
-        pairs: from `pair_distances`.
-        draws, seed: see `true_match_rate`.
-
-    Raises:
-        ValueError: a draw needs more impostor pairs than were kept, or there are fewer than two people.
     """
     most = min(1.0, 0.5 * len(pairs.impostor) / pairs.impostors)
     rates = {*np.geomspace(1 / pairs.impostors, most, 25), *(f for f in FMRS if f <= most)}
@@ -144,18 +118,11 @@ def at_threshold(
     Where no pair at all is accepted, or every one, the draws cannot vary; the interval then reaches
     3/n from there, n the number of pairs: the rule of three, for independent pairs, so at best.
 
-    Args:
-        pairs: from `pair_distances`.
-        threshold: pairs with at most this distance are accepted.
-        draws: of persons, for the intervals (the module's docstring says how).
-        seed: of the draws.
-
     Returns:
         Rows ``FMR`` and ``TMR``, columns ``value``, ``low``, ``high``, ``accepted`` and ``pairs``.
 
     Raises:
-        ValueError: the threshold lies beyond the impostor pairs that were kept, or is NaN; draws
-            from fewer than two people.
+        ValueError: the threshold lies beyond the impostor pairs that were kept, or is NaN.
     """
     false, true = _accepted(pairs, threshold)
     everybody = pairs.genuine["query_person"]
@@ -174,14 +141,9 @@ def at_threshold(
 
 
 def camera_rates(pairs: Pairs, threshold: float) -> pd.DataFrame:
-    """What one threshold gives between each camera of a query and each of the gallery.
+    """Return ``pairs.cameras`` with ``FMR`` and ``TMR`` at a threshold; the error is `at_threshold`'s.
 
-    Returns:
-        ``pairs.cameras`` (both cameras, how many pairs, AUC) with ``TMR`` and ``FMR`` at the
-        threshold; NaN where there is no such pair, as for TMR within one camera.
-
-    Raises:
-        ValueError: as `at_threshold`.
+    NaN where there is no such pair, as for TMR within one camera.
     """
     table = pairs.cameras.set_index(["query_camid", "gallery_camid"])
     false, true = _accepted(pairs, threshold)
@@ -192,15 +154,9 @@ def camera_rates(pairs: Pairs, threshold: float) -> pd.DataFrame:
 
 
 def match_probability(prior: float, tmr: float, fmr: float) -> float:
-    """How likely an accepted pair shows one person, by Bayes' rule.
+    """How likely an accepted pair shows one person, where ``prior`` is the share of genuine pairs.
 
-    Args:
-        prior: share of genuine pairs among all that are compared.
-        tmr: true-match rate at the threshold.
-        fmr: false-match rate there.
-
-    Returns:
-        prior TMR / (prior TMR + (1 - prior) FMR); NaN where nothing is ever accepted.
+    Bayes' rule: prior TMR / (prior TMR + (1 - prior) FMR); NaN where nothing is ever accepted.
 
     >>> round(match_probability(prior=0.001, tmr=0.8, fmr=0.001), 3)  # one match among 1,000
     0.445

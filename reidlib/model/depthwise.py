@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 
 def quicken_depthwise(network: nn.Module) -> None:
-    """Make the strided depthwise convolutions of a network `StridedDepthwise`, in place.
-
-    Their weights and names stay, and so do the values computed.
-    """
+    """Make strided depthwise convolutions `StridedDepthwise`: weights, names and values stay."""
     convolutions = [m for m in network.modules() if type(m) is nn.Conv2d and max(m.stride) > 1]
     for conv in convolutions:
         depthwise = conv.groups == conv.in_channels == conv.out_channels

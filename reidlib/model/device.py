@@ -26,10 +26,7 @@ def device_name(device: torch.device) -> str:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device, or raise a ValueError if it is not there.
-
-    `"auto"` takes CUDA, then Apple's MPS, then the CPU.
-    """
+    """Return the device, or raise a ValueError; `"auto"` takes CUDA, Apple's MPS, or the CPU."""
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device("mps" if torch.backends.mps.is_available() else found)
@@ -61,10 +58,8 @@ def bfloat16_problem(recipe: Recipe, device: torch.device) -> str:
 def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     """Replace precision "auto" by what the device is fast at, and right.
 
-    bfloat16 on CUDA from Ampere on, and on CPUs with instructions for it; others emulate it slowly.
-
-    Raises:
-        ValueError: bfloat16 was asked for on a CPU with an input too small for it.
+    bfloat16 on CUDA from Ampere on, and on CPUs with instructions for it; others emulate it slowly. A
+    ValueError if bfloat16 is asked for on a CPU with an input too small for it.
     """
     problem = bfloat16_problem(recipe, device)
     if recipe.precision == "bfloat16" and problem:
@@ -100,10 +95,8 @@ def race(
     """Time some functions in turn, round after round, after a round to warm up.
 
     In turn, so that other work on the machine meets all of them: compare them within a round. Who
-    has run for `seconds` in all drops out, but not before its second round.
-
-    Returns:
-        By name, the seconds of each round that counts.
+    has run for `seconds` in all drops out, but not before its second round. Returns, by name, the
+    seconds of each round that counts.
     """
     times = {name: [] for name in contenders}
     for this in range(rounds + 1):

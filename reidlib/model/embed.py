@@ -70,8 +70,7 @@ def embed_views(
         precision: `"float32"` gives the same scores on every machine, for TensorFloat32 is switched
             off; `"bfloat16"` is faster and moves them by some hundredths of a point.
 
-    Raises:
-        ValueError: no images, no such view, or bfloat16 where it is wrong.
+    A ValueError if there is no image or no such view, or if bfloat16 is wrong there.
     """
     if len(pixels) == 0:
         raise ValueError("There are no images to embed.")
@@ -156,17 +155,16 @@ def read_embeddings(
     """Read an HDF5 file of embeddings, from here or from another toolkit.
 
     Args:
-        path: a file with `emb` (N, D), and `pid`, `camid` and `path`; or with `emb` alone, as
-            triplet-reid writes it.
-        csv: for a file with `emb` alone, the list of images it belongs to (`pid,path[,camid]`).
+        path: a file with `emb` (N, D), and `pid`, `camid` and `path`.
+        csv: for a file with `emb` alone, as triplet-reid writes it, the list of its images
+            (`pid,path[,camid]`).
 
     Returns:
-        Embeddings (N, D) floating point, as stored, and their table: `path`, `pid`, `camid`, "" and
-        −1 where the file does not say.
+        Embeddings (N, D) as stored, and their table, with "" and −1 where the file does not say.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not HDF5, no `emb`, no identities, or lengths that differ.
+        FileNotFoundError, ValueError: no such file, not HDF5, no `emb`, no identities, or lengths
+            that differ.
 
     >>> from tempfile import TemporaryDirectory
     >>> table = pd.DataFrame({"path": ["a.jpg"], "pid": [1], "camid": [1]})

@@ -32,9 +32,7 @@ BACKBONES = {
 
 
 class EmbeddingNet(nn.Module):
-    """Images to embeddings: backbone > global average pooling > head. Its weights are random.
-
-    `weights.build_model` makes one with pretrained weights, `weights.load_model` a trained one.
+    """Images to embeddings: backbone > global average pooling > head, with random weights.
 
     Args:
         backbone: a name in `BACKBONES`.

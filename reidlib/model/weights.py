@@ -24,8 +24,7 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
     caller's random state is left as it was.
 
     Raises:
-        ValueError: a file of weights that does not fit.
-        FileNotFoundError: no such file of weights.
+        FileNotFoundError, ValueError: no such file of weights, or one that does not fit.
         RuntimeError: torchvision's weights could not be downloaded.
 
     >>> from reidlib.recipes import make_recipe
@@ -58,11 +57,7 @@ def save_weights(path: Path, model: nn.Module, recipe: Recipe, *, half: bool = F
 
 
 def weights_file(run: str | Path) -> Path:
-    """Return the file of a trained model: of a run, by its name or folder, or the file itself.
-
-    Raises:
-        FileNotFoundError: no such run, or a run without weights.
-    """
+    """Return the file of a trained model: of a run, by its name or folder, or the file itself."""
     path = Path(run).expanduser()
     if not (path.suffix == ".safetensors" and path.is_file()):
         path = find_run(run) / "weights.safetensors"
@@ -72,18 +67,14 @@ def weights_file(run: str | Path) -> Path:
 
 
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> EmbeddingNet:
-    """Return a trained network, ready to embed, from a run or from a `weights.safetensors` alone.
+    """Return a trained network in evaluation mode; its attribute `recipe` says what input it expects.
 
     Args:
         run: a run's name, its folder, or a file that `save_weights` wrote.
         device: where to put it.
 
-    Returns:
-        The network in evaluation mode; its attribute `recipe` says what input it expects.
-
     Raises:
-        FileNotFoundError: no such run, or a run without weights.
-        ValueError: the file is broken or is not one of ours.
+        FileNotFoundError, ValueError: no such run, no weights in it, or a broken or foreign file.
 
     >>> from reidlib.recipes import make_recipe
     >>> from reidlib.training.loop import train
@@ -111,10 +102,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
 
 
 def _load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
-    """Load `"imagenet"` weights or a file of weights into a backbone, every key or none.
-
-    A classifier in the file is passed over.
-    """
+    """Load `"imagenet"` weights or a file of weights, every key or none, but for a classifier's."""
     state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
     state = {k.removeprefix("module."): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
