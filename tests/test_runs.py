@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+import safetensors.torch
 import torch
 
 from reidlib import load_model, runs
@@ -18,18 +19,17 @@ SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=1
 
 
 def test_every_scoring_leaves_an_entry_in_the_manifest(tmp_path):
-    for side in ("query", "gallery"):
-        (tmp_path / f"embeddings_{side}.h5").write_bytes(side.encode())
-    runs.note_scored(tmp_path, data="market1501", flip=False)
-    runs.update_json(tmp_path / "manifest.json", status="finished")
-    (tmp_path / "embeddings_query.h5").write_bytes(b"other")
-    runs.note_scored(tmp_path, data="market1501", flip=True)
+    for content in (b"query", b"other"):
+        (tmp_path / "embeddings_query.h5").write_bytes(content)
+        (tmp_path / "embeddings_gallery.h5").write_bytes(b"gallery")
+        runs.note_scored(tmp_path, data="market1501", flip=content == b"other")
+        runs.update_json(tmp_path / "manifest.json", status="finished")
     first, second = runs.read_json(tmp_path / "manifest.json")["scored"]
     assert (first["flip"], second["flip"]) == (False, True)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["at"])
-    sha = hashlib.sha256(b"query").hexdigest()
-    assert first["embeddings_sha256"]["query"] == sha != second["embeddings_sha256"]["query"]
-    assert first["embeddings_sha256"]["gallery"] == second["embeddings_sha256"]["gallery"]
+    for side, content in (("query", b"query"), ("gallery", b"gallery")):
+        assert first["embeddings_sha256"][side] == hashlib.sha256(content).hexdigest()
+    assert second["embeddings_sha256"]["query"] != first["embeddings_sha256"]["query"]
 
 
 def test_names():
@@ -56,22 +56,20 @@ def test_an_unknown_run_names_those_there_are():
         runs.newest_run()
 
 
-def test_the_newest_run_is_one_trained_here_or_the_example(places):
-    def add(name, age, trained_here=True):
-        folder = outputs_dir() / name
-        folder.mkdir(parents=True)
-        (folder / "weights.safetensors").touch()
-        os.utime(folder / "weights.safetensors", (age, age))
-        if trained_here:
-            (folder / "checkpoint.pt").touch()
+def test_the_newest_run_is_one_trained_here_or_the_example():
+    def add(name, age, *files):
+        (outputs_dir() / name).mkdir(parents=True)
+        for file in ("weights.safetensors", *files):
+            (outputs_dir() / name / file).touch()
+            os.utime(outputs_dir() / name / file, (age, age))
 
-    add("market1501_batchhard", 900, trained_here=False)
+    add("market1501_batchhard", 900)
     with pytest.raises(FileNotFoundError, match="No trained run"):
         runs.newest_run()
-    add(runs.EXAMPLE, 800, trained_here=False)
+    add(runs.EXAMPLE, 800)
     assert runs.newest_run().name == runs.EXAMPLE
-    add("old", 100)
-    add("new", 200)
+    add("new", 200, "checkpoint.pt")
+    add("old", 100, "checkpoint.pt")
     assert runs.newest_run().name == "new"
 
 
@@ -111,38 +109,30 @@ class Killed(BaseException):
 
 def test_a_checkpoint_survives_a_kill_between_any_two_renames(tmp_path, monkeypatch):
     """Whatever was done when the power went, the last or the new checkpoint loads."""
-    path = tmp_path / "checkpoint.pt"
-    previous = tmp_path / "checkpoint_previous.pt"
-    replace, renames = os.replace, 0
+    path, previous = tmp_path / "checkpoint.pt", tmp_path / "checkpoint_previous.pt"
+    replace, renames, last = os.replace, 0, None
 
-    def count(*args):
+    def counted(*args):
         nonlocal renames
+        if renames == last:
+            raise Killed
         renames += 1
         return replace(*args)
 
     for step in (1, 2):
         save_checkpoint(path, {"step": step})
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", count)
-        save_checkpoint(path, {"step": 3})
-    assert renames >= 6
-    assert load_checkpoint(path)["step"] == 3
-    assert load_checkpoint(previous)["step"] == 2
-    for last in range(renames):
-        done = 0
-
-        def dying(*args, last=last):
-            nonlocal done
-            if done == last:
-                raise Killed
-            done += 1
-            return replace(*args)
-
-        step = 10 * (last + 1)
+    monkeypatch.setattr(os, "replace", counted)
+    save_checkpoint(path, {"step": 3})
+    assert (load_checkpoint(path)["step"], load_checkpoint(previous)["step"]) == (3, 2)
+    whole = renames
+    assert whole >= 6
+    for killed_at in range(whole):
+        step = 10 * (killed_at + 1)
         save_checkpoint(path, {"step": step})
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(os, "replace", dying)
+        renames, last = 0, killed_at
+        with pytest.raises(Killed):
             save_checkpoint(path, {"step": step + 1})
+        last = None
         assert load_checkpoint(path)["step"] in (step, step + 1)
         assert load_checkpoint(previous)["step"] <= step
         save_checkpoint(path, {"step": step + 2})
@@ -153,9 +143,8 @@ def test_a_checkpoint_survives_a_kill_between_any_two_renames(tmp_path, monkeypa
 def test_the_sidecar_is_what_sha256sum_reads(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 1})
-    assert (
-        tmp_path / "checkpoint.pt.sha256"
-    ).read_text() == f"{runs.sha256(path)}  checkpoint.pt\n"
+    said = (tmp_path / "checkpoint.pt.sha256").read_text()
+    assert said == f"{runs.sha256(path)}  checkpoint.pt\n"
 
 
 def test_a_checkpoint_without_its_sidecar_or_with_code_inside_is_refused(tmp_path):
@@ -183,14 +172,9 @@ def test_weights_travel_alone(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="model.safetensors cannot be read"):
         load_model(path)
-
-
-def test_weights_of_something_else_are_refused(tmp_path):
-    import safetensors.torch
-
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a model of this library.*weights=PATH"):
-        load_model(tmp_path / "x.safetensors")
+        load_model(path)
 
 
 def test_the_seed_decides_the_first_weights_and_leaves_the_callers_numbers_alone():
