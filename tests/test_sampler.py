@@ -1,6 +1,7 @@
 """The PK sampler: what an epoch shows, ragged identities, exact length, restore."""
 
 from collections import Counter
+from itertools import chain, islice, repeat
 
 import numpy as np
 import pytest
@@ -46,11 +47,9 @@ def test_every_batch_is_p_identities_of_k_images(epoch, p, k):
 
 def test_trinet_epoch_on_market_sizes():
     pids = np.repeat(np.arange(751), 17)
-    sampler = PKSampler(pids, 18, 4)
-    assert len(sampler) == 42  # ceil(751 / 18)
-    first = np.concatenate([pids[b].reshape(18, 4)[:, 0] for b in sampler])
-    assert sorted(set(first.tolist())) == list(range(751))
-    assert len(first) - 751 == 42 * 18 - 751
+    shown = [pids[batch[::4]] for batch in PKSampler(pids, 18, 4)]
+    assert len(shown) == 42  # ceil(751 / 18)
+    assert set(np.concatenate(shown)) == set(range(751))
 
 
 def test_one_identity_with_most_images_sets_the_length():
@@ -62,35 +61,23 @@ def test_one_identity_with_most_images_sets_the_length():
 
 
 def test_epochs_differ_and_the_seed_decides():
-    sampler = PKSampler(RAGGED, 3, 2, seed=1)
-    first, second = list(sampler), list(sampler)
-    assert not all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-    again = PKSampler(RAGGED, 3, 2, seed=1)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    other = PKSampler(RAGGED, 3, 2, seed=2)
-    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    sampler, again, other = (PKSampler(RAGGED, 3, 2, seed=seed) for seed in (1, 1, 2))
+    first, second, same, others = (np.concatenate([*s]) for s in (sampler, sampler, again, other))
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, second) and not np.array_equal(first, others)
 
 
 @pytest.mark.parametrize("epoch", ["identities", "images"])
 @pytest.mark.parametrize("stop", range(0, 9))
 def test_a_restored_sampler_gives_the_batches_that_would_have_come(epoch, stop):
     def stream(sampler, n):
-        out = []
-        while len(out) < n:
-            for batch in sampler:
-                out.append(batch)
-                if len(out) == n:
-                    break
-        return out
+        return [*islice(chain.from_iterable(repeat(sampler)), n)]  # epoch after epoch
 
     whole = stream(PKSampler(RAGGED, 3, 2, epoch, seed=5), 14)
-    broken = PKSampler(RAGGED, 3, 2, epoch, seed=5)
+    broken, restored = (PKSampler(RAGGED, 3, 2, epoch, seed=seed) for seed in (5, 99))
     stream(broken, stop)
-    restored = PKSampler(RAGGED, 3, 2, epoch, seed=99)
     restored.load_state_dict(broken.state_dict())
-    rest = stream(restored, 14 - stop)
-    for expected, got in zip(whole[stop:], rest, strict=True):
-        assert np.array_equal(expected, got)
+    assert np.array_equal(whole[stop:], stream(restored, 14 - stop))
 
 
 @pytest.mark.parametrize(

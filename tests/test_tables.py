@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import stat
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,26 +41,27 @@ def picture(path, size=(8, 16), mode="RGB", **options):
     return path
 
 
+def pictures(root, *names):
+    """A folder with these pictures."""
+    for name in names:
+        picture(root / name)
+    return root
+
+
 SMALL = {
     "bounding_box_train": [
         f"{p:04d}_c{c}s1_00000{i}_0{i}.jpg" for p in (2, 7) for c in (1, 2) for i in (1, 2)
     ],
     "query": ["0001_c1s1_000001_00.jpg", "0003_c2s1_000001_00.jpg.jpg"],
     "bounding_box_test": [
-        "-1_c1s1_000401_03.jpg",
-        "0000_c3s1_000451_04.jpg",
-        "0001_c1s1_000011_01.jpg",
-        "0001_c2s1_000012_01.jpg",
-        "0003_c1s1_000012_01.jpg.jpg",
+        *("-1_c1s1_000401_03.jpg", "0000_c3s1_000451_04.jpg", "0001_c1s1_000011_01.jpg"),
+        *("0001_c2s1_000012_01.jpg", "0003_c1s1_000012_01.jpg.jpg"),
     ],
 }
 
 
 def small_market(root):
-    for folder, names in SMALL.items():
-        for name in names:
-            picture(root / folder / name)
-    return root
+    return pictures(root, *(f"{folder}/{name}" for folder in SMALL for name in SMALL[folder]))
 
 
 def table(rows):
@@ -78,19 +81,14 @@ def shots(people):
 
 
 def rows(table):
-    return [
-        (os.path.basename(p), q, c)
-        for p, q, c in zip(table.path, table.pid, table.camid, strict=True)
-    ]
-
-
-def say(report):
-    return [f"{r.severity}: {r.problem} {r.advice}" for r in report.problems.itertuples()]
+    return [(os.path.basename(p), *row) for p, *row in table[["path", "pid", "camid"]].values]
 
 
 def found(report, pattern):
-    hits = [line for line in say(report) if re.search(pattern, line)]
-    assert len(hits) == 1, say(report)
+    """The one line of a report that fits."""
+    lines = [f"{r.severity}: {r.problem} {r.advice}" for r in report.problems.itertuples()]
+    hits = [line for line in lines if re.search(pattern, line)]
+    assert len(hits) == 1, lines
     return hits[0]
 
 
@@ -152,21 +150,22 @@ def test_market_is_found_wherever_people_put_it(place, dataset, data, tmp_path):
 
 def test_what_is_no_data_set_says_what_to_do(data):
     small_market(data / f".{files.MARKET_FOLDER}.77.part")  # another process is unpacking
-    picture(data / "Market-1501" / "1.jpg")  # of this name, but no Market-1501
+    pictures(data, "Market-1501/1.jpg")  # of this name, but no Market-1501
     (data / "folder").mkdir()
     (data / "list.txt").write_text("x")
     os.rename(small_market(data / "set") / "query", data / "set" / "queries")
     small_market(data / "two" / "a"), small_market(data / "two" / "b")
-    for error, message, options in [
-        (FileNotFoundError, f"is not in {data}: .*Liang Zheng.*Kaggle", {}),
-        (FileNotFoundError, 'no \'no\'.*"market1501" and "synthetic"', dict(dataset="no")),
-        (FileNotFoundError, "no ''", dict(dataset="")),
-        (ValueError, "are for your own data", dict(pattern="x")),
-        (ValueError, "are for your own data", dict(dataset="synthetic", image_root="x")),
-        (ValueError, "holds no images", dict(dataset="folder")),
-        (ValueError, "neither a folder", dict(dataset="list.txt")),
-        (FileNotFoundError, "lacks a folder for query", dict(dataset="set")),
-        (ValueError, "holds several data sets", dict(dataset="two")),
+    missing, wrong = FileNotFoundError, ValueError
+    for options, error, message in [
+        ({}, missing, f"is not in {data}: .*Liang Zheng.*Kaggle"),
+        (dict(dataset="no"), missing, 'no \'no\'.*"market1501" and "synthetic"'),
+        (dict(dataset=""), missing, "no ''"),
+        (dict(pattern="x"), wrong, "are for your own data"),
+        (dict(dataset="synthetic", image_root="x"), wrong, "are for your own data"),
+        (dict(dataset="folder"), wrong, "holds no images"),
+        (dict(dataset="list.txt"), wrong, "neither a folder"),
+        (dict(dataset="set"), missing, "lacks a folder for query"),
+        (dict(dataset="two"), wrong, "holds several data sets"),
     ]:
         with pytest.raises(error, match=message):
             ds.load(**options)
@@ -176,24 +175,13 @@ def test_strays_are_noted_and_wrong_names_refused(data):
     root = small_market(data / "set")
     (root / "query" / "Thumbs.db").write_bytes(b"x")
     (root / "query" / "._0001_c1s1_000001_00.jpg").write_bytes(b"x")
-    picture(root / "query" / ".ipynb_checkpoints" / "0001_c1s1_000001_00-checkpoint.jpg")
-    picture(root / "query" / "0001_c4s1_000001_00.JPG")
-    picture(root / "query" / "0001_c5s1_000001_00.png")
+    pictures(root / "query", ".ipynb_checkpoints/1.jpg", "0001_c4s1_1_0.JPG", "0001_c5s1_1_0.png")
     got = ds.load("set")
     assert got.name == "set" and list(got.query.camid) == [1, 4, 5, 2]
-    assert got.notes == (
-        "In query/ ignored, hidden or no images: ._0001_c1s1_000001_00.jpg, .ipynb_checkpoints/, Thumbs.db.",
-    )
+    assert "images: ._0001_c1s1_000001_00.jpg, .ipynb_checkpoints/, Thumbs.db." in got.notes[0]
     picture(root / "query" / "holiday.jpg")
     with pytest.raises(ValueError, match=r"1 of 5 image names in .*query do not fit.*holiday\.jpg"):
         ds.load("set")
-
-
-def test_duke_like_names_by_pattern(data):
-    for folder in SMALL:
-        picture(data / "duke" / folder / "0005_c2_f0046182.jpg")
-    got = ds.load("duke", pattern=r"^(?P<pid>\d+)_c(?P<camid>\d)")
-    assert rows(got.query) == [("0005_c2_f0046182.jpg", 5, 2)]
 
 
 def test_built_in_data_is_drawn_once_and_refused_of_another_version(data, monkeypatch):
@@ -251,8 +239,9 @@ def test_broken_zip_is_named_and_leaves_nothing(damage, data):
 
 
 def test_folder_of_named_identities_already_split(data):
-    for split, people in (("train", ("bo", "cy")), ("query", ("al",)), ("gallery", ("al", "di"))):
-        for person in people:
+    people = {"train": ("bo", "cy"), "query": ("al",), "gallery": ("al", "di")}
+    for split in people:
+        for person in people[split]:
             picture(data / "own" / split / person / f"{split} 1.jpg")
             picture(data / "own" / split / person / "deep" / "2.JPEG", format="JPEG")
     got = ds.load("own")
@@ -260,39 +249,38 @@ def test_folder_of_named_identities_already_split(data):
     assert dict(zip(got.gallery.label, got.gallery.pid, strict=True)) == {"al": 1, "di": 4}
     assert dict(zip(got.train.label, got.train.pid, strict=True)) == {"bo": 2, "cy": 3}
     assert list(got.query.pid) == [1, 1] and (got.query.camid == -1).all()
-    assert any("al = 1, bo = 2, cy = 3, di = 4" in note for note in got.notes)
-    assert any("No camera is known" in note for note in got.notes)
+    assert got.notes == (
+        "The identities are names and were numbered: al = 1, bo = 2, cy = 3, di = 4.",
+        "No camera is known: camid is -1 everywhere.",
+    )
     found(check(got), "warning: Without cameras nothing is excluded")
 
 
-def test_numeric_folders_keep_their_numbers(data):
-    for split, people in (("train", ("0007",)), ("query", ("12",)), ("test", ("-1", "0000", "12"))):
-        for person in people:
-            picture(data / "own" / split / person / "x_c3s1_1_1.jpg")
+def test_identities_and_cameras_are_read_by_pattern(data):
+    own, duke = data / "own", data / "duke"
+    pictures(own, *(f"{place}/x_c3s1_1_1.jpg" for place in ("train/0007", "query/12", "test/12")))
+    pictures(own, "test/-1/x_c3s1_1_1.jpg", "test/0000/x_c3s1_1_1.jpg")
     got = ds.load("own", pattern=r"_c(?P<camid>\d)")  # identity from the folder, camera by name
     assert list(got.train.pid) == [7] and list(got.gallery.pid) == [-1, 0, 12]
     assert "label" not in got.train and list(got.gallery.camid) == [3, 3, 3]
+    pictures(duke, *(f"{folder}/0005_c2_f0046182.jpg" for folder in SMALL))
+    got = ds.load("duke", pattern=r"^(?P<pid>\d+)_c(?P<camid>\d)")
+    assert rows(got.query) == [("0005_c2_f0046182.jpg", 5, 2)]
 
 
 def test_named_cameras_are_numbered(data):
-    for split in ("train", "query", "gallery"):
-        for cam in ("left", "door") if split != "query" else ("left",):
-            picture(data / "own" / split / f"5-{cam}.png")
+    pictures(data / "own", "train/5-left.png", "train/5-door.png", "query/5-left.png")
+    pictures(data / "own" / "gallery", "5-left.png", "5-door.png")
     got = ds.load("own", pattern=r"(?P<pid>\d+)-(?P<camid>\w+)")
-    assert sorted(got.gallery.camid) == [1, 2] and list(got.query.camid) == [2]
+    assert list(got.gallery.camid) == [1, 2] and list(got.query.camid) == [2]
     assert "label" not in got.train
     assert got.notes == ("The cameras are names and were numbered: door = 1, left = 2.",)
 
 
 def unsplit(root, cameras):
-    for person in range(1, 8):
-        for cam in range(1, cameras + 1):
-            for shot in range(3):
-                picture(root / f"p{person}" / f"c{cam}_{shot}.jpg")
-    picture(root / "solo" / "c1_0.jpg")
-    picture(root / "-1" / "c1_0.jpg")
-    picture(root / "0000" / "c1_1.jpg")
-    return root
+    shots = [f"c{cam}_{shot}.jpg" for cam in range(1, cameras + 1) for shot in range(3)]
+    pictures(root, *(f"p{person}/{shot}" for person in range(1, 8) for shot in shots))
+    return pictures(root, "solo/c1_0.jpg", "-1/c1_0.jpg", "0000/c1_1.jpg")
 
 
 def test_unsplit_folder_is_split_in_halves(data):
@@ -306,8 +294,7 @@ def test_unsplit_folder_is_split_in_halves(data):
     assert sorted(got.gallery.pid)[:2] == [-1, 0]
     everything = pd.concat(got.splits.values()).path
     assert len(everything) == everything.nunique() == 7 * 2 * 3 + 3
-    assert check(got).ok
-    assert any("halves with seed 0" in note for note in got.notes)
+    assert check(got).ok and any("halves with seed 0" in note for note in got.notes)
     picture(data / "own" / "preview.jpg")
     blind = ds.load("own")  # without cameras: one query each
     assert len(blind.query) == blind.query.pid.nunique() == 4
@@ -315,39 +302,31 @@ def test_unsplit_folder_is_split_in_halves(data):
 
 
 def test_flat_folder_needs_a_pattern(data):
-    for name in ("ann_cam1_a", "ann_cam2_b", "bob_cam1_a", "bob_cam2_b"):
-        picture(data / "flat" / f"{name}.jpg")
-    with pytest.raises(ValueError, match="no sub-folder for each identity.*give pattern"):
-        ds.load("flat")
+    pictures(data / "flat", *(f"{p}_cam{c}_x.jpg" for p in ("ann", "bob") for c in (1, 2)))
     got = ds.load("flat", pattern=r"^(?P<pid>[a-z]+)_cam(?P<camid>\d)")
     assert len(got.train) == 2 and len(got.query) == len(got.gallery) == 1
     assert got.query.camid[0] != got.gallery.camid[0]
-    for pattern, message in ((r"(", "no regular expression"), (r"\d", "neither a group")):
+    for pattern, message in {
+        None: "no sub-folder for each identity: .*give pattern",
+        "(": "no regular expression",
+        r"\d": "neither a group",
+        "(?P<pid>ann)": "2 of 4 image names.*bob_cam1_x.jpg",
+        "(?P<pid>[a-z]+)(?P<camid>8)?": "4 of 4 image names",
+        "(?P<pid>(ann|bob)_cam.)": "too few identities to split",
+    }.items():
         with pytest.raises(ValueError, match=message):
             ds.load("flat", pattern=pattern)
-    with pytest.raises(ValueError, match="2 of 4 image names.*bob_cam1_a.jpg"):
-        ds.load("flat", pattern=r"(?P<pid>ann)")
-
-
-def test_too_few_identities_to_split(data):
-    picture(data / "own" / "a" / "1.jpg"), picture(data / "own" / "b" / "1.jpg")
-    with pytest.raises(ValueError, match="too few identities to split"):
-        ds.load("own")
 
 
 # --- lists
 
 
-def lists(root, header=None, pid=lambda name: name.split("_")[0], extra=lambda name: ""):
-    """Lists as triplet-reid writes them, beside the folders of small_market."""
-    small_market(root)
+def lists(root, header="", pid=lambda name: name.split("_")[0], extra=lambda name: ""):
+    """Lists as triplet-reid writes them, beside a folder of images."""
     for folder, word in zip(SMALL, ("train", "query", "test"), strict=True):
-        lines = [f"{pid(n)},{folder}/{n}{extra(n)}" for n in SMALL[folder]]
-        text = "\n".join([header, *lines] if header else lines) + "\n"
-        (root / f"market1501_{word}.csv").write_text(text)
-    os.rename(root / "bounding_box_train", root / "bounding_box_training")
-    text = (root / "market1501_train.csv").read_text()
-    (root / "market1501_train.csv").write_text(text.replace("_train/", "_training/"))
+        pictures(root / "images", *SMALL[folder])
+        lines = [header] + [f"{pid(n)},images/{n}{extra(n)}" for n in SMALL[folder]]
+        (root / f"market1501_{word}.csv").write_text("\n".join(lines))
     return root
 
 
@@ -375,8 +354,7 @@ def test_list_with_header_names_and_cameras(data):
     got = ds.load(str(root))
     assert list(got.gallery.pid) == [-1, 0, 4, 4, 2] and list(got.query.pid) == [4, 2]
     assert list(got.gallery.label) == ["-1", "0000", "zoe", "zoe", "bo"]
-    assert list(got.gallery.camid) == [1, 3, 1, 2, 1]
-    assert check(got).ok
+    assert list(got.gallery.camid) == [1, 3, 1, 2, 1] and check(got).ok
 
 
 def test_training_list_alone(data):
@@ -384,20 +362,16 @@ def test_training_list_alone(data):
     got = ds.load(str(root / "market1501_train.csv"), pattern="market1501")
     assert len(got.train) == 8 and len(got.query) == len(got.gallery) == 0
     assert got.query.pid.dtype == np.int64 and list(got.query) == ["path", "pid", "camid"]
-    assert got.notes == (
-        "No list for query and gallery was given: this data set can train, not test.",
-    )
+    assert "No list for query and gallery was given: this data set can train" in got.notes[0]
     assert check(got).ok and check(got).counts.images["query"] == 0
 
 
 def test_image_root_and_lists_elsewhere(data, tmp_path):
-    root = lists(data / "images")
-    (tmp_path / "csv").mkdir()
-    for path in root.glob("*.csv"):
-        os.rename(path, tmp_path / "csv" / path.name)
+    root, csv = lists(data / "root"), str(tmp_path / "csv")
+    shutil.copytree(root, csv, ignore=lambda *_: ["images"])
     with pytest.raises(FileNotFoundError, match="8 of 8 images in .* do not exist.*image_root"):
-        ds.load(str(tmp_path / "csv"))
-    got = ds.load(str(tmp_path / "csv"), image_root=str(root))
+        ds.load(csv)
+    got = ds.load(csv, image_root=str(root))
     assert got.root == root and len(got.gallery) == 5
     with pytest.raises(ValueError, match="image_root goes with CSV lists"):
         ds.load(str(unsplit(data / "own", 1)), image_root=str(root))
@@ -424,36 +398,39 @@ def test_broken_lists_are_explained(text, message, data):
 
 def test_lists_that_do_not_go_together(data):
     root = lists(data / "lists")
-    (root / "duke_train.csv").write_text("x")
+    extra = root / "duke_train.csv"
+    extra.write_text("x")
     with pytest.raises(ValueError, match="duke_train.*are all lists for train"):
         ds.load("lists")
-    (root / "duke_train.csv").unlink()
-    os.remove(root / "market1501_train.csv")
+    for path in (extra, root / "market1501_train.csv"):
+        path.unlink()
     assert "for train was given: this data set can test, not train." in ds.load("lists").notes[0]
-    os.remove(root / "market1501_test.csv")
+    (root / "market1501_test.csv").unlink()
     with pytest.raises(ValueError, match="query and gallery go together.*only .*query.csv"):
         ds.load("lists")
 
 
 def test_image_list_of_folder_and_csv(data):
-    root = lists(data / "lists")
-    plain = ds.image_list(root / "query")
-    assert set(plain.pid) == set(plain.camid) == {-1} and len(plain) == 2
-    named = ds.image_list(root / "query", pattern="market1501")
-    assert list(named.pid) == [1, 3] and list(named.camid) == [1, 2]
+    root, list_file = lists(data / "lists"), data / "lists" / "list.csv"
+    plain = ds.image_list(root / "images")
+    assert set(plain.pid) == set(plain.camid) == {-1} and len(plain) == 15
+    named = ds.image_list(root / "images", pattern="market1501")
+    assert list(named.pid)[:4] == [-1, 0, 1, 1] and list(named.camid)[:4] == [1, 3, 1, 1]
     assert list(ds.image_list(root / "market1501_query.csv").pid) == [1, 3]
-    names = [str(path) for path in plain.path]
-    pd.DataFrame({"path": names, "rank": 1}).to_csv(root / "unlabelled.csv", index=False)
-    unlabelled = ds.image_list(root / "unlabelled.csv")
-    assert unlabelled.path.tolist() == names
-    assert set(unlabelled.pid) == set(unlabelled.camid) == {-1}
-    (root / "unlabelled.csv").write_text("\n".join(["path", *names]))
-    assert ds.image_list(root / "unlabelled.csv").path.tolist() == names
+    names = plain.path.tolist()
+    for text in (
+        pd.DataFrame({"n": 1, "path": names}).to_csv(index=False),
+        "\n".join(["path", *names]),
+    ):
+        list_file.write_text(text)
+        unlabelled = ds.image_list(list_file)
+        assert unlabelled.path.tolist() == names
+        assert set(unlabelled.pid) == set(unlabelled.camid) == {-1}
     with pytest.raises(ValueError, match="expected pid,path"):  # to train on, labels are needed
-        ds.load(root / "unlabelled.csv")
-    (root / "names.csv").write_text(f"ann,query/{SMALL['query'][0]}\n")
+        ds.load(list_file)
+    list_file.write_text(f"ann,images/{SMALL['query'][0]}\n")
     with pytest.raises(ValueError, match="names its identities"):
-        ds.image_list(root / "names.csv")
+        ds.image_list(list_file)
     (data / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         ds.image_list(data / "empty")
@@ -463,17 +440,15 @@ def test_image_list_of_folder_and_csv(data):
 
 
 def test_every_kind_of_pixel_becomes_rgb(tmp_path):
-    for mode, suffix in [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"),
-                         ("1", "png"), ("LA", "png"), ("RGB", "webp")]:  # fmt: skip
+    kinds = {"L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "1": "png", "LA": "png"}
+    for mode, suffix in (kinds | {"RGB": "webp"}).items():
         pixels = read_image(picture(tmp_path / f"{mode}.{suffix}", mode=mode))
         assert pixels.shape == (16, 8, 3) and pixels.dtype == np.uint8, mode
         if mode in ("L", "1", "LA"):
             assert (pixels[..., 0] == pixels[..., 2]).all() and pixels.std() > 0
-    deep = np.array([[0, 256 * 7, 65535]], dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(np.array([[0, 256 * 7, 65535]], np.uint16)).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 7, 255]
-    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    red.save(tmp_path / "red.jpg", quality=95)
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
     assert np.abs(read_image(tmp_path / "red.jpg").astype(int) - [255, 0, 0]).max() < 12
 
 
@@ -488,18 +463,25 @@ def test_exif_orientation_is_applied(tmp_path):
     assert pixels[:6].mean() < 30 and pixels[-6:].mean() > 225  # left has gone up
 
 
-def test_broken_images_are_named_with_the_cause(tmp_path):
-    whole = picture(tmp_path / "good.jpg", size=(64, 128)).read_bytes()
-    broken = {"cut.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "start.jpg": whole[:20]}
-    broken |= {"text.jpg": b"<html>sign in</html>", "head.png": b"\x89PNG\r\n\x1a\n"}
-    for name, content in broken.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}: .") as caught:
-            read_image(tmp_path / name)
-        assert str(caught.value).count(str(tmp_path)) == 1
-    with pytest.raises(ValueError, match="image file is truncated"):
-        read_image(tmp_path / "cut.jpg")
-    with pytest.raises(ValueError, match="no such file"):
+@pytest.mark.parametrize(
+    ("name", "change", "cause"),
+    [
+        ("cut.jpg", lambda whole: whole[: len(whole) // 2], "image file is truncated"),
+        ("start.jpg", lambda whole: whole[:20], "."),
+        ("text.jpg", lambda whole: b"<html>sign in</html>", "no image format that Pillow knows"),
+        ("head.png", lambda whole: b"\x89PNG\r\n\x1a\n", "."),
+    ],
+)
+def test_broken_images_are_named_with_the_cause(name, change, cause, tmp_path):
+    path = picture(tmp_path / name, size=(64, 128))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: {cause}") as caught:
+        read_image(path)
+    assert str(caught.value).count(str(tmp_path)) == 1
+
+
+def test_no_file_and_no_photograph_are_said(tmp_path):
+    with pytest.raises(ValueError, match="there is no such file"):
         read_image(tmp_path / "gone.jpg")
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="mode F"):
@@ -512,13 +494,12 @@ def test_broken_images_are_named_with_the_cause(tmp_path):
 def test_check_finds_nothing_wrong_in_a_good_set(data):
     small_market(data / "set")
     report = check(ds.load("set"))
-    assert report.ok and list(report.problems.severity) == [] and report.unreadable == {}
+    assert report.ok and report.problems.empty and report.unreadable == {}
     assert report.counts.loc["gallery"].to_dict() == {
         "images": 5, "identities": 2, "cameras": 3, "junk": 1, "distractors": 1
     }  # fmt: skip
-    assert "15 of 15 images decoded." in str(report) and str(report).endswith(
-        "OK (errors: 0, warnings: 0, notes: 0)."
-    )
+    assert "15 of 15 images decoded." in str(report)
+    assert str(report).endswith("OK (errors: 0, warnings: 0, notes: 0).")
 
 
 def test_check_names_unreadable_images_and_drops_them(data):
@@ -536,61 +517,73 @@ def test_check_names_unreadable_images_and_drops_them(data):
     assert rows(mended.query) == [("0001_c1s1_000001_00.jpg", 1, 1), (SMALL["query"][1], 3, 2)]
     assert isinstance(mended.query.index, pd.RangeIndex) and len(mended.gallery) == 5
     assert "12 unreadable images left out" in mended.notes[-1]
-    assert check(mended).ok
-    assert check(got, decode=False).ok  # not looked at
+    assert check(mended).ok and check(got, decode=False).ok  # not looked at
     for path in (root / "query").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="no image of query"):
         drop_unreadable(got, check(got))
 
 
-def test_check_compares_market_with_its_counts(data):
-    small_market(data / files.MARKET_FOLDER)
-    report = check(ds.load())
-    assert report.ok  # a warning: a part of Market-1501 is still a data set
-    found(report, "warning: gallery has 5 images, Market-1501 has 19,732")
-    few = ds.load()
-    row = few.query.iloc[[0]]
-    many = pd.concat([row] * 3362, ignore_index=True)
-    lost = check(ds.Dataset(few.name, few.root, few.train, many, few.gallery), decode=False)
-    found(lost, r"query has 3,362 .*6 files that end in \.jpg\.jpg are lost")
+@pytest.mark.parametrize(
+    ("split", "size", "cause"),
+    [
+        ("query", 3362, r"3,362 .*6 files that end in \.jpg\.jpg are lost"),
+        ("gallery", 19714, r"19,714 .*18 files that end in \.jpg\.jpg are lost"),
+        ("gallery", 15913, "15,913 .*The junk images are left out; scores stay"),
+        ("train", 8, "8 images, Market-1501 has 12,936: .*Unpack the original"),
+    ],
+)
+def test_check_compares_market_with_its_counts(split, size, cause, data):
+    few = ds.load(small_market(data / files.MARKET_FOLDER))
+    many = few.splits[split].iloc[np.zeros(size, int)].reset_index(drop=True)
+    report = check(replace(few, **{split: many}), decode=False)
+    assert check(few).ok  # a part of Market-1501 is still a data set
+    found(report, f"^warning: {split} has {cause}")
 
 
 TRAIN = [(f"/t{p}{i}", p, 1 + i % 2) for p in (1, 2, 3) for i in range(4)]
+FEW = [("/a", 4, 1), ("/b", 5, 1), ("/c", 5, 1), ("/c", 5, 1), ("/j", -1, 1), ("/d", 0, 2)]
+QUERY = [("/q7", 7, 1), ("/q8", 8, 1), ("/q9", 9, 2)]
+GALLERY = [("/g7", 7, 1), ("/g8", 8, 1), ("/g8b", 8, 3), ("/g0", 0, 1)]
 
 
-def test_check_training_identities():
-    train = [*TRAIN, ("/a", 4, 1), ("/b", 5, 1), ("/c", 5, 1), ("/c", 5, 1), ("/j", -1, 1)]
-    report = check(made([*train, ("/d", 0, 2)]), k=4, decode=False)
-    assert "one image: 4." in found(report, "warning: 1 training identities")
-    assert "K = 4 images: 5." in found(report, "note: 1 training identities have fewer")
-    assert "in train: /c." in found(report, "warning: 1 images are listed twice")
-    found(report, "error: 1 images in train have pid -1")
-    found(report, "warning: 1 images in train have pid 0")
-    assert list(report.problems.severity) == sorted(
-        report.problems.severity, key=["error", "warning", "note"].index
-    )
-    found(check(made(TRAIN[:4]), decode=False), "error: training has fewer than two")
-    assert check(made(TRAIN), k=4, decode=False).problems.empty
+def blind(rows):
+    return [(path, pid, -1) for path, pid, _ in rows]
 
 
-def test_check_overlap_of_training_and_test():
-    query, gallery = [("/q", 3, 1)], [("/g", 3, 2), ("/h", 0, 1)]
-    report = check(made(TRAIN, query, gallery), decode=False)
-    found(report, "error: 1 identities are in training and in test: 3")
+OVERLAP = [TRAIN, [("/q", 3, 1)], [("/g", 3, 2), ("/h", 0, 1)]]
+# fmt: off
+CHECKED = {
+    "nothing": ([TRAIN], []),
+    "one person": ([TRAIN[:4]], ["error: training has fewer than two identities"]),
+    "few images": ([TRAIN + FEW], [
+        "error: 1 images in train have pid -1, junk",
+        "warning: 1 images are listed twice in train: /c.",
+        "warning: 1 images in train have pid 0, distractor",
+        "warning: 1 training identities have one image: 4.",
+        "note: 1 training identities have fewer than K = 4 images: 5."]),
+    "overlap": (OVERLAP, ["error: 1 identities are in training and in test: 3."]),
+    "some lost": ([TRAIN, QUERY, GALLERY], [
+        "warning: 2 of 3 queries have no match in another camera; identities: 7, 9."]),
+    "all lost": ([TRAIN, QUERY[:1], GALLERY], [
+        "error: 1 of 1 queries have no match in another camera; identities: 7."]),
+    "blind": ([TRAIN, blind(QUERY), blind(GALLERY)], [
+        "warning: Without cameras nothing is excluded",
+        "warning: 1 of 3 queries have no match in the gallery; identities: 9."]),
+    "found again": ([TRAIN, blind(QUERY), blind(QUERY + GALLERY)], [
+        "error: 3 queries are in the gallery too and will find themselves: /q7, /q8, /q9.",
+        "warning: Without cameras nothing is excluded"]),
+}
+# fmt: on
 
 
-def test_check_queries_without_match():
-    query = [("/q7", 7, 1), ("/q8", 8, 1), ("/q9", 9, 2)]
-    gallery = [("/g7", 7, 1), ("/g8", 8, 1), ("/g8b", 8, 3), ("/g0", 0, 1)]
-    report = check(made(TRAIN, query, gallery), decode=False)
-    assert "another camera; identities: 7, 9." in found(report, "^warning: 2 of 3 queries")
-    found(check(made(TRAIN, query[:1], gallery), decode=False), "^error: 1 of 1 queries")
-    blind = [[(p, q, -1) for p, q, _ in rows_] for rows_ in (query, gallery)]
-    report = check(made(TRAIN, *blind), decode=False)
-    assert "in the gallery; identities: 9." in found(report, "^warning: 1 of 3 queries")
-    same = made(TRAIN, blind[0], [*blind[0], *blind[1]])
-    found(check(same, decode=False), "error: 3 queries are in the gallery too")
+@pytest.mark.parametrize("case", CHECKED)
+def test_check_says_what_is_wrong_and_nothing_else(case):
+    splits, lines = CHECKED[case]
+    problems = check(made(*splits), k=4, decode=False).problems
+    said = [f"{r.severity}: {r.problem}" for r in problems.itertuples()]  # errors first
+    assert len(said) == len(lines) and problems.advice.all(), said
+    assert all(line.startswith(start) for line, start in zip(said, lines, strict=True)), said
 
 
 # --- hold out, fingerprint
@@ -631,13 +624,14 @@ def test_hold_out_of_too_many_is_refused(identities):
 
 
 def test_a_file_names_the_held_out_identities(tmp_path):
-    train = shots([1, 2, 3])
-    file = tmp_path / "mine.txt"
+    train, file = shots([1, 2, 3]), tmp_path / "mine.txt"
     file.write_text("# two people\n3\n1  # and one more\n")
     rest, query, gallery = ds.hold_out(train, str(file))
     assert set(rest.pid) == {2} and set(query.pid) == set(gallery.pid) == {1, 3}
-    for text, message in (("7", "names 1 identities, first 7"), ("x", "one identity"),
-                          ("1\n1", "twice"), ("# none", "no identity")):  # fmt: skip
+    wrong = {"7": "names 1 identities, first 7", "x": "one identity", "1\n1": "twice"}
+    for text, message in (
+        wrong | {"# none": "no identity", "1\n2\n3": "cannot hold out 3"}
+    ).items():
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             ds.hold_out(train, str(file))

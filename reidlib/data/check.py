@@ -185,7 +185,8 @@ def _concerned(
     matches = query["pid"].map(gallery["pid"].value_counts()).fillna(0)
     if cameras:
         same = gallery.groupby(["pid", "camid"]).size().rename("same").reset_index()
-        matches = matches - query.merge(same, how="left", on=["pid", "camid"])["same"].fillna(0)
+        own = query.merge(same, how="left", on=["pid", "camid"])["same"].fillna(0)
+        matches = matches - own.to_numpy()
     lost = query["pid"][(matches == 0) & (query["pid"] > 0)].sort_values()
     words = {"where": "in another camera" if cameras else "in the gallery", "queries": len(query)}
     words["severity"] = "error" if len(lost) == len(query) else "warning"
