@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -30,12 +29,11 @@ TINY = "--recipe demo --steps 2 --hold-out 0 --p 3 --k 2 --height 32 --width 16 
 @pytest.fixture(scope="module")
 def trained(data_root, tmp_path_factory):
     """An outputs folder with one run, made from the shell's side, and what that printed."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    printed = io.StringIO()
+    outputs, printed = tmp_path_factory.mktemp("outputs"), io.StringIO()
+    places = {"DATA": data_root, "CACHE": data_root / ".cache", "OUTPUTS": outputs}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REID_DATA", str(data_root))
-        patch.setenv("REID_CACHE", str(data_root / ".cache"))
-        patch.setenv("REID_OUTPUTS", str(outputs))
+        for name, place in places.items():
+            patch.setenv(f"REID_{name}", str(place))
         patch.setattr(sys, "stdout", printed)
         assert main(["train", *TINY.split(), "--tag", "tiny"]) == 0
     return outputs / "synthetic_batchhard_softplus_tiny", printed.getvalue()
@@ -163,12 +161,7 @@ def test_data_prints_the_report(capsys, tmp_path):
 )
 def test_the_command_to_reproduce_a_run_gives_its_very_recipe(recipe, monkeypatch):
     seen = []
-
-    def train(*args):
-        seen.append(args)
-        return outputs_dir()
-
-    monkeypatch.setattr(reidlib, "train", train)
+    monkeypatch.setattr(reidlib, "train", lambda *args: seen.append(args) or outputs_dir())
     monkeypatch.setattr(health, "run_text", lambda folder: "Health: no finding.")
     words = shlex.split(reproduce_command(recipe, "seed1"))
     assert words[:3] == ["python", "-m", "reidlib"]
@@ -204,9 +197,8 @@ def test_embed_evaluate_and_search(model, data_root, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "" and "No identities" not in err
 
-    assert (
-        main(f"evaluate --query {tmp_path}/query.h5 --gallery {tmp_path}/gallery.h5".split()) == 0
-    )
+    line = f"evaluate --query {tmp_path}/query.h5 --gallery {tmp_path}/gallery.h5"
+    assert main(line.split()) == 0
     out, err = capsys.readouterr()
     query, gallery = (read_embeddings(tmp_path / f"{s}.h5") for s in ("query", "gallery"))
     expected = evaluate(*query, *gallery)
@@ -267,10 +259,8 @@ def test_evaluate_alone_on_standard_output(model, tmp_path, data_root):
     emb = np.eye(4, dtype=np.float32)[[0, 1, 0, 1]]
     write_embeddings(tmp_path / "q.h5", emb[:2], table[:2])
     write_embeddings(tmp_path / "g.h5", emb[2:], table[2:])
-    done = subprocess.run(
-        [sys.executable, "-m", "reidlib", "evaluate", "--query", "q.h5", "--gallery", "g.h5"],
-        capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ,
-    )  # fmt: skip
+    line = [sys.executable, "-m", "reidlib", "evaluate", "--query", "q.h5", "--gallery", "g.h5"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout)["mAP"] == 1.0
     assert done.stderr
 
@@ -281,10 +271,9 @@ def run_folder(tmp_path, name, **files):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(Recipe().model_dump_json())
     for file, content in files.items():
-        if file == "metrics":
-            (folder / "metrics.json").write_text(json.dumps(content))
-        else:
-            content.to_csv(folder / f"{file}.csv", index=False)
+        table = isinstance(content, pd.DataFrame)
+        text = content.to_csv(index=False) if table else json.dumps(content)
+        (folder / f"{file}.{'csv' if table else 'json'}").write_text(text)
     return folder
 
 
@@ -334,12 +323,9 @@ def test_scores_against_another_run_on_the_same_queries(tmp_path, capsys):
     assert not any("not scored" in line and "better" in line for line in lines)
     (gain,) = [line.split() for line in lines if "(held out)" in line]
     found = difference([better], [base])
-    assert gain[:3] == ["better", "(held", "out)"]
-    assert gain[3:] == [
-        *(f"{100 * value:+.2f}" for value in (found.value, found.low, found.high)),
-        f"{found.p:.2g}",
-    ]
-    assert gain[3] == "+15.00"
+    values = [f"{100 * value:+.2f}" for value in (found.value, found.low, found.high)]
+    assert gain == ["better", "(held", "out)", *values, f"{found.p:.2g}"]
+    assert values[0] == "+15.00"
 
     assert main(["scores", "on_test", "other_people", "--against", "base"]) == 1
     assert "No run here was scored on the same queries as base" in capsys.readouterr().err

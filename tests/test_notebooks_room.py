@@ -6,13 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from typing import Any, Literal
 
 import nbformat
 import papermill
 import pytest
 
+from conftest import until
 from reidlib.__main__ import main
 from reidlib.typed import typed
 from reidlib.workbook import notebooks
@@ -24,12 +24,10 @@ pytestmark = pytest.mark.slow
 
 def write(path, *cells, parameters=""):
     """Make a notebook of code cells; `parameters` is the source of its tagged cell."""
-    notebook = nbformat.v4.new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "-", "language": "python"}}
-    )
-    if parameters:
-        tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-        notebook.cells.append(tagged)
+    kernel = {"name": "python3", "display_name": "-", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    tagged = {"metadata": {"tags": ["parameters"]}}
+    notebook.cells = [nbformat.v4.new_code_cell(parameters, **tagged)] if parameters else []
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in cells]
     nbformat.write(notebook, path)
     return path
@@ -179,10 +177,7 @@ def test_notebooks_are_found_by_name_number_and_path(folder):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        (
-            {"flop": "true", "lr": 1},
-            "'flop'; did you mean 'flip'.* run, top.*03_train, 04_evaluate",
-        ),
+        ({"flop": "1", "lr": 1}, "'flop'; did you mean 'flip'.* run, top.*03_train, 04_evaluate"),
         ({"lr": "fast"}, r"lr = 'fast': 03_train wants a number \(its default is 0.1\)"),
         ({"flip": 1}, "flip = 1: 03_train wants true or false"),
         ({"p": 1.5}, "p = 1.5: 03_train wants a whole number"),
@@ -234,15 +229,9 @@ def test_a_chain_passes_parameters_and_results(tmp_path, monkeypatch, capfd):
     assert sorted(path.name for path in place.iterdir()) == ["a.ipynb", "b.ipynb"]
     assert shown(copies[1]) == repr(("demo_0.2_100", 2, sys.executable))
     out, err = capfd.readouterr()
-    assert out == ""
-    lines = err.splitlines()
-    assert [line.split(" in ")[0] for line in lines] == [
-        "a: started",
-        "a: done",
-        "b: started",
-        "b: done",
-    ]
-    assert str(copies[0]) in lines[1]
+    assert out == "" and str(copies[0]) in err.splitlines()[1]
+    said = [line.split(" in ")[0] for line in err.splitlines()]
+    assert said == ["a: started", "a: done", "b: started", "b: done"]
 
 
 def test_plain_papermill_with_an_unknown_parameter_fails_in_the_notebook(tmp_path):
@@ -251,10 +240,9 @@ def test_plain_papermill_with_an_unknown_parameter_fails_in_the_notebook(tmp_pat
         "from reidlib.workbook.notebooks import check_parameters\ncheck_parameters(In)",
         parameters="margin = 0.2\nlr = 1",
     )
+    given, options = {"marign": 0.5, "lr": 2}, {"progress_bar": False}
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'margin'"):
-        papermill.execute_notebook(
-            a, tmp_path / "out.ipynb", {"marign": 0.5, "lr": 2}, progress_bar=False
-        )
+        papermill.execute_notebook(a, tmp_path / "out.ipynb", given, **options)
 
 
 def test_a_failure_keeps_the_earlier_good_copy_and_ends_with_its_error(tmp_path, capfd):
@@ -270,12 +258,9 @@ def test_a_failure_keeps_the_earlier_good_copy_and_ends_with_its_error(tmp_path,
     assert str(tmp_path / "copies/a.failed.ipynb") in lines[1]
     assert lines[2:] == ["a, cell In [2] \"raise OSError('disk full')\":", "OSError: disk full"]
     assert good.read_text() == "good"
-    assert shown_counts(good.with_name("a.failed.ipynb")) == [1, 2, None]
+    failed = nbformat.read(good.with_name("a.failed.ipynb"), 4)
+    assert [cell.execution_count for cell in failed.cells] == [1, 2, None]
     assert len(list(good.parent.iterdir())) == 2
-
-
-def shown_counts(copy):
-    return [c.execution_count for c in nbformat.read(copy, 4).cells if c.cell_type == "code"]
 
 
 def test_a_notebook_that_exits_early_has_failed(tmp_path):
@@ -312,10 +297,7 @@ def test_a_signal_lets_the_running_cell_end_by_itself_and_leaves_no_kernel(tmp_p
     command = [sys.executable, "-m", "reidlib", "run", str(a), "-p", "place", str(place)]
     runner = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
-        while not (place.exists() and place.read_text()):
-            assert runner.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: place.exists() and place.read_text())
         kernel = int(place.read_text())
         runner.send_signal(signal.SIGTERM)
         _, err = runner.communicate(timeout=60)
