@@ -76,12 +76,9 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
     Raises:
         FileNotFoundError, ValueError: no such run, no weights in it, or a broken or foreign file.
 
-    >>> from reidlib.recipes import make_recipe
-    >>> from reidlib.training.loop import train
-    >>> recipe = make_recipe("demo", hold_out=0, height=32, width=16, p=4, k=2, steps=1)
-    >>> run = train(recipe, show_progress=False)
-    >>> load_model(run).training
-    False
+    >>> model = load_model("outputs/synthetic_batchhard_softplus_example")
+    >>> model.recipe.backbone, model.dim
+    ('resnet8', 128)
     """
     path = weights_file(run)
     try:
