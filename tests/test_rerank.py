@@ -53,37 +53,25 @@ def people(queries, gallery, dim=8, identities=12, seed=0):
     ]
 
 
-def grid(queries, gallery):
-    """Small whole numbers: many exactly equal distances and some equal images."""
-    rng = np.random.default_rng(1)
-    return [rng.integers(-2, 3, size=(n, 3)).astype(np.float32) for n in (queries, gallery)]
-
-
-def copies(queries, gallery):
-    """Four different images, many times: more equal ones than k1."""
-    rng = np.random.default_rng(2)
-    four = rng.normal(size=(4, 5)).astype(np.float32)
-    return [four[rng.integers(4, size=n)] for n in (queries, gallery)]
-
-
-def shell(queries, gallery):
-    """Around the origin, at distances that differ in the eleventh digit; the queries stand there."""
-    rng = np.random.default_rng(4)
-    emb = rng.normal(size=(gallery, 4))
-    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
-    return [np.zeros((queries, 4)), emb * (1 + 1e-10 * rng.random((gallery, 1)))]
-
+RNG = np.random.default_rng(1)
+FOUR = RNG.normal(size=(4, 5)).astype(np.float32)
+SHELL = RNG.normal(size=(90, 4))
 
 SCENES = {
     "people": people(15, 130),
-    "ties": grid(15, 110),
-    "copies": copies(10, 120),
+    # Small whole numbers: many exactly equal distances and some equal images.
+    "ties": [RNG.integers(-2, 3, size=(n, 3)).astype(np.float32) for n in (15, 110)],
+    "copies": [FOUR[RNG.integers(4, size=n)] for n in (10, 120)],  # more equal ones than k1
     "one query": people(1, 60),
     "one query, one image": people(1, 1),
     "fewer images than k1": people(3, 5),
     "all equal": [np.full((4, 3), 1.3), np.full((50, 3), 1.3)],
     "far from the origin": [emb.astype(np.float64) + 1e7 for emb in people(8, 80)],
-    "near ties": shell(2, 90),
+    # Around the origin, at distances that differ in the eleventh digit; the queries stand there.
+    "near ties": [
+        np.zeros((2, 4)),
+        normalise(SHELL) * (1 + 1e-10 * RNG.random((90, 1))),
+    ],
 }
 
 

@@ -50,8 +50,7 @@ def score_baselines(run: Any, **options: Any) -> tuple[dict[str, Evaluation], li
         Evaluations by name: `untrained`, the network as it was before the first step, and
         `colour_histogram`; and a sentence on each that could not be had.
     """
-    emb, notes = {}, []
-    sides = (run.query_pixels, run.gallery_pixels)
+    emb, notes, sides = {}, [], (run.query_pixels, run.gallery_pixels)
     try:
         untrained = build_model(run.recipe).to(run.device)
     except (FileNotFoundError, RuntimeError) as error:

@@ -17,9 +17,10 @@ BLOCK = 2**26  # bytes of distances held at one time, at least one row's
 def as_embeddings(emb: Any, name: str) -> np.ndarray:
     """Return the embeddings of one side as floats, (N, D), checked.
 
+    Floats keep their type, but for those that NumPy does not know (bfloat16).
+
     Args:
-        emb: tensor or array. Floats keep their type, but for those that NumPy does not know
-            (bfloat16).
+        emb: tensor or array.
         name: of the side, for messages: "query" or "gallery".
 
     Raises:
@@ -59,7 +60,7 @@ def both_sides(query_emb: Any, gallery_emb: Any) -> tuple[np.ndarray, np.ndarray
 
 
 def listed(rows: np.ndarray) -> str:
-    """For messages: how many rows, and the first few of them.
+    """Say how many rows, and the first few of them.
 
     >>> listed(np.array([3, 8]))
     '2 rows (3, 8)'
@@ -109,9 +110,7 @@ def product_with(b: np.ndarray, dtype: type = np.float64) -> Callable:
     twice that rounding: pairs of a row that are farther apart than that are in the right order. It
     is infinite where ``dtype`` cannot hold the numbers.
 
-    Args:
-        b: floats, N from 1.
-        dtype: of the product, float32 or float64.
+    The product is made in ``dtype``, float32 or float64.
     """
     # The product loses its digits far from the origin, so both sides are centred first.
     centre = b.mean(axis=0, dtype=np.float64)
@@ -150,12 +149,7 @@ def product_with(b: np.ndarray, dtype: type = np.float64) -> Callable:
 
 
 def blocks(a: np.ndarray, b: np.ndarray, k: int) -> Iterator[tuple]:
-    """Yield distances of (M, D) to (N, D), and `nearest` by them, some rows at a time.
-
-    Yields:
-        Which rows of ``a``, squared distances (B, N) as `product_with` makes them, and what
-        `nearest` returns of these rows.
-    """
+    """Yield which rows of ``a``, their distances (B, N) by `product_with`, and `nearest` of them."""
     product = product_with(b)
     step = max(1, BLOCK // (8 * len(b)))
     for start in range(0, len(a), step):
@@ -175,15 +169,9 @@ def blocks(a: np.ndarray, b: np.ndarray, k: int) -> Iterator[tuple]:
 def nearest(a: np.ndarray, b: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the k nearest rows of ``b`` for each row of ``a``, and their squared distances.
 
-    Exactly those that a stable argsort of directly summed distances gives: equal distances stand in
-    the order of ``b``. Many equal rows are right, but slower.
-
-    Args:
-        a, b: (M, D) and (N, D) floats.
-        k: how many, at most N.
-
-    Returns:
-        Rows of ``b`` and squared distances, both (M, k), nearest first.
+    (M, D) and (N, D) floats to twice (M, k), nearest first, with k at most N: exactly those that a
+    stable argsort of directly summed distances gives, where equal ones stand in the order of ``b``.
+    Many equal rows are right, but slower.
 
     >>> rows, apart = nearest(np.zeros((1, 1)), np.array([[3.0], [-1.0], [1.0]]), k=2)
     >>> rows.tolist(), apart.tolist()

@@ -20,25 +20,19 @@ TABLES = Sequence[pd.DataFrame]  # per-query tables of one row, one for each see
 class Spread(NamedTuple):
     """How far a score moves from seed to seed; see `seed_spread`."""
 
-    deviation: float
-    """Standard deviation over seeds, a fraction as the scores are; NaN where it cannot be known."""
-    freedom: int
-    """Degrees of freedom of it: seeds, less one for each row."""
+    deviation: float  # standard deviation over seeds, a fraction; NaN where it cannot be known
+    freedom: int  # its degrees of freedom: seeds, less one for each row
 
 
 class Difference(NamedTuple):
     """The difference of two rows' mAP, first minus second, all as fractions."""
 
     value: float
-    low: float
-    """Lower end of the interval."""
+    low: float  # the ends of the 95 % interval
     high: float
-    p: float
-    """Two-sided p-value of "the two are equal"."""
-    people: float
-    """Standard error from which people are asked for."""
-    seeds: float
-    """Standard error from which seeds were trained; NaN if it is unknown and left out."""
+    p: float  # two-sided, of "the two are equal"
+    people: float  # standard error from which people are asked for
+    seeds: float  # standard error from which seeds were trained; NaN if it is left out
 
 
 def _check_same_queries(*tables: pd.DataFrame) -> None:
@@ -130,8 +124,6 @@ def times_drawn(
     Args:
         groups: how many there are, G, of which G are drawn with replacement; or the numbers of
             several kinds, each drawn by itself: then G is their sum.
-        repeats: how many times to draw.
-        seed: of the draws.
 
     >>> [int(times.sum()) for times in times_drawn(5, repeats=2)]
     [5, 5]
@@ -145,8 +137,8 @@ def times_drawn(
 
 def percentiles(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Return the two ends between which that share of the draws lies, (R, ...) to (2, ...)."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must be in (0, 1), not {level}")
+    if len(draws) < 1 or not 0 < level < 1:
+        raise ValueError(f"repeats must be 1 or more and level in (0, 1): {len(draws)}, {level}")
     return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
@@ -168,8 +160,7 @@ def confidence_interval(
         per_query: that of an `Evaluation`; queries without match are left out.
         versus: another run's table over the same queries: the interval is then that of the paired
             difference, ``per_query`` minus ``versus``. If it holds 0, the two may be equal.
-        by: the column whose values are drawn, with replacement.
-        repeats: how many times to draw.
+        by: the column whose values are drawn, with replacement, `repeats` times.
         level: share of the draws inside the interval.
 
     Returns:
@@ -184,8 +175,6 @@ def confidence_interval(
     >>> confidence_interval(found.per_query).loc["mAP"].tolist()
     [1.0, 1.0, 1.0]
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be 1 or more, not {repeats}")
     values = score_values(per_query)
     if versus is not None:
         _check_same_queries(per_query, versus)

@@ -4,8 +4,6 @@ No function here sees a label. `k_reciprocal` and `query_expansion` do look at t
 `k_reciprocal` at all the queries together: their scores are not those of the single-query protocol
 and are reported apart from them. Junk (pid -1) must be dropped before, from embeddings and table,
 or it takes part in every neighbourhood.
-
-Embeddings are (N, D) NumPy arrays or tensors.
 """
 
 from numbers import Integral
@@ -42,8 +40,7 @@ def query_expansion(
     see the others; whether a neighbour is the same person is not looked at.
 
     Args:
-        query_emb: (Q, D).
-        gallery_emb: (G, D), without junk.
+        query_emb, gallery_emb: (Q, D) and (G, D), without junk.
         n: how many neighbours; all of them where the gallery has fewer.
         alpha: how fast the weight falls with the cosine.
 
@@ -94,8 +91,7 @@ def k_reciprocal(
     result, memory grows with N. Many equal images (a dead network) are right but slower.
 
     Args:
-        query_emb: (Q, D).
-        gallery_emb: (G, D), without junk.
+        query_emb, gallery_emb: (Q, D) and (G, D), without junk.
         k1: neighbours that may be reciprocal; where there are fewer images, all are.
         k2: neighbours whose V is averaged.
         lam: share of the original distance, 0 to 1. 1 ranks as the embeddings do.

@@ -149,8 +149,8 @@ class Retrieval:
             topk: how many ranked images of each; None for all of them.
             show_excluded: show dropped images too, each where its distance would put it. They do
                 not count towards ``topk``; those beyond the topk-th ranked image are left out.
-            show_missed: show the matches that rank beyond ``topk`` too, after all others: then the
-                list holds all that its AP is made of.
+            show_missed: show the matches that rank beyond ``topk`` too, after all others: with
+                them, the list holds all that its AP is made of.
 
         Returns:
             One table, list after list: ``query`` (row number), ``rank`` (from 1, ``<NA>`` for
@@ -201,8 +201,7 @@ class Retrieval:
 
         Args:
             per_query: how many non-matches to draw for each query, without replacement (fewer
-                where the gallery has fewer).
-            seed: of the draws.
+                where the gallery has fewer), with this ``seed``.
 
         Returns:
             Two 1-D arrays of distances under the rules of `evaluate`, in query order.

@@ -1,8 +1,5 @@
 """A run, opened and scored: its embeddings on disk, its scores, how sure they are, what they beat.
 
-    scored = score_run("market1501_batchhard_softplus")
-    print(scored)
-
 Notebooks, the shell, comparisons and releases all score here, so one run has one score.
 """
 
@@ -32,25 +29,16 @@ PER_QUERY = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}  # i
 
 @dataclass(frozen=True, eq=False)
 class OpenRun:
-    """A trained run beside the people that it is asked about.
-
-    Attributes:
-        folder: of the run.
-        model: the trained network, on its device.
-        data: the data set.
-        query, gallery: the tables (Q rows, G rows).
-        query_pixels, gallery_pixels: (Q, H, W, 3) and (G, H, W, 3) uint8.
-        split: `"test"` or `"held_out"`, as in `open_run`.
-    """
+    """A trained run beside the people that it is asked about."""
 
     folder: Path
-    model: EmbeddingNet
+    model: EmbeddingNet  # on its device
     data: Dataset
-    query: pd.DataFrame
-    gallery: pd.DataFrame
-    query_pixels: np.ndarray
-    gallery_pixels: np.ndarray
-    split: str = "test"
+    query: pd.DataFrame  # Q rows
+    gallery: pd.DataFrame  # G rows
+    query_pixels: np.ndarray  # (Q, H, W, 3) uint8
+    gallery_pixels: np.ndarray  # (G, H, W, 3) uint8
+    split: str = "test"  # or "held_out"
     _made: dict = field(default_factory=dict, init=False, repr=False)  # embeddings by view
 
     @property
@@ -69,12 +57,8 @@ class OpenRun:
         """Return the embeddings of queries (Q, D) and gallery (G, D), float32.
 
         Those that `score_run` kept are read again, if they are of these very weights and images and
-        of this precision. All others are made, once.
-
-        Args:
-            flip: the mean over each image and its mirror image.
-            precision: as in `embed`.
-            show_progress: draw bars.
+        of this precision, which is that of `embed`. All others are made, once. With `flip` they are
+        the mean over each image and its mirror image.
         """
         views = ("plain", "mirrored") if flip else ("plain",)
         by_side = zip(*(self._view(view, precision, show_progress) for view in views), strict=True)
@@ -99,16 +83,15 @@ class OpenRun:
 
     def _kept(self, precision: str) -> list[np.ndarray] | None:
         """Read the run's embedding files; None where they are missing or of something else."""
-        about, columns, found = self._about(precision), ["path", "pid", "camid"], []
-        for side, table in (("query", self.query), ("gallery", self.gallery)):
-            file = self.folder / f"embeddings_{side}.h5"
-            if read_about(file) != about:
-                return None
-            emb, of = read_embeddings(file)
-            if of[columns].to_numpy().tolist() != table[columns].to_numpy().tolist():
-                return None
-            found.append(emb)
-        return found
+        files = [self.folder / f"embeddings_{side}.h5" for side in ("query", "gallery")]
+        about, columns = self._about(precision), ["path", "pid", "camid"]
+        if any(read_about(file) != about for file in files):
+            return None
+        embs, tables = zip(*map(read_embeddings, files), strict=True)
+        images = [
+            table[columns].to_numpy().tolist() for table in (*tables, self.query, self.gallery)
+        ]
+        return [*embs] if images[:2] == images[2:] else None
 
     def _about(self, precision: str) -> dict[str, str]:
         """What embeddings of this run say of themselves."""
@@ -132,18 +115,14 @@ def open_run(
         dataset: ask about another data set than the run's own.
         split: `"test"`, or `"held_out"` for the training identities that the run held out.
         device: `"auto"`, `"cpu"`, `"cuda"`, …
-        show_progress: draw a bar while images are decoded.
 
     Raises:
         FileNotFoundError: no such run, no weights in it, or no such data set.
         ValueError: a bad `split`, a run that held nobody out, or images that cannot be read.
 
-    >>> from reidlib.training.loop import train
-    >>> from reidlib.recipes import make_recipe
-    >>> recipe = make_recipe("demo", hold_out=0, height=32, width=16, p=4, k=2, steps=1)
-    >>> run = train(recipe, show_progress=False)
+    >>> run = "outputs/synthetic_batchhard_softplus_example"
     >>> opened = open_run(run, show_progress=False)
-    >>> opened.retrieval().evaluate().scores["mAP"] > 0
+    >>> opened.retrieval().evaluate().scores["mAP"] > 0.3
     True
     """
     folder = runs.find_run(run) if run else runs.newest_run()
@@ -164,27 +143,17 @@ def open_run(
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Scored:
-    """What `score_run` found and wrote.
-
-    Attributes:
-        run: the run, opened.
-        retrieval: its queries against its gallery.
-        evaluation: scores and per-query table.
-        intervals: a row for each score, columns `value`, `low` and `high`: the 95 % interval over
-            queries (bootstrap).
-        baselines: evaluations on the same queries, by name: `untrained`, `colour_histogram`.
-        with_flips: the evaluation with each image's and its mirror image's embeddings averaged, or
-            None if it was not asked for.
-        notes: what could not be had, as sentences.
-    """
+    """What `score_run` found and wrote."""
 
     run: OpenRun
     retrieval: Retrieval
     evaluation: Evaluation
-    intervals: pd.DataFrame
-    baselines: dict[str, Evaluation]
-    with_flips: Evaluation | None
-    notes: tuple[str, ...]
+    intervals: (
+        pd.DataFrame
+    )  # `value`, `low` and `high` of each score: 95 % over queries (bootstrap)
+    baselines: dict[str, Evaluation]  # `untrained`, `colour_histogram`
+    with_flips: Evaluation | None  # None if it was not asked for
+    notes: tuple[str, ...]  # what could not be had, as sentences
 
     @property
     def scores(self) -> dict[str, float | int]:
@@ -219,20 +188,17 @@ def score_run(
     """Score a run on the test split, and write what was found into its folder.
 
     Written, once everything is known: `embeddings_query.h5`, `embeddings_gallery.h5`,
-    `per_query.csv`, `metrics.json`, and an entry under `scored` in `manifest.json`. The weights are
-    read and never touched.
+    `per_query.csv`, `metrics.json`, and an entry under `scored` in `manifest.json`.
 
     Args:
         run: as in `open_run`, or what it returned.
-        dataset: score on another data set than the run's own.
+        dataset, device: as in `open_run`.
         flip: also score the mean of each image's and its mirror image's embeddings, as `with_flips`.
             The scores themselves, and the embeddings on disk, are always those without.
         precision: `"float32"` gives the same scores everywhere; `"bfloat16"` is faster.
         baselines: also score the untrained network and colour histograms. Without it, those that
             were scored on the same images before stay in `metrics.json`.
-        device: as in `open_run`.
         seed: of the bootstrap.
-        show_progress: draw bars.
 
     Raises:
         FileNotFoundError, ValueError: as in `open_run` and `Retrieval`; a run that was opened on
