@@ -24,7 +24,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from torch.utils.tensorboard import FileWriter, SummaryWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from reidlib import runs
 from reidlib.evaluation.metrics import SCORES, Evaluation
@@ -64,7 +64,7 @@ class Board(SummaryWriter):
         if PICTURES not in self.all_writers:  # these are flushed and closed together
             pictures = SummaryWriter(str(self._folder / PICTURES), purge_step=self._next)
             self.all_writers[PICTURES] = pictures.file_writer
-        _add_ranked_lists(self.all_writers[PICTURES], name, retrieval, evaluation, step)
+        self.all_writers[PICTURES].add_summary(_summary(name, retrieval, evaluation), step)
 
 
 def erase(folder: Path) -> None:
@@ -88,7 +88,7 @@ def write_evaluation(
     write_scores(folder, evaluation.scores, name)
     step = runs.read_json(folder / "manifest.json")["step"]
     with _afresh(folder / PICTURES, name) as (writer, tag):
-        _add_ranked_lists(writer.file_writer, tag, retrieval, evaluation, step)
+        writer.file_writer.add_summary(_summary(tag, retrieval, evaluation), step)
 
 
 def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") -> None:
@@ -154,9 +154,9 @@ def add_hyperparameters(writer: SummaryWriter, recipe: Recipe, steps: int) -> No
     for tag in SCORE_TAGS:
         columns.metric_infos.add(name=api_pb2.MetricName(tag=tag))
     about = metadata.create_summary_metadata(HParamsPluginData(experiment=columns))
-    summary = Summary()
-    summary.value.add(tag=metadata.EXPERIMENT_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
-    writer.file_writer.add_summary(summary)
+    options = {"metadata": about, "tensor": metadata.NULL_TENSOR}
+    columns = Summary.Value(tag=metadata.EXPERIMENT_TAG, **options)
+    writer.file_writer.add_summary(Summary(value=[columns]))
     # Without a name of its own TensorBoard gives the row the run's.
     writer.file_writer.add_summary(hparams_pb(chosen, trial_id=""))
 
@@ -179,13 +179,9 @@ def ranked_lists_image(retrieval: Retrieval, evaluation: Evaluation) -> bytes:
     return encode(ranked_lists(rows, height=1.2), photo=True, density=1)
 
 
-def _add_ranked_lists(
-    writer: FileWriter, name: str, retrieval: Retrieval, evaluation: Evaluation, step: int
-) -> None:
-    image = ranked_lists_image(retrieval, evaluation)
-    width, height = Image.open(io.BytesIO(image)).size
-    # As it is: `SummaryWriter.add_image` makes a PNG of it, many times larger.
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=image)
-    summary = Summary()
-    summary.value.add(tag=f"ranked_lists/{name}", image=image)
-    writer.add_summary(summary, step)
+def _summary(name: str, retrieval: Retrieval, evaluation: Evaluation) -> Summary:
+    """Return ranked lists as they are: `SummaryWriter.add_image` makes a far larger PNG of them."""
+    jpeg = ranked_lists_image(retrieval, evaluation)
+    width, height = Image.open(io.BytesIO(jpeg)).size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=jpeg)
+    return Summary(value=[Summary.Value(tag=f"ranked_lists/{name}", image=image)])

@@ -60,11 +60,9 @@ def ranked_list_page(
         TypeError: what is given is no `Retrieval` and no dict of them.
 
     >>> from reidlib.data.tables import load
-    >>> dataset = load("synthetic")
-    >>> query, gallery = dataset.query, dataset.gallery
-    >>> rng = np.random.default_rng(0)
-    >>> draw = lambda table: rng.normal(size=(len(table), 8))
-    >>> retrieval = Retrieval(draw(query), query, draw(gallery), gallery)
+    >>> data = load("synthetic")
+    >>> query, gallery = ((np.random.rand(len(t), 8), t) for t in (data.query, data.gallery))
+    >>> retrieval = Retrieval(*query, *gallery)
     >>> ranked_list_page(retrieval, queries=[0], topk=3)[:15]
     '<!DOCTYPE html>'
     """
@@ -108,11 +106,9 @@ class Browser(anywidget.AnyWidget):
         ValueError: as `ranked_list_page`.
 
     >>> from reidlib.data.tables import load
-    >>> dataset = load("synthetic")
-    >>> query, gallery = dataset.query, dataset.gallery
-    >>> rng = np.random.default_rng(0)
-    >>> draw = lambda table: rng.normal(size=(len(table), 8))
-    >>> retrieval = Retrieval(draw(query), query, draw(gallery), gallery)
+    >>> data = load("synthetic")
+    >>> query, gallery = ((np.random.rand(len(t), 8), t) for t in (data.query, data.gallery))
+    >>> retrieval = Retrieval(*query, *gallery)
     >>> browser = Browser(retrieval, topk=3, live=False)
     """
 
