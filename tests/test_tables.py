@@ -70,11 +70,6 @@ def table(rows):
     return made.astype({"path": str, "pid": "int64", "camid": "int64"})
 
 
-def made(train, query=(), gallery=()):
-    """A data set of such rows."""
-    return ds.Dataset("made", Path("/made"), *map(table, (train, query, gallery)))
-
-
 def shots(people):
     """Two images of each of these people in each of two cameras."""
     return table((f"/{p}{c}{i}", p, c) for p in people for c in (1, 2) for i in (1, 2))
@@ -82,14 +77,6 @@ def shots(people):
 
 def rows(table):
     return [(os.path.basename(p), *row) for p, *row in table[["path", "pid", "camid"]].values]
-
-
-def found(report, pattern):
-    """The one line of a report that fits."""
-    lines = [f"{r.severity}: {r.problem} {r.advice}" for r in report.problems.itertuples()]
-    hits = [line for line in lines if re.search(pattern, line)]
-    assert len(hits) == 1, lines
-    return hits[0]
 
 
 # --- Market-1501
@@ -225,9 +212,9 @@ def test_zip_that_leaves_its_folder_is_refused(name, data):
 def test_broken_zip_is_named_and_leaves_nothing(damage, data):
     archive = data / f"{files.MARKET_FOLDER}.zip"
     zipped(archive, small_market(data.parent / "source"))
-    whole = archive.read_bytes()
-    flipped, middle = bytearray(whole), len(whole) // 2
-    flipped[middle : middle + 20] = (b ^ 255 for b in whole[middle : middle + 20])
+    whole, middle = archive.read_bytes(), archive.stat().st_size // 2
+    flipped = whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 20])
+    flipped += whole[middle + 20 :]
     changed = {"short": whole[:-200], "flipped": flipped, "text": b"<html>please sign in</html>"}
     archive.write_bytes(changed[damage])
     with pytest.raises(ValueError, match=f"cannot unpack {archive}.*Download it again"):
@@ -253,7 +240,7 @@ def test_folder_of_named_identities_already_split(data):
         "The identities are names and were numbered: al = 1, bo = 2, cy = 3, di = 4.",
         "No camera is known: camid is -1 everywhere.",
     )
-    found(check(got), "warning: Without cameras nothing is excluded")
+    assert "warning: Without cameras nothing is excluded" in str(check(got))
 
 
 def test_identities_and_cameras_are_read_by_pattern(data):
@@ -453,9 +440,8 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    image = Image.new("RGB", (16, 8), (255, 255, 255))
+    image, exif = Image.new("RGB", (16, 8), (255, 255, 255)), Image.Exif()
     image.paste((0, 0, 0), (0, 0, 8, 8))  # the left half is black
-    exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to look at it
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     pixels = read_image(tmp_path / "turned.jpg")
@@ -481,11 +467,10 @@ def test_broken_images_are_named_with_the_cause(name, change, cause, tmp_path):
 
 
 def test_no_file_and_no_photograph_are_said(tmp_path):
-    with pytest.raises(ValueError, match="there is no such file"):
-        read_image(tmp_path / "gone.jpg")
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match="mode F"):
-        read_image(tmp_path / "float.tiff")
+    for name, cause in (("gone.jpg", "there is no such file"), ("float.tiff", "mode F")):
+        with pytest.raises(ValueError, match=f"{name}: .*{cause}"):
+            read_image(tmp_path / name)
 
 
 # --- checks
@@ -510,9 +495,10 @@ def test_check_names_unreadable_images_and_drops_them(data):
     seen = []
     report = check(got, progress=lambda items, total: seen.append(total) or items)
     assert seen == [27] and not report.ok and len(report.unreadable) == 12
-    line = found(report, "^error: 12 images cannot be read")
-    assert line.count(".jpg (no image format") == 10 and "and 2 more" in line
-    assert "drop_unreadable" in line and "NOT OK (errors: 1" in str(report)
+    assert re.search(
+        r"error:   12 images cannot be read.* and 2 more.*drop_unreadable", str(report)
+    )
+    assert str(report).count(".jpg (no image format") == 10 and "NOT OK (errors: 1" in str(report)
     mended = drop_unreadable(got, report)
     assert rows(mended.query) == [("0001_c1s1_000001_00.jpg", 1, 1), (SMALL["query"][1], 3, 2)]
     assert isinstance(mended.query.index, pd.RangeIndex) and len(mended.gallery) == 5
@@ -538,7 +524,7 @@ def test_check_compares_market_with_its_counts(split, size, cause, data):
     many = few.splits[split].iloc[np.zeros(size, int)].reset_index(drop=True)
     report = check(replace(few, **{split: many}), decode=False)
     assert check(few).ok  # a part of Market-1501 is still a data set
-    found(report, f"^warning: {split} has {cause}")
+    assert re.search(f"warning: {split} has {cause}", str(report))
 
 
 TRAIN = [(f"/t{p}{i}", p, 1 + i % 2) for p in (1, 2, 3) for i in range(4)]
@@ -580,7 +566,8 @@ CHECKED = {
 @pytest.mark.parametrize("case", CHECKED)
 def test_check_says_what_is_wrong_and_nothing_else(case):
     splits, lines = CHECKED[case]
-    problems = check(made(*splits), k=4, decode=False).problems
+    made = ds.Dataset("made", Path("/made"), *map(table, [*splits, [], []][:3]))
+    problems = check(made, k=4, decode=False).problems
     said = [f"{r.severity}: {r.problem}" for r in problems.itertuples()]  # errors first
     assert len(said) == len(lines) and problems.advice.all(), said
     assert all(line.startswith(start) for line, start in zip(said, lines, strict=True)), said
@@ -609,10 +596,9 @@ def test_hold_out_gives_every_query_a_match_and_touches_nothing_else():
 
 
 def test_hold_out_takes_one_query_a_camera_as_market_does():
-    train = shots([1, 2])
-    _, query, gallery = ds.hold_out(train, 1)
-    assert sorted(query.camid) == sorted(gallery.camid.unique()) == [1, 2] and len(gallery) == 2
-    _, query, gallery = ds.hold_out(train.assign(camid=-1), 1)
+    _, query, gallery = ds.hold_out(shots([1, 2]), 1)
+    assert sorted(query.camid) == sorted(gallery.camid) == [1, 2]
+    _, query, gallery = ds.hold_out(shots([1, 2]).assign(camid=-1), 1)
     assert len(query) == 1 and len(gallery) == 3
 
 
@@ -653,17 +639,14 @@ def test_the_split_of_market1501_gives_the_same_images_everywhere():
 
 
 def test_fingerprint_compares_across_machines_and_sees_changes(data):
-    one = ds.load(str(small_market(data / "one")))
-    two = ds.load(str(small_market(data / "two" / "deeper")))
-    table, path = one.train, Path(one.train.path[0])
-    assert ds.fingerprint(one) == ds.fingerprint(two)
-    assert ds.fingerprint(table) == ds.fingerprint(two.train) != ds.fingerprint(one.query)
-    before, dated = ds.fingerprint(table), ds.fingerprint(table, mtime=True)
-    assert re.fullmatch("[0-9a-f]{64}", before) and before != dated
-    assert ds.fingerprint(table[::-1]) != before  # order counts
-    for column in ("pid", "camid"):
-        assert ds.fingerprint(table.assign(**{column: table[column] + 1})) != before
+    one, two = (ds.load(small_market(data / place)) for place in ("one", "two/deeper"))
+    table, path, see = one.train, Path(one.train.path[0]), ds.fingerprint
+    assert see(one) == see(two) and see(table) == see(two.train) != see(one.query)
+    before, dated = see(table), see(table, mtime=True)
+    assert re.fullmatch("[0-9a-f]{64}", before)
+    others = [table.assign(**{column: table[column] + 1}) for column in ("pid", "camid")]
+    assert len({before, dated, *map(see, [table[::-1], *others])}) == 5  # order counts
     os.utime(path, ns=(1, 1))
-    assert ds.fingerprint(table) == before and ds.fingerprint(table, mtime=True) != dated
+    assert see(table) == before and see(table, mtime=True) != dated
     path.write_bytes(path.read_bytes() + b"x")
-    assert ds.fingerprint(table) != before
+    assert see(table) != before
