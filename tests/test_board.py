@@ -163,13 +163,13 @@ def test_a_resumed_run_has_every_step_once(monkeypatch, growing):
     assert steps_by_tag(folder / board.PICTURES) == lists
     server, run = growing(folder)
     for tag, steps in expected.items():
-        until(lambda tag=tag, steps=steps: server.steps("scalars/scalars", run, tag) == steps)
-    shown = ("images/images", f"{run}/pictures", "ranked_lists/held_out")
+        until(lambda tag=tag, steps=steps: server.steps(run, tag) == steps)
+    shown = f"{run}/pictures", "ranked_lists/held_out", "images/images"
     until(lambda: server.steps(*shown) == [2, 4, 6, 8, 10, 12])
     # Before any evaluation there is one row, begun three times, with what is known.
     (row,) = server.rows(run)
     assert row["hparams"]["margin"] == "soft"
-    last = server.scalars(run, "held_out/mAP")[-1][1]
+    last = server.series(run, "held_out/mAP")[-1][1]
     assert server.metrics(run)["held_out/mAP"] == pytest.approx(last)
     assert "test/mAP" not in server.metrics(run)
 
@@ -192,7 +192,7 @@ def test_a_run_trained_anew_shows_nothing_of_the_old_one(monkeypatch):
 def test_an_evaluation_replaces_the_one_before(outputs, growing, tmp_path):
     server, run = growing(shutil.copytree(outputs[0] / SOFT, tmp_path / "copy"))
     folder = server.logdir / run
-    first = until(lambda: server.scalars(run, "test/mAP"))
+    first = until(lambda: server.series(run, "test/mAP"))
     assert first == [[12, pytest.approx(outputs[1][SOFT][1].scores["mAP"])]]
     _, again = evaluate(folder, flip=True)
     assert first[0][1] != pytest.approx(again.scores["mAP"])
@@ -205,7 +205,7 @@ def test_an_evaluation_replaces_the_one_before(outputs, growing, tmp_path):
         assert kept[f"test/{key}"] == kept[f"test_other_data_set/{key}"] == [12]
     assert "test/queries" not in kept
     expected = [[12, pytest.approx(again.scores["mAP"])]]
-    until(lambda: server.scalars(run, "test/mAP") == expected, 60)
+    until(lambda: server.series(run, "test/mAP") == expected, 60)
     assert len(server.rows(run)) == 1
     assert server.metrics(run)["test/mAP"] == pytest.approx(again.scores["mAP"])
 
@@ -233,11 +233,9 @@ def test_one_row_a_run_with_its_settings_and_scores(outputs, tensorboard):
     server = tensorboard
     assert {*server.get("/data/runs")} == {HARD, SOFT, f"{HARD}/pictures", f"{SOFT}/pictures"}
     columns = server.hparams("experiment", {"includeMetrics": True})
-    shown = [c["name"] for c in columns["hparamInfos"]]
-    assert sorted(shown[:5]) == sorted(board.COMPARED) and {"size", "backbone"} < {*shown}
-    types = {c["name"]: c["type"] for c in columns["hparamInfos"]}
-    assert types["margin"] == "DATA_TYPE_STRING" and types["lr"] == "DATA_TYPE_FLOAT64"
-    assert types["flip"] == "DATA_TYPE_BOOL"
+    types = {c["name"]: c["type"].removeprefix("DATA_TYPE_") for c in columns["hparamInfos"]}
+    assert sorted([*types][:5]) == sorted(board.COMPARED) and {"size", "backbone"} < {*types}
+    assert {"margin": "STRING", "lr": "FLOAT64", "flip": "BOOL"}.items() <= types.items()
     tags = [m["name"]["tag"] for m in columns["metricInfos"]]
     assert tags == [*board.SCORE_TAGS] and {f"test/{key}" for key in SCORES} < {*tags}
     assert tags[:5] == ["test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss"]
@@ -332,18 +330,17 @@ class Server:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
-    def series(self, plugin, run, tag):
+    def series(self, run, tag, plugin="scalars/scalars"):
+        """Steps and values of scalars, steps of images alone; nothing where they are not read yet."""
         query = urllib.parse.urlencode({"run": run, "tag": tag, "sample": 0})
         try:
-            return self.get(f"/data/plugin/{plugin}?{query}")
-        except urllib.error.HTTPError:  # not read yet
+            found = self.get(f"/data/plugin/{plugin}?{query}")
+        except urllib.error.HTTPError:
             return []
+        return [[e["step"]] if isinstance(e, dict) else e[1:] for e in found]
 
-    def steps(self, plugin, run, tag):
-        return [e["step"] if isinstance(e, dict) else e[1] for e in self.series(plugin, run, tag)]
-
-    def scalars(self, run, tag):
-        return [[step, value] for _, step, value in self.series("scalars/scalars", run, tag)]
+    def steps(self, *series):
+        return [step for step, *_ in self.series(*series)]
 
     def hparams(self, what, content):
         return self.get(f"/data/plugin/hparams/{what}", {"experimentName": "0", **content})
