@@ -278,7 +278,7 @@ def distance_histograms(
 ) -> Figure:
     """Draw how distances of matches and of non-matches spread; where they overlap, ranks go wrong.
 
-    Both are densities over common bins, so their areas are 1 however many pairs there are.
+    Both are densities over common bins: their areas are 1, however many pairs there are.
     """
     values = [np.asarray(v, dtype=float) for v in (matches, non_matches)]
     edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
