@@ -38,9 +38,6 @@ def _output(name: str) -> Path:
     return path
 
 
-# --- the commands: their docstrings are the help
-
-
 def data(args) -> int:
     """Check a data set and print its counts and errors."""
     bar = partial(progress, desc="read images", unit="img")
@@ -181,8 +178,7 @@ def release(args) -> None:
     print(*release(args.run), sep="\n")
 
 
-# --- the command line
-
+# Their docstrings are the help.
 COMMANDS = (data, train, health, score, scores, evaluate, embed, search, export, run, release)
 
 

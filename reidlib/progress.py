@@ -36,11 +36,9 @@ def progress(iterable=None, *, show=True, **options) -> tqdm:
 
     `options` are tqdm's: `total`, `desc`, `unit`, `initial`.
     """
-    options |= {"disable": not show}
     if in_notebook():
-        # Its last newline belongs nowhere.
-        return _NotebookBar(
-            iterable, file=io.StringIO(), ncols=90, ascii=False, mininterval=0.5, **options
-        )
-    live = sys.stderr.isatty()  # a log file keeps every line
-    return tqdm(iterable, mininterval=0.5 if live else 60, dynamic_ncols=True, **options)
+        # To no file: the bar's last newline belongs nowhere.
+        options |= {"file": io.StringIO(), "ncols": 90, "ascii": False, "mininterval": 0.5}
+        return _NotebookBar(iterable, disable=not show, **options)
+    every = 0.5 if sys.stderr.isatty() else 60  # a log file keeps every line
+    return tqdm(iterable, disable=not show, mininterval=every, dynamic_ncols=True, **options)

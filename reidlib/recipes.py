@@ -148,9 +148,8 @@ WATCHING = ("log_every", "checkpoint_every", "evaluate_every")
 
 
 def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
-    """Return a named recipe with some settings changed.
+    """Return a named recipe with some settings changed; None leaves one as the recipe says.
 
-    A change to None means "as the recipe says", so that a notebook can pass all its parameters.
     Setting `epochs` replaces the recipe's `steps`, and the other way round.
 
     Raises:

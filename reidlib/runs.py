@@ -32,9 +32,6 @@ from reidlib.recipes import Recipe, stored_recipe
 EXAMPLE = "synthetic_batchhard_softplus_example"  # the committed run on the built-in data
 
 
-# --- which folder
-
-
 def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:
     """Return `<dataset>_<variant>[_<tag>]`, with the data set's own name.
 
@@ -56,7 +53,7 @@ def find_run(run: str | Path) -> Path:
     """Return the folder of a run, given by its name under `outputs/` or by its path.
 
     Raises:
-        FileNotFoundError: no such run; names those that there are.
+        FileNotFoundError: none such.
     """
     for folder in (outputs_dir() / run, Path(run).expanduser()):
         if (folder / "config.json").is_file():
@@ -69,25 +66,20 @@ def find_run(run: str | Path) -> Path:
 
 
 def newest_run() -> Path:
-    """Return the folder of the run under `outputs/` whose training ended last on this machine.
+    """Return the folder of the run that was trained last here; before there is any, `EXAMPLE`.
 
-    If you have not trained anything yet, this is `EXAMPLE`, the run that ships with the repository.
     Released runs do not count: they have no checkpoint, and their times mean nothing.
 
     Raises:
         FileNotFoundError: no run has ended yet, and the example is not there.
     """
     files = outputs_dir().glob("*/weights.safetensors")
-    found = [file for file in files if (file.parent / "checkpoint.pt").is_file()]
+    trained = [file for file in files if (file.parent / "checkpoint.pt").is_file()]
     example = outputs_dir() / EXAMPLE / "weights.safetensors"
-    if not found and example.is_file():
-        found = [example]
+    found = trained or ([example] if example.is_file() else [])
     if not found:
         raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
     return max(found, key=lambda file: file.stat().st_mtime).parent.resolve()
-
-
-# --- files, whole or not at all
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -121,11 +113,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: it is not JSON; names the file.
-    """
+    """Read a JSON file; raise a ValueError with its name if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -135,9 +123,6 @@ def read_json(path: Path) -> dict:
 def update_json(path: Path, **content) -> None:
     """Add keys to a JSON file, or make it."""
     write_json(path, (read_json(path) if path.exists() else {}) | content)
-
-
-# --- what is in a run
 
 
 def note_scored(run: Path, **facts) -> None:
@@ -153,11 +138,7 @@ def note_scored(run: Path, **facts) -> None:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """Return the recipe that a run was made with.
-
-    Raises:
-        ValueError: config.json is broken, or from a version whose settings differ.
-    """
+    """Return a run's recipe; raise a ValueError if it is broken or of a version that differs."""
     try:
         return stored_recipe(read_json(run / "config.json"))
     except ValueError as error:
@@ -193,8 +174,6 @@ def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
-# --- manifest
 
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pillow", "safetensors", "h5py", "papermill")
 

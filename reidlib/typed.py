@@ -15,11 +15,7 @@ def typed(value: Any, annotation: Any) -> Any:
     """Return a value as an annotation wants it: text is read, and whole floats become integers.
 
     Where text is allowed, "none" stays text: it is a value of its own, as in `weights="none"`. Of
-    kinds that fit, the first is taken, so `str` stands last.
-
-    Args:
-        value: text, as from a shell, or what a program gave.
-        annotation: such as `float | Literal["soft"]`; `Any` takes all.
+    kinds that fit, the first is taken, so `str` stands last. `Any` takes all.
 
     Raises:
         ValueError: the value does not fit; says what would.

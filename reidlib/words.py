@@ -18,7 +18,7 @@ def some(items: Iterable, most: int = 5) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return how a sentence on an unknown name ends: with the known one that is nearest, if one is near.
+    """Return how a sentence on an unknown name ends: with the nearest known one, if one is near.
 
     >>> did_you_mean("marign", ["margin", "lr"]), did_you_mean("x", ["margin", "lr"])
     ("; did you mean 'margin'?", '.')
@@ -30,9 +30,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def say(*paragraphs: str, bullets: bool = False) -> None:
     """Show sentences as Markdown in a notebook, and print them elsewhere.
 
-    >>> say("The mAP is **61 %**.", "The top-1 is **79 %**.", bullets=True)
+    >>> say("The mAP is **61 %**.", bullets=True)
     - The mAP is **61 %**.
-    - The top-1 is **79 %**.
     """
     text = "\n".join(f"- {p}" for p in paragraphs) if bullets else "\n\n".join(paragraphs)
     if not in_notebook():

@@ -134,10 +134,8 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str = "")
 
 def _fitting(values: dict, declared: dict[str, Parameter], notebook: str) -> dict[str, Any]:
     """Return those values that a notebook declares, as it declares them, or refuse one."""
-    fitting = {}
-    for name, value in values.items():
-        if name not in declared:
-            continue
+    fitting = {name: value for name, value in values.items() if name in declared}
+    for name, value in fitting.items():
         annotation, default = declared[name]
         try:
             fitting[name] = typed(value, annotation)
@@ -210,23 +208,16 @@ def run(
     where = f" See the cells tagged 'parameters' of {', '.join(path.stem for path in paths)}."
     _refuse_unknown(parameters, {name: None for own in declared for name in own}, where)
     given = [_fitting(parameters, own, p.stem) for p, own in zip(paths, declared, strict=True)]
-    copies = _copies(paths, output)
+    place = Path(output).expanduser() if output else outputs_dir() / "notebooks"
+    one = place.suffix == ".ipynb"
+    if one and len(paths) > 1:
+        raise ValueError(f"{place} is one file for {len(paths)} notebooks: give a folder.")
+    copies = [place if one else place / path.name for path in paths]
+    for path, copy in zip(paths, copies, strict=True):
+        if path.resolve() == copy.resolve():
+            raise ValueError(f"The executed copy would overwrite {path}: give another place.")
     results = {}
     for path, own, values, copy in zip(paths, declared, given, copies, strict=True):
         values = _fitting(results, own, path.stem) | values
         results |= execute(path, values, copy, timeout, show_progress)
-    return copies
-
-
-def _copies(paths: list[Path], output: str | Path | None) -> list[Path]:
-    """Return where the executed copies go."""
-    place = Path(output).expanduser() if output else outputs_dir() / "notebooks"
-    copies = [place / path.name for path in paths]
-    if place.suffix == ".ipynb":
-        if len(paths) > 1:
-            raise ValueError(f"{place} is one file for {len(paths)} notebooks: give a folder.")
-        copies = [place]
-    for path, copy in zip(paths, copies, strict=True):
-        if path.resolve() == copy.resolve():
-            raise ValueError(f"The executed copy would overwrite {path}: give another place.")
     return copies

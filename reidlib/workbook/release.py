@@ -41,8 +41,7 @@ def release(run: str | Path) -> list[Path]:
         update_json(made / "manifest.json", weights="float16 where they are matrices or filters")
         scored = score_run(made, flip=True)
         write_text(made / "README.md", model_card(made))
-        finished = [file for file in made.iterdir() if not file.name.startswith(".")]
-        for file in sorted(finished, key=lambda file: file.name == "weights.safetensors"):
+        for file in sorted(made.glob("[!.]*"), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, folder / file.name)
     board.write_scores(folder, scored.scores)
     return [*(folder / name for name in FILES), *sorted(folder.glob("events.out.tfevents.*"))]
