@@ -238,6 +238,7 @@ def shrunk(negative, loss):
         (shrunk(0.9, 0.69), ["near collapse"]),
         (shrunk(1.01, 0.69), []),
         (shrunk(0.9, 0.58), []),
+        (shrunk(0.8, 0.69) | dict(negative_p50=at_end(10, 0.8, 3.0)), []),
         # strangers against the same person: 1.1
         (dict(positive_p50=4.0, negative_p50=at_end(19, 4.6, 4.0)), []),
         (dict(positive_p50=4.0, negative_p50=at_end(19, 4.3, 4.0)), ["not learning"]),
@@ -257,10 +258,21 @@ def shrunk(negative, loss):
         (dict(held_out_mAP=scored(0.5, 0.7, 0.64, 0.64)), ["overfitting"]),
         (dict(held_out_mAP=scored(0.5, 0.7, 0.66, 0.66)), []),
         (dict(held_out_mAP=scored(0.5, 0.6, 0.7, 0.72), lr=1e-3), ["still learning"]),
+        (dict(held_out_mAP=scored(0.5, 0.7, 0.72, 0.724), lr=1e-3), ["still learning"]),
         (dict(held_out_mAP=scored(0.5, 0.7, 0.71, 0.72), lr=1e-3), []),
         (dict(held_out_mAP=scored(0.5, 0.6, 0.7, 0.72)), []),  # the rate has decayed
         # the loss at the end
         (dict(loss=np.linspace(2, 0.4, 20), lr=1e-3), ["still learning"]),
+        (
+            dict(loss=np.linspace(2, 0.4, 20), lr=np.where(STEP < 12, 1e-3, 6e-5)),
+            ["still learning"],
+        ),
+        (dict(loss=np.linspace(2, 0.4, 20), lr=np.where(STEP < 12, 1e-3, 4e-5)), []),
+        (
+            dict(loss=np.r_[2 - STEP[:10] / 10, np.linspace(1, 0.79, 10)], lr=1e-3),
+            ["still learning"],
+        ),
+        (dict(loss=np.r_[2 - STEP[:10] / 10, np.linspace(1, 0.86, 10)], lr=1e-3), []),
         (dict(loss=np.where(STEP < 10, 2 - STEP / 6, 0.4), lr=1e-3), []),
         (dict(loss=np.maximum(0.65, 2 - STEP / 8)), ["still learning"]),
         (dict(loss=np.maximum(0.55, 2 - STEP / 8)), []),
