@@ -254,14 +254,10 @@ def test_occlusion_finds_the_one_place_that_counts():
     for i, j in np.ndindex(17, 9):
         hidden = image.clone()
         rows, columns = (slice(max(4 * k - 4, 0), 4 * k + 4) for k in (i, j))
-        for channel in range(3):
-            hidden[channel, rows, columns] = image[channel].mean()
-        expected[i, j] = (1 - model(hidden[None])).abs().item() - (
-            1 - model(image[None])
-        ).abs().item()
-    expected = (expected[:-1] + expected[1:])[:, :-1] / 4 + (expected[:-1] + expected[1:])[
-        :, 1:
-    ] / 4
+        hidden[:, rows, columns] = image.mean(dim=(1, 2))[:, None, None]
+        whole, part = (float(1 - model(x[None]).detach()) for x in (image, hidden))
+        expected[i, j] = abs(part) - abs(whole)
+    expected = sum(expected[a : a + 16, b : b + 8] for a in (0, 1) for b in (0, 1)) / 4
     np.testing.assert_allclose(maps[0, 0], expected, atol=1e-6)
     with pytest.raises(ValueError, match="must be"):
         occlusion_maps(model, pixels, targets[0], RECIPE)
@@ -634,11 +630,8 @@ def map_page(**options):
     table = pd.DataFrame(
         {
             "path": [f"/far/{i}.jpg" for i in range(5)] + [f"/far/{EVIL}"],
-            **{
-                "pid": [4, 4, 9, 9, 0, -1],
-                "camid": [1, 2, 1, 2, 3, -1],
-                "split": [""] * 5 + [BREAK],
-            },
+            **{"pid": [4, 4, 9, 9, 0, -1], "camid": [1, 2, 1, 2, 3, -1]},
+            "split": [""] * 5 + [BREAK],
         }
     )
     near = np.array([[1, 2], [0, 2], [3, 1], [2, 0], [5, 3], [4, 0]])
@@ -650,11 +643,8 @@ def map_page(**options):
 
 def test_linked_map_holds_all_and_loads_nothing():
     page = map_page()
-    assert (
-        "<b>Map" not in page
-        and page.count("</script>") == 2
-        and "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", page)
-    )
+    assert "<b>Map" not in page and page.count("</script>") == 2
+    assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", page)
     dots = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert [dot["text"] for dot in dots[3:]] == [
         "identity 9, camera 2",
@@ -689,77 +679,63 @@ def test_linked_map_in_a_browser(chromium, tmp_path):
     place.write_text(map_page(), encoding="utf-8")
     chromium.get(place.as_uri())
     assert chromium.title == "<b>Map</b>", "a file's name must not run as a script"
+    every = lambda selector: chromium.find_elements(By.CSS_SELECTOR, selector)
+    one = lambda selector: chromium.find_element(By.CSS_SELECTOR, selector)
+    dot = lambda i: one(f'circle[data-row="{i}"]')
+    kind = lambda i: dot(i).get_attribute("class") or ""
+    active = lambda name: chromium.switch_to.active_element.get_attribute(name)
 
-    def dot(i):
-        return chromium.find_element(By.CSS_SELECTOR, f'circle[data-row="{i}"]')
-
-    def side():
-        return chromium.find_element(By.ID, "side").text
-
-    def photo():
-        return chromium.find_element(By.CSS_SELECTOR, "#side figure img")
+    def side(*said):
+        return all(words in one("#side").text for words in said)
 
     # the first dot is chosen from the start
-    assert dot(0).get_attribute("aria-pressed") == "true" and "identity 4, camera 1" in side()
-    assert photo().get_attribute("alt") == "Photograph: identity 4, camera 1"
-    assert chromium.execute_script("return arguments[0].naturalHeight", photo()) == 96
-    assert "1 of its 2 nearest are of the same identity" in side()
-    assert (
-        "✓ identity 4, camera 2, at 0.333" in side()
-        and "✗ identity 9, camera 1, at 0.667" in side()
-    )
-    assert {dot(i).get_attribute("class") or "" for i in (3, 4, 5)} == {""}
-    assert (
-        dot(1).get_attribute("class") == "same near"
-        and dot(2).get_attribute("class") == "near other"
-    )
-    lines = chromium.find_elements(By.CSS_SELECTOR, "line")
-    assert [line.get_attribute("class") for line in lines] == ["same", "other"]
+    assert dot(0).get_attribute("aria-pressed") == "true" and side("identity 4, camera 1")
+    photo = one("#side figure img")
+    assert photo.get_attribute("alt") == "Photograph: identity 4, camera 1"
+    assert chromium.execute_script("return arguments[0].naturalHeight", photo) == 96
+    assert side("1 of its 2 nearest are of the same identity")
+    assert side("✓ identity 4, camera 2, at 0.333", "✗ identity 9, camera 1, at 0.667")
+    assert [kind(i) for i in range(1, 6)] == ["same near", "near other", "", "", ""]
+    assert [line.get_attribute("class") for line in every("line")] == ["same", "other"]
     # a mouse over a dot shows it, a click keeps it
     ActionChains(chromium).move_to_element(dot(4)).perform()
-    assert "distractor, camera 3" in side()
+    assert side("distractor, camera 3")
     dot(5).click()
     ActionChains(chromium).move_to_element(dot(1)).perform()
-    assert f"unknown person, {BREAK}" in side() and EVIL in side()
-    assert chromium.title == "<b>Map</b>"
-    assert "0 of its 2" in side(), "two unknown people are not one identity"
+    assert side(f"unknown person, {BREAK}", EVIL) and chromium.title == "<b>Map</b>"
+    assert side("0 of its 2"), "two unknown people are not one identity"
     # a neighbour in the list leads to its dot
-    chromium.find_elements(By.CSS_SELECTOR, "#side button")[1].click()
-    assert "identity 4, camera 1" in side()
+    every("#side button")[1].click()
+    assert side("identity 4, camera 1")
     # the keyboard alone: Tab comes to the chosen dot, arrows go on from there
-    active = chromium.switch_to.active_element
-    assert active.get_attribute("data-row") == "0" and active.get_attribute("aria-label")
+    assert active("data-row") == "0" and active("aria-label")
     for key, expected in (
         (Keys.ARROW_RIGHT, 1), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_UP, 5),
         (Keys.ARROW_LEFT, 4), (Keys.ARROW_DOWN, 1), (Keys.END, 5), (Keys.HOME, 0),
     ):  # fmt: skip
         chromium.switch_to.active_element.send_keys(key)
-        assert chromium.switch_to.active_element.get_attribute("data-row") == str(expected)
-        assert dot(expected).get_attribute("tabindex") == "0"
-    reachable = chromium.find_elements(By.CSS_SELECTOR, 'circle[tabindex="0"]')
-    assert len(reachable) == 1, "one stop for Tab, not hundreds"
+        assert active("data-row") == str(expected) and active("tabindex") == "0"
+    assert len(every('circle[tabindex="0"]')) == 1, "one stop for Tab, not hundreds"
     # search: an identity, else a part of a file's name; the first that fits is chosen
     for typed, fitting, words in (
         ("9", [2, 3], "identity 9, camera 1"),
         ("3.JPG", [3], "identity 9, camera 2"),
         ("no such file", [], "nearest are of the same identity"),
     ):
-        field = chromium.find_element(By.ID, "find")
-        field.clear()
-        field.send_keys(typed)
-        ringed = [i for i in range(6) if "found" in (dot(i).get_attribute("class") or "")]
-        assert ringed == fitting and words in side()
-        assert chromium.find_element(By.ID, "found").text == f"{len(fitting)} found"
+        one("#find").clear()
+        one("#find").send_keys(typed)
+        assert [i for i in range(6) if "found" in kind(i)] == fitting and side(words)
+        assert one("#found").text == f"{len(fitting)} found"
     # colours: by camera, and back
     dot(0).click()
     fill = lambda i: dot(i).value_of_css_property("fill")
     plain = fill(5)
-    chromium.find_element(By.CSS_SELECTOR, "#by option[value=camera]").click()
-    legend = [entry.text for entry in chromium.find_elements(By.CSS_SELECTOR, "#key > span")]
+    one("#by option[value=camera]").click()
+    legend = [entry.text for entry in every("#key > span")]
     assert legend == ["● unknown", "● camera 1", "● camera 2", "● camera 3"]
     assert len({fill(3), fill(4), fill(5), plain}) == 4
-    chromium.find_element(By.CSS_SELECTOR, "#by option[value='']").click()
-    assert fill(5) == plain and not chromium.find_elements(By.CSS_SELECTOR, "#key > span")
+    one("#by option[value='']").click()
+    assert fill(5) == plain and not every("#key > span")
     assert complaints(chromium) == []
 
 

@@ -27,26 +27,20 @@ def linked_map(
     """Return a page that links a map of embeddings with its images.
 
     A dot is chosen with the mouse, with a finger, or with the keyboard (Tab to the map; arrows to
-    the next dot in that direction; Home and End, first and last). Then its photograph, identity
-    and camera are shown, with its nearest neighbours by distance between embeddings: on the map, with
-    lines to them, and as a list to go on from. Same identity: ✓, full line, blue; another one: ✗,
-    dashed, orange. All images of the chosen identity are larger dots. A search finds identities and
-    file names, and dots can be coloured by camera and by split.
+    the next dot in that direction; Home and End). Then its photograph, identity and camera are shown,
+    with its nearest neighbours by distance between embeddings: lines on the map, and a list to go on
+    from. Same identity: ✓, full line, blue; another one: ✗, dashed, orange.
 
     Args:
         points: (N, 2), t-SNE's or PCA's.
-        table: N rows: `path`, `pid`, `camid`; `split`, if there, is shown.
+        table: N rows: `path`, `pid`, `camid`, `split`.
         pixels: (N, H, W, 3) uint8; kept in the page as thumbnails, 96 pixels high.
         neighbours: (N, K) row numbers, nearest first. With t-SNE, dots that lie side by side need not
             be neighbours: that is what these are for.
         distances: (N, K), to them.
-        title: of the page.
 
     Returns:
         A complete HTML document; about 2 kB an image.
-
-    Raises:
-        ValueError: no points, points that are not finite, or shapes that do not fit.
     """
     points, neighbours, distances = map(np.asarray, (points, neighbours, distances))
     n, near = len(table), neighbours.shape
@@ -61,9 +55,8 @@ def linked_map(
     placed = (points - low) / np.where(spread > 0, spread, 1)
     placed[:, 1] = 1 - placed[:, 1]  # upwards, as figures have it
     places = 20 + placed * (960, 660)
-    labels = pd.DataFrame({"split": ""} | dict(table)).astype({"split": str})
     dots = []
-    for i, row in enumerate(labels.itertuples()):
+    for i, row in enumerate(table.itertuples()):
         who = (
             f"identity {row.pid}" if row.pid > 0 else "unknown person" if row.pid else "distractor"
         )

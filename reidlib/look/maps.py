@@ -25,13 +25,8 @@ def activation_maps(model: nn.Module, pixels: np.ndarray, recipe: Recipe) -> np.
     has `ROWS` rows: the last one of a network with an input of 256×128, an earlier one below
     that, where the last would have four places or two.
 
-    Args:
-        model: an `EmbeddingNet`; its backbone is a sequence of layers.
-        pixels: (N, H, W, 3) uint8, N from 1.
-        recipe: says the size and the normalisation of the input.
-
-    Returns:
-        (N, h, w) float32, as they come: not normalised, so that images can be compared.
+    `model` is an `EmbeddingNet`, its backbone a sequence of layers, and `pixels` are (N, H, W, 3)
+    uint8, N from 1. Maps are (N, h, w) float32, not normalised, so that images can be compared.
     """
     model, features = _prepared(model, pixels, recipe)
     # MobileNets hold their layers one level deeper.
@@ -57,16 +52,12 @@ def occlusion_maps(
 
     Args:
         model: the network, whatever its architecture.
-        pixels: (N, H, W, 3) uint8.
+        pixels: (N, H, W, 3) uint8, N from 1.
         targets: (N, T, D), the T embeddings to measure distances to, for each image.
-        recipe: says the size and the normalisation of the input.
 
     Returns:
         (N, T, *CELLS) float32: growth of the Euclidean distance, a mean over the four patches that
         hide the cell.
-
-    Raises:
-        ValueError: shapes that do not fit.
     """
     targets = np.asarray(targets)
     if targets.ndim != 3 or len(targets) != len(pixels):

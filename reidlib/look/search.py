@@ -22,10 +22,6 @@ def picture_table(source: str | Path) -> pd.DataFrame:
     """Return the table (path, pid, camid) of one picture, of a folder or of a CSV list.
 
     Folders are read at any depth. Only a list can say who is in a picture; else pid and camid are -1.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a folder without images, or a list that cannot be read.
     """
     path = Path(source).expanduser()
     if not path.exists() or not str(source).strip():
@@ -107,13 +103,11 @@ def search(
         recipe: the model's; its `unreadable` says what to do with broken images.
         topk: ranked images of each list; None for all.
         flip: embed mirrored images too; embeddings that are given must be made so, too.
-        show_progress: draw bars.
 
     Returns:
-        retrieval: over the images that could be read.
-        found: its `ranked_lists`, with `query_path`; `pid` and `camid` of the gallery image as far as
-            the table knows them; `status` "match" or "wrong" where both sides are known, else
-            "unknown", and "query itself" for a row without rank.
+        The retrieval, over the images that could be read, and its `ranked_lists`, with `query_path`,
+        `pid` and `camid` of the gallery image as its table knows them, and the status "match" or
+        "wrong" where both sides are known, else "unknown", or "query itself", without a rank.
 
     Raises:
         ValueError: unreadable images (named), unless they are to be skipped; embeddings that this
@@ -160,8 +154,6 @@ def _check_origin(
     Another resize or precision moves an embedding by a few hundredths of the distance between two
     images, mirroring by a fifth, another model by about one.
     """
-    if not len(emb):
-        raise ValueError("There are no embeddings in the gallery.")
     if emb.shape[1] != model.dim:
         raise ValueError(
             f"The gallery has embeddings of {emb.shape[1]} numbers, this model gives {model.dim}: "
@@ -238,11 +230,10 @@ def uncovered(found: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
     """
     truth = known.drop_duplicates("path").set_index("path")
     top = found[found["rank"] == 1].reset_index(drop=True)
-    query, first = (truth.loc[top[column]].to_dict("list") for column in ("query_path", "path"))
+    query, first = (truth.loc[top[side]].reset_index() for side in ("query_path", "path"))
+    camera = (query["camid"] == first["camid"]) & (query["camid"] >= 0)
     table = pd.DataFrame({"query": top["query_path"], "rank 1": top["path"]}).map(os.path.basename)
-    table["distance"] = top["distance"]
-    table["same person"] = np.equal(query["pid"], first["pid"])
-    camera = np.equal(query["camid"], first["camid"]) & (np.array(query["camid"]) >= 0)
+    table["distance"], table["same person"] = top["distance"], query["pid"] == first["pid"]
     return table.assign(**{"same camera": table["same person"] & camera})
 
 

@@ -44,9 +44,8 @@ def label_errors(emb: np.ndarray, table: pd.DataFrame, near: tuple | None = None
         near: what `nearest_images` says of all rows but junk, if it was asked before.
 
     Returns:
-        Suspects of score `LEAST` or more, the highest first, with the columns `SUSPECT_COLUMNS`:
-        `kind` is "wrong identity?" or "no distractor?", `other` the nearest image of the suggested
-        identity.
+        A `suspect_table` of scores from `LEAST`, the highest first: `kind` is "wrong identity?" or
+        "no distractor?", `other` the nearest image of the suggested identity.
 
     Raises:
         ValueError: lengths differ, or embeddings are not finite.
@@ -127,12 +126,9 @@ def identity_errors(emb: np.ndarray, table: pd.DataFrame) -> pd.DataFrame:
     images: near 1, images of the two are as near to each other as images of one.
 
     Returns:
-        Suspects with the columns `SUSPECT_COLUMNS`, each kind with its highest score first. `image`
-        and `other` are the images in the middle of the two parts or identities; of two parts
-        `image` is of the smaller one, `suggested_pid` the identity nearest to it.
-
-    Raises:
-        ValueError: lengths differ, or embeddings are not finite.
+        A `suspect_table`, each kind with its highest score first. `image` and `other` are the images
+        in the middle of the two parts or identities; of two parts `image` is of the smaller one,
+        `suggested_pid` the identity nearest to it.
     """
     emb, pids = _checked(emb, table)
     groups = _people(pids)
@@ -246,12 +242,12 @@ def recall_of_planted(
     who label mix up people that look alike, and are harder to see.
 
     Returns:
-        `planted` (in all), `recall` (share of them that is named), `right_pid` (share of
-        those named where the suggested identity is the true one) and `others` (how many other
-        images are named, in the mean of the five: false alarms, and errors that were there).
+        `planted` (in all), `recall` (share of them that is named), `right_pid` (share of these with
+        the true identity suggested) and `others` (how many other images are named each time: false
+        alarms, and errors that were there).
 
     Raises:
-        ValueError: fewer than two identities, or fewer images than are to be planted.
+        ValueError: one identity, or fewer images than labels to plant.
     """
     emb, pids = _checked(emb, table)
     people, ids = np.flatnonzero(pids > 0), np.unique(pids[pids > 0])
@@ -296,12 +292,10 @@ def in_fours(found: pd.DataFrame, emb: np.ndarray, table: pd.DataFrame) -> np.nd
         rows = np.setdiff1d(np.flatnonzero(table["pid"] == pid), [row.image, row.other])
         return _middle(emb, rows) if pid > 0 and len(rows) else -1
 
-    found = found.fillna({"suggested_pid": -1})
-    fours = [
-        (row.image, typical(row.pid, row), row.other, typical(row.suggested_pid, row))
-        for row in found.itertuples()
-    ]
-    return np.array(fours, np.int64).reshape(-1, 4)
+    fours = np.empty((len(found), 4), np.int64)
+    for k, row in enumerate(found.fillna({"suggested_pid": -1}).itertuples()):
+        fours[k] = row.image, typical(row.pid, row), row.other, typical(row.suggested_pid, row)
+    return fours
 
 
 def short_label(pid: int, camid: int) -> str:

@@ -31,10 +31,7 @@ def causes(retrieval: Retrieval, colours: tuple[Any, Any] | None = None) -> pd.D
 
     The evidence is about the query, its matches and its **nearest stranger**, the first wrong image
     of its list. Every query has one, so evidence is defined alike for right and wrong queries.
-
-    Args:
-        retrieval: queries and gallery.
-        colours: (Q, C) and (G, C), as `baselines.colour_histogram` makes them; None: not looked at.
+    `colours` are (Q, C) and (G, C), as `baselines.colour_histogram` makes them; None: not looked at.
 
     Returns:
         One row a query: `query` (row number), `path` if known, `pid`, `camid`, `matches`, `AP`,
@@ -46,13 +43,11 @@ def causes(retrieval: Retrieval, colours: tuple[Any, Any] | None = None) -> pd.D
           above the first match, and how many of these are distractors, or of the query's camera;
         - `colour_ratio`: colour distance to the nearest stranger, over that to the match which is
           nearest in colour (NaN without `colours`);
-        - `camera_difficulty`: over the pairs of its camera with those of its matches, the mean share
-          of matches behind the nearest stranger (as in `camera_pairs`), of other people alone: else
-          a failure would be evidence of itself;
+        - `camera_difficulty`: over the pairs of its camera with those of its matches, the mean of
+          `camera_pairs`, of other people alone: else a failure would be evidence of itself;
         - `own_camera_distance`: to the nearest picture of the person by the query's own camera, which
           the protocol leaves out: nothing but the picture itself can make this one far;
-        - a column of booleans for each of `EVIDENCE`. Several may be true. What cannot be known is
-          false in every row: cameras that are unknown, colours that were not given;
+        - a column of booleans for each of `EVIDENCE`, false where it cannot be known;
         - `cause`: see `name_causes`.
 
     Raises:
@@ -174,15 +169,12 @@ def base_rates(
     A lift above 1 is a correlation: the evidence also takes the blame for whatever comes with it.
 
     Args:
-        table: what `causes` returned.
-        evidence: names of columns of booleans; you may add such to the table.
-        seed: of the bootstrap.
+        table: what `causes` returned; you may add other columns of booleans as `evidence`.
 
     Returns:
-        A row for each kind of evidence: `wrong`, `right` (queries that show it), `share_wrong`
-        and `share_right` (of all wrong, of all right queries), `lift`, `low` and `high`
-        (NaN where there are no wrong queries, no right ones, or one person alone), `mAP_with`
-        and `mAP_without` (mean AP of all queries with and without it).
+        A row for each kind of evidence: `wrong`, `right` (queries that show it), `share_wrong` and
+        `share_right` (of all such queries), `lift`, `low` and `high` (NaN without wrong queries,
+        right ones, or a second person), `mAP_with` and `mAP_without` (of all queries).
 
     >>> table = pd.DataFrame({"pid": [1, 2, 3, 4], "matches": 1, "wrong": [True, True, False, False],
     ...                       "AP": [0.5, 0.2, 1, 1], "hat": [True, True, True, False]})
@@ -240,12 +232,9 @@ def confusions(retrieval: Retrieval) -> pd.DataFrame:
     """Which identities are taken for each other: strangers among the first N of a query's list.
 
     N is the number of the query's matches: in a perfect list no stranger stands there. Distractors,
-    who are not one identity, are left out.
-
-    Returns:
-        A row for each pair of identities, most confused first: `pid` < `other_pid`, `intrusions`
-        (wrong images of either in lists of the other), `queries` (lists that have some), `mutual`
-        (both ways), and of the nearest of them `query`, `gallery` (row numbers) and `distance`.
+    who are not one identity, are left out. A row for each pair of identities, most confused first:
+    `pid` < `other_pid`, `intrusions` (wrong images of either in lists of the other), `queries` (lists
+    that have some), `mutual` (both ways), and `query`, `gallery`, `distance` of the nearest of them.
     """
     listed = _lists(retrieval)
     within = listed["rank"] <= listed["query_matches"]
@@ -273,7 +262,7 @@ def lifts_in_words(rates: pd.DataFrame, causes: pd.DataFrame) -> str:
     if not len(proven):
         return (
             f"No evidence is surely more frequent among the {len(wrong):,} wrong queries than among the "
-            f"{len(scorable) - len(wrong):,} right ones: not the reasons, or too few queries to tell."
+            f"{len(scorable) - len(wrong):,} right ones: they have other reasons, or the queries are too few."
         )
     first = proven.iloc[0]
     return (
@@ -289,8 +278,7 @@ def cameras_in_words(by_camera: pd.DataFrame) -> str:
     """Say between which cameras it is hardest and easiest, given what `camera_pairs` returned."""
     if len(by_camera) < 2:
         return "Cameras are unknown, or there is one pair alone, so they cannot be compared."
-    ends = [by_camera["behind"].idxmax(), by_camera["behind"].idxmin()]
-    hard, easy = by_camera.loc[ends].itertuples()
+    hard, easy = by_camera.loc[by_camera["behind"].agg(["idxmax", "idxmin"])].itertuples()
     return (
         f"From camera {hard.camid} to camera {hard.match_camid}, {hard.behind:.0%} of {hard.matches} "
         f"matches stand behind a stranger; from {easy.camid} to {easy.match_camid}, {easy.behind:.0%} "
@@ -312,11 +300,8 @@ def confusions_in_words(confused: pd.DataFrame) -> str:
 
 
 def places_in_words(gaps: np.ndarray, swings: np.ndarray, wrong: int) -> str:
-    """Say whether one hidden place would have changed an answer.
-
-    `gaps` (n,) says how much nearer the stranger is than the match, `swings` (n,) what the best place,
-    hidden, is worth of that, and `wrong` how many queries are wrong at all.
-    """
+    """Say if one hidden place would have changed an answer, of how many `wrong` ones: `gaps` (n,) say
+    how much nearer the stranger is than the match, `SideMaps.swings` what a place is worth of that."""
     if not wrong:
         return "No query is wrong, so these are the least sure ones."
     return (
