@@ -115,7 +115,6 @@ def embed(args) -> None:
 
 def search(args) -> None:
     """Print the gallery images nearest to pictures of somebody as CSV."""
-    from reidlib.look import figures, photographs
     from reidlib.look import search as room
     from reidlib.model.device import pick_device
 
@@ -138,6 +137,8 @@ def search(args) -> None:
     else:
         print(room.search_csv(found), end="")
     if picture:  # 20 lists make one of 47 inches
+        from reidlib.look import figures, photographs
+
         figures.save(photographs.search_lists(found[found["query"] < 20]), picture)
         say(f"Picture of {min(count, 20)} of {lists}: {args.picture}")
     if page:

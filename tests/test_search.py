@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reidlib import runs
+from reidlib import look, runs
 from reidlib.__main__ import main
 from reidlib.data.pixels import (
     image_sizes,
@@ -407,4 +407,5 @@ def test_nothing_but_the_command_draws(shell, photos, monkeypatch):
     """Without --picture and --html neither matplotlib nor widgets are needed."""
     for name in ("figures", "photographs", "browser"):
         monkeypatch.setitem(sys.modules, f"reidlib.look.{name}", None)
+        monkeypatch.delattr(look, name, raising=False)
     assert shell(query=photos / "a") == 0

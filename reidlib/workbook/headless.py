@@ -1,7 +1,8 @@
 """One notebook in a kernel of its own, which is always this interpreter's.
 
-Like papermill, but a broken copy never takes the place of a good one, a notebook that ends early has
-failed, and a signal to stop lets the running cell end by itself.
+Papermill sets the parameters, and nbclient runs the cells, without papermill between: so a broken copy
+never takes the place of a good one, a notebook that ends early has failed, and a signal to stop lets
+the running cell end by itself.
 """
 
 import os
@@ -79,20 +80,16 @@ def execute(
 
 def _with_parameters(path: Path, parameters: dict) -> nbformat.NotebookNode:
     """Return a notebook without outputs, the parameters set in a cell after its own."""
-    notebook = nbformat.read(path, as_version=4)
-    cells = []
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = load_notebook_node(str(path))
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-        if "injected-parameters" not in tags:  # of an executed copy that is run again
-            cells.append(cell)
-        if "parameters" in tags and parameters:
-            source = "\n".join([INJECTED, *(f"{k} = {v!r}" for k, v in parameters.items())])
-            injected = {"tags": ["injected-parameters"]}
-            cells.append(nbformat.v4.new_code_cell(source, metadata=injected))
-    notebook.cells = cells
-    return notebook
+    if not parameters:
+        return notebook
+    return parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
 
 
 def _run(client: NotebookClient, name: str, cells: tqdm, running: Path, stop: "_Stop") -> None:
