@@ -43,10 +43,10 @@ $(VENV)/peers/.ready: benchmarks/peers.txt $(READY)
 	@touch $@
 
 test: setup     ## the whole test suite
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: setup    ## lint, unit tests, doctests and one kill-and-resume, in a minute: no kernel, no browser
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 setup: $(READY) ## the environment alone, in .venv
 

@@ -123,6 +123,7 @@ def read(photo):
 # --- the page, as a string
 
 
+@pytest.mark.slow
 def test_every_list_of_a_page_is_the_evaluators_and_its_ap_follows_from_it(runs, page):
     data = inside(page)
     assert data["about"]["queries"]["row"] == [*range(11)]

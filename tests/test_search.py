@@ -276,6 +276,7 @@ def test_bytes_that_are_no_text_in_a_name(shell, photos, tmp_path):
 # --- figures
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_lists(model, photos):
     crop(60, (3000, 2000)).save(photos / "a" / "huge.png")
     names = [photos / AWKWARD[2], photos / AWKWARD[3], photos / "a" / "huge.png"]

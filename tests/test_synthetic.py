@@ -73,6 +73,7 @@ def test_every_query_has_a_match_in_another_camera(cameras, tmp_path):
         assert any(p == pid and c != camera for p, c in gallery), (pid, camera)
 
 
+@pytest.mark.slow
 def test_pictures_depend_on_the_seed_and_on_nobody_else(root, tmp_path):
     drawn = files(root)
     assert files(draw_dataset(tmp_path / "again", **TINY)) == drawn

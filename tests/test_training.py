@@ -105,6 +105,7 @@ def killed(whole, step=7):
     return Path(shutil.copytree(whole.parent / f"killed_at_{step}", folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", KILLED_AT)
 def test_a_killed_run_resumes_bit_for_bit(whole, step, monkeypatch):
     # Pictures change nothing that is compared, and take most of the time.
@@ -147,10 +148,13 @@ loop.train(Recipe.model_validate_json(sys.argv[1]), "signal", device="cpu", show
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "step"),
-    [(signal.SIGTERM, (143,), 6), (signal.SIGINT, (-2, 1, 130), 6), (signal.SIGKILL, (-9,), 4)],
+    [
+        (signal.SIGKILL, (-9,), 4),
+        pytest.param(signal.SIGTERM, (143,), 6, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, (-2, 1, 130), 6, marks=pytest.mark.slow),
+    ],
 )
 def test_asked_to_stop_it_ends_the_step_and_killed_it_does_not(whole, number, status, step):
     done = subprocess.run(

@@ -432,6 +432,7 @@ def test_match_probability_counts_pairs():
     assert math.isnan(match_probability(0.5, 0, 0))
 
 
+@pytest.mark.slow
 def test_memory_follows_what_is_kept_not_how_many_pairs_there_are():
     rng = np.random.default_rng(0)
     query, gallery = table(rng.integers(1, 90, 900)), table(rng.integers(1, 90, 6000))

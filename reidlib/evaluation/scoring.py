@@ -148,9 +148,7 @@ class Scored:
     run: OpenRun
     retrieval: Retrieval
     evaluation: Evaluation
-    intervals: (
-        pd.DataFrame
-    )  # `value`, `low` and `high` of each score: 95 % over queries (bootstrap)
+    intervals: pd.DataFrame  # `value`, `low`, `high` of each score: 95 % over queries (bootstrap)
     baselines: dict[str, Evaluation]  # `untrained`, `colour_histogram`
     with_flips: Evaluation | None  # None if it was not asked for
     notes: tuple[str, ...]  # what could not be had, as sentences
