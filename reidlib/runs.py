@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -184,7 +184,7 @@ def environment() -> dict:
         "command": _command(sys.argv),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
     }
 
@@ -196,6 +196,14 @@ def _command(argv: list[str]) -> str:
         return "(in a notebook)"
     ours = program.name == "__main__.py" and program.parent.name == "reidlib"
     return " ".join(["python -m reidlib" if ours else program.name, shlex.join(argv[1:])]).strip()
+
+
+def _version(name: str) -> str | None:
+    """Return the version of a package; None where it is not installed, as papermill on a server."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:

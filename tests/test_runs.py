@@ -5,6 +5,7 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -223,3 +224,9 @@ def test_a_broken_config_is_named(tmp_path):
 def test_the_manifest_tells_the_command_and_no_path_of_the_program(argv, command, monkeypatch):
     monkeypatch.setattr(runs.sys, "argv", argv)
     assert runs.environment()["command"] == command
+
+
+def test_a_package_that_is_not_there_has_no_version_and_stops_nothing(monkeypatch):
+    """As papermill, which a server that only trains can do without."""
+    monkeypatch.setattr(runs, "PACKAGES", ("numpy", "no-such-package"))
+    assert runs.environment()["packages"] == {"numpy": np.__version__, "no-such-package": None}

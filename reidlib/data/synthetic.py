@@ -10,6 +10,7 @@ import json
 import math
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -247,7 +248,8 @@ def built_in_data() -> Path:
     """
     root = data_dir() / "synthetic"
     if not root.exists():
-        draw_dataset(root)
+        with suppress(FileExistsError):  # another process was first
+            draw_dataset(root)
     marker = root / "dataset.json"
     if not marker.is_file() or json.loads(marker.read_text()).get("version") != VERSION:
         raise ValueError(f"{root} is not of this version of reidlib: remove it, to draw it again.")

@@ -112,10 +112,8 @@ def side_maps(model: nn.Module, pixels: Sides, emb: Sides, recipe: Recipe) -> Si
     return SideMaps(np.stack(features), np.stack([*on_query, *on_others]))
 
 
-NINE = (
-    *("query", "features", "like stranger", "stranger", "features", "like query"),
-    *("like match", "match", "like query"),
-)
+NINE = ["query", "features", "like stranger", "stranger", "features", "like query"]
+NINE += ["like match", "match", "like query"]
 
 
 def rows_of_nine(pixels: Sides, maps: SideMaps) -> list[np.ndarray]:

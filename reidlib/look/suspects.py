@@ -13,10 +13,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from reidlib.evaluation.distances import between, nearest, ratio
 
-SUSPECT_COLUMNS = (
-    *("kind", "score", "image", "path", "pid", "camid", "other", "other_path", "other_pid"),
-    *("other_camid", "suggested_pid", "evidence"),
-)
+SUSPECT_COLUMNS = ["kind", "score", "image", "path", "pid", "camid"]
+SUSPECT_COLUMNS += ["other", "other_path", "other_pid", "other_camid", "suggested_pid", "evidence"]
 
 TWO_PEOPLE = "two people in one pid?"
 LEAST = 1.5  # the smallest score of a wrong label: its own are half as far again as others
@@ -64,9 +62,7 @@ def label_errors(emb: np.ndarray, table: pd.DataFrame, near: tuple | None = None
     place = again.argmax(axis=1)  # of the first such identity
     found, suggested, other = again[line, place], who[line, place], far[line, place]
     again[line, place] = False
-    place = again.argmax(
-        axis=1
-    )  # of the second, for distractors; beyond the list, at least its end
+    place = again.argmax(axis=1)  # of the second, for distractors; at least the end of the list
     next_other = np.where(again[line, place], far[line, place], far[:, -1])
     within = _second_own(emb, pids)
     own = np.where(label == 0, next_other, within[rows])
@@ -229,7 +225,7 @@ def suspect_table(table: pd.DataFrame, found: Iterable[tuple]) -> pd.DataFrame:
         labels = table[column].to_numpy()
         out[column], out[f"other_{column}"] = labels[out["image"]], labels[out["other"]]
     out = out.sort_values("score", ascending=False, kind="stable", ignore_index=True)
-    return out[[*SUSPECT_COLUMNS]]
+    return out[SUSPECT_COLUMNS]
 
 
 def recall_of_planted(

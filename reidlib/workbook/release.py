@@ -11,10 +11,9 @@ from reidlib.look import board
 from reidlib.model.weights import load_model, save_weights
 from reidlib.runs import find_run, lock, read_json, read_recipe, update_json, write_text
 
-FILES = (  # what is released; the rest of a run is large, or shows people
-    *("README.md", "config.json", "manifest.json", "metrics.json", "history.csv"),
-    *("per_query.csv", "weights.safetensors"),
-)
+# What is released; the rest of a run is large, or shows people.
+FILES = ["README.md", "config.json", "manifest.json", "metrics.json", "history.csv"]
+FILES += ["per_query.csv", "weights.safetensors"]
 
 
 def release(run: str | Path) -> list[Path]:
