@@ -11,7 +11,11 @@ NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate 05_c
 # cores, and no slower where none does.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo example gallery bench recompute test quick setup lab tensorboard notebooks lint format clean
+# An environment that is broken, made half, or whose reidlib is that of another folder is not ready.
+$(shell $(PY) -Ic "import os, pip, reidlib as r; assert os.path.samefile(r.__path__[0], 'reidlib')" \
+  2>/dev/null || rm -f $(READY))
+
+.PHONY: here help demo example gallery bench recompute test quick setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,12 +52,16 @@ test: setup     ## the whole test suite
 quick: setup    ## lint, unit tests, doctests and one kill-and-resume, in a minute: no kernel, no browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-setup: $(READY) ## the environment alone, in .venv
+setup: here $(READY) ## the environment alone, in .venv
 
-$(READY): pyproject.toml constraints.txt
+here:
+	@test ! -e $(VENV)/bin/activate || grep -qF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate || \
+	  { echo "$(VENV) was made in another folder and would run the code there: make clean removes it, make setup makes one for this folder."; exit 1; }
+
+$(READY): pyproject.toml constraints.txt | here
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 setup"; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 	  { rm -rf $(VENV); echo "Python cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV): on Linux this downloads several GB once, for torch with CUDA."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
@@ -63,7 +71,8 @@ lab: setup      ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 tensorboard: setup ## all runs side by side
-	$(PY) -m tensorboard.main --logdir outputs --samples_per_plugin images=100
+	$(PY) -m tensorboard.main --samples_per_plugin images=100 \
+	  --logdir "$$($(PY) -c 'from reidlib.paths import outputs_dir; print(outputs_dir())')"
 
 notebooks: setup ## every notebook headless, with the small parameters of the tests
 	$(PY) -m reidlib run $(NOTEBOOKS) $$(cat tests/small_parameters.txt)

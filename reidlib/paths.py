@@ -6,12 +6,37 @@ and `REID_CACHE` put them elsewhere.
 """
 
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def check_place() -> None:
+    """Refuse to work for another copy of this repository, which has code, data and outputs of its own.
+
+    An environment that was copied with its folder still imports the library of the original. It is
+    told by the working directory; outside any copy, by the place of the environment.
+
+    Raises:
+        RuntimeError: names both folders, and how to mend it.
+    """
+    around = []
+    with suppress(FileNotFoundError):  # the working directory was removed
+        around = [Path.cwd(), *Path.cwd().parents]
+    if "PYTHONPATH" not in os.environ:  # a choice of its own
+        around.append(Path(sys.prefix).parent)
+    here = next((place for place in around if (place / "reidlib/paths.py").is_file()), ROOT)
+    if not here.samefile(ROOT):
+        raise RuntimeError(
+            f"This is {here}, but Python runs the library of {ROOT}: was the folder copied or moved with "
+            f"its environment? In {here}, `make clean` and `make setup` give it one of its own."
+        )
+
+
 def _place(variable: str, default: Path) -> Path:
+    check_place()
     return Path(os.environ.get(variable) or default).expanduser().resolve()
 
 

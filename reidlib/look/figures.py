@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from reidlib.recipes import Recipe
 
@@ -49,6 +50,28 @@ def use_style() -> None:
     """Set the one style of all figures, for this process."""
     matplotlib.style.use(Path(__file__).with_suffix(".mplstyle"))
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE, linestyle=LINES)
+
+
+class Table(Styler):
+    """A table in a notebook, as `frame.style` is, but no text in it is markup: names may be anybody's.
+
+    >>> frame = pd.DataFrame({"<b>": ["<b>"]}, index=["<b>"])
+    >>> "<b>" in Table(frame).format(precision=1).set_caption("<b>").to_html()
+    False
+    """
+
+    def __init__(self, data: pd.DataFrame):
+        super().__init__(data)
+        for axis in ("index", "columns"):
+            self.format_index(escape="html", axis=axis)
+
+    def format(self, *args, **options) -> Styler:
+        """Choose how cells are written, as a `Styler` does."""
+        return super().format(*args, **options | {"escape": "html"})
+
+    def set_caption(self, caption: str) -> Styler:
+        """Set the line over the table."""
+        return super().set_caption(html.escape(caption))
 
 
 # --- out of here: into a notebook, into a file

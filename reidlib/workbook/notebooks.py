@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 from IPython import get_ipython
 from IPython.display import display
 
-from reidlib.paths import ROOT, outputs_dir
+from reidlib.paths import ROOT, check_place, outputs_dir
 from reidlib.progress import in_notebook
-from reidlib.typed import in_words, typed
+from reidlib.typed import alternatives, in_words, typed
 from reidlib.words import did_you_mean
 from reidlib.workbook.headless import INJECTED, RESULT, execute
 
@@ -24,24 +24,30 @@ from reidlib.workbook.headless import INJECTED, RESULT, execute
 
 
 def check_parameters(history: Sequence[str]) -> None:
-    """Refuse parameters that the notebook does not have; papermill would pass them in silence.
+    """Refuse parameters that the notebook cannot use, before its work; papermill would pass them all.
 
     A notebook calls `check_parameters(In)` after its imports. Among the sources of the cells that
     ran, the injected cell comes right after the notebook's own parameters. Without one, as in
-    JupyterLab, there is nothing to check.
+    JupyterLab, the own ones came last.
 
     Raises:
-        ValueError: a name is assigned in the injected cell and not in the one before it.
+        ValueError: a name in the injected cell that is not in the one before it, a value of another
+            type, or a count below what it may be.
+        RuntimeError: the notebook is not of this library's folder: see `paths.check_place`.
 
     >>> check_parameters(["", "margin = 0.2", "# Parameters\\nmarign = 0.5"])
     Traceback (most recent call last):
     ValueError: There is no parameter 'marign'; did you mean 'margin'? There are: margin.
     """
-    for before, source in pairwise(history):
-        if source.split("\n", 1)[0].strip() == INJECTED:
+    check_place()
+    last = [(source, source) for source in history[-2:-1]]
+    for own, source in [*pairwise(history), *last]:
+        if source is own or source.split("\n", 1)[0].strip() == INJECTED:
             with suppress(SyntaxError):  # something of IPython's stands before it
-                if known := _assigned(before):
-                    _refuse_unknown(_assigned(source), known)
+                if known := _assigned(own):
+                    values = {name: found.default for name, found in _assigned(source).items()}
+                    _refuse_unknown(values, known)
+                    _fitting(values, known, "the notebook")
                     return  # cells that are run again come later
 
 
@@ -74,10 +80,11 @@ def result(**values: str | float | bool | None) -> None:
 
 
 class Parameter(NamedTuple):
-    """One name of a parameters cell: the type that it is given, and its default."""
+    """One name of a parameters cell: the type that it is given, its default, and the least it may be."""
 
     annotation: Any
     default: Any
+    least: int | None = None
 
 
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
@@ -87,8 +94,9 @@ _TYPES |= {"Literal": Literal, "__builtins__": {}}
 def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     """Return what the cell tagged `parameters` of a notebook assigns, by name.
 
-    The type is that of the annotation (`margin: float | str = "soft"`), else that of the default.
-    Read by `ast`: papermill's own reader loses a line with a second "=", as in its comment.
+    The type is that of the annotation (`lr: float = 3e-4`), else of the comment (`margin = "soft"  #
+    type: float|str`, for papermill's own reader knows no "|" in annotations), else of the default. An
+    `int` with a comment is 1 or more, unless it is the seed or the comment says what "0:" means.
 
     Raises:
         ValueError: not a notebook, or a parameters cell that is not Python.
@@ -107,8 +115,8 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
 
 def _assigned(source: str) -> dict[str, Parameter]:
     """Return what a cell assigns at its top level."""
-    found = {}
-    for node in ast.parse(source).body:
+    found, lines = {}, source.splitlines()
+    for node in ast.parse(source, type_comments=True).body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         default = None
@@ -117,11 +125,14 @@ def _assigned(source: str) -> dict[str, Parameter]:
         # A bare `steps = None` does not say what it takes.
         kind = Any if default is None else type(default)
         with suppress(Exception):  # no annotation, or something that is not among the plain types
-            kind = eval(ast.unparse(node.annotation), _TYPES)
+            named = getattr(node, "annotation", None)
+            kind = eval(ast.unparse(named) if named else node.type_comment.split()[0], _TYPES)
             kind = kind | None if default is None else kind
         for target in getattr(node, "targets", None) or [node.target]:
             if isinstance(target, ast.Name):
-                found[target.id] = Parameter(kind, default)
+                _, told, comment = lines[node.end_lineno - 1].partition("  # ")
+                least = 0 if target.id == "seed" or "0:" in comment else 1
+                found[target.id] = Parameter(kind, default, least if told and kind is int else None)
     return found
 
 
@@ -136,13 +147,17 @@ def _fitting(values: dict, declared: dict[str, Parameter], notebook: str) -> dic
     """Return those values that a notebook declares, as it declares them, or refuse one."""
     fitting = {name: value for name, value in values.items() if name in declared}
     for name, value in fitting.items():
-        annotation, default = declared[name]
+        annotation, default, least = declared[name]
+        wanted = in_words(annotation)
+        wanted += "" if least is None else f", {least} or more"
+        wanted += ", which papermill's -r gives" if str in alternatives(annotation) else ""
         try:
             fitting[name] = typed(value, annotation)
+            if least is not None and fitting[name] < least:
+                raise ValueError
         except ValueError:
             raise ValueError(
-                f"{name} = {value!r}: {notebook} wants {in_words(annotation)} "
-                f"(its default is {default!r})."
+                f"{name} = {value!r}: {notebook} wants {wanted} (its default is {default!r})."
             ) from None
     return fitting
 
