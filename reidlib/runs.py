@@ -2,34 +2,45 @@
 
 outputs/<dataset>_<variant>[_<tag>]/
     config.json            the recipe, complete
-    manifest.json          versions, device, commit, data fingerprint, seed, times, command
+    manifest.json          versions, device, commit, data fingerprint, seed, times, command, and the
+                           SHA-256 of weights.safetensors
     metrics.json           scores, as fractions
     history.csv            one row a logged step
     checkpoint.pt          model, optimiser, step, sampler and random state; .sha256 beside it
     checkpoint_previous.pt the one before, checkpoint_best.pt the best on held-out identities
     weights.safetensors    the model alone
     events.out.tfevents.*  TensorBoard
+
+outputs/<name>~before1/    a run that is being replaced, whole, until its successor has a checkpoint
 """
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import Recipe, stored_recipe
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 EXAMPLE = "synthetic_batchhard_softplus_example"  # the committed run on the built-in data
+_READY = ".ready"  # in a run: files on their way to their places
 
 
 def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:
@@ -41,7 +52,8 @@ def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:
     >>> run_name("market1501", Recipe(margin="soft"), "seed1")
     'market1501_batchhard_softplus_seed1'
     """
-    name = "_".join(part for part in (dataset, recipe.variant, tag) if part)
+    # str: papermill turns a tag of digits into a number
+    name = "_".join(part for part in (dataset, recipe.variant, str(tag)) if part)
     if not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
         raise ValueError(
             f"The run would be named {name!r}: use letters, digits, '.', '_' and '-' alone in its tag."
@@ -57,6 +69,7 @@ def find_run(run: str | Path) -> Path:
     """
     for folder in (outputs_dir() / run, Path(run).expanduser()):
         if (folder / "config.json").is_file():
+            settle(folder)
             return folder.resolve()
     names = sorted(path.parent.name for path in outputs_dir().glob("*/config.json"))
     known = ", ".join(names) if names else "none yet: run 03_train first"
@@ -82,10 +95,28 @@ def newest_run() -> Path:
     return max(found, key=lambda file: file.stat().st_mtime).parent.resolve()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def asides(run: Path) -> list[Path]:
+    """Return where the runs are that `set_aside` moved out of the way of this one."""
+    return sorted(run.parent.glob(f"{run.name}~before*"))  # no run's own name has a "~"
+
+
+def set_aside(run: Path) -> Path:
+    """Move a run out of the way of another of its name, and return where it is.
+
+    It is a rename of the whole folder, so a kill leaves the run whole, here or there.
+    """
+    places = (run.with_name(f"{run.name}~before{n}") for n in itertools.count(1))
+    return run.rename(next(place for place in places if not place.exists()))
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -> None:
     """Let `write` make a file beside `path`, flush it to disk, and rename it to `path`.
 
     Whoever reads `path` sees the old content or the new, never a part, also after a power cut.
+
+    Raises:
+        OSError: among others, that the disk is full: says where, and how many bytes are needed, if
+            that is known, as `size`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -93,6 +124,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        temporary.unlink(missing_ok=True)
+        needed = f"it needs {size / 1e6:,.1f} MB, and " if size else ""
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(
+            f"The disk is full: no room for {path} ({needed}{free:,.1f} MB are free). What was there "
+            "before is as it was. Make room, then do the same again."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself, too
@@ -112,12 +153,39 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class _Content(dict):
+    """An object of a JSON file: a key that is not there names the file."""
+
+    def __init__(self, file: Path, content: dict):
+        super().__init__(content)
+        self._file = file
+
+    def __missing__(self, key: str):
+        raise ValueError(f"{self._file} has no {key!r}. {_advice(self._file)}")
+
+
+def _advice(file: Path) -> str:
+    """Say what to do about a broken file of a run."""
+    scored = file.name in ("metrics.json", "per_query.csv")
+    again = "score the run again" if scored else "train the run again under another tag"
+    return f"Restore it from a copy, or move it away and {again}."
+
+
 def read_json(path: Path) -> dict:
-    """Read a JSON file; raise a ValueError with its name if it is not JSON."""
+    """Read the object in a JSON file; a ValueError names a file that holds anything else.
+
+    So does whoever asks for a key that it lacks: no reader has to look for it first.
+    """
+    refused = {"parse_constant": lambda name: int(name)}  # NaN, which `write_json` refuses, too
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_hook=partial(_Content, path), **refused)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). {_advice(path)}") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{path} holds no JSON object but a {kind}. {_advice(path)}")
+    return content
 
 
 def update_json(path: Path, **content) -> None:
@@ -125,16 +193,53 @@ def update_json(path: Path, **content) -> None:
     write_json(path, (read_json(path) if path.exists() else {}) | content)
 
 
-def note_scored(run: Path, **facts) -> None:
-    """Add an entry to `scored` in a run's manifest: when, what of, and the embeddings' SHA-256.
+def read_table(path: Path, numbers: Iterable[str]) -> "pd.DataFrame":
+    """Read a CSV table with these columns of numbers; a ValueError names a file that holds none."""
+    import pandas as pd  # takes a second, and --help does without
 
-    Whoever chooses settings on a test split scores it more than once, and the manifest tells.
+    try:
+        table = pd.read_csv(path)
+        other = [n for n in numbers if n not in table or table[n].dtype.kind not in "iuf"]
+    except ValueError as error:  # pandas' own errors, and bytes that are no text, are such
+        raise ValueError(f"{path} is no CSV table ({error}). {_advice(path)}") from error
+    if other:
+        raise ValueError(f"{path} has no numbers in a column {other[0]!r}. {_advice(path)}")
+    return table
+
+
+@contextmanager
+def together(folder: Path) -> Iterator[Path]:
+    """Give an empty folder for files that belong together: at the end all come into `folder`, or none.
+
+    They count from one rename on. Who is killed after it leaves the rest to `settle`, and who is
+    killed before it, or finds the disk full, leaves what was there. Hold the run's lock meanwhile.
     """
-    path = run / "manifest.json"
-    before = read_json(path).get("scored", []) if path.exists() else []
-    when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    files = {side: sha256(run / f"embeddings_{side}.h5") for side in ("query", "gallery")}
-    update_json(path, scored=[*before, {"at": when, **facts, "embeddings_sha256": files}])
+    settle(folder)
+    fresh = folder / ".unfinished"
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+    fresh.mkdir()
+    try:
+        yield fresh
+        fresh.rename(folder / _READY)
+    except OSError as error:
+        raise OSError(f"{folder} could not be written, and is as it was: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Put the files in place that `together` had ready when its process was killed."""
+    ready = folder / _READY
+    for path in [*sorted(ready.rglob("*"), reverse=True), ready]:  # a folder after what is in it
+        if path.is_file():
+            target = folder / path.relative_to(ready)
+            target.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):  # another process was first
+                os.replace(path, target)
+        else:
+            with suppress(OSError):  # not there, or there is something in it again
+                path.rmdir()
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -162,11 +267,24 @@ def lock(run: Path, timeout: float = 0):
     run.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run / ".lock", timeout):
+            _sweep(run)
             yield
     except Timeout:
         raise Busy(
             f"Another process is writing {run}. Wait for it, stop it, or give this run another tag."
         ) from None
+
+
+def _sweep(run: Path) -> None:
+    """Remove what killed processes left half-written in a run's folder: up to a checkpoint each."""
+    for path in run.glob(".*.*.tmp"):
+        with suppress(ValueError, PermissionError):  # a name of somebody else's, or their process
+            try:
+                os.kill(int(path.suffixes[-2][1:]), 0)  # does nothing to one that there is
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+    for path in run.glob(".release-*"):  # `release` holds the lock that is held here
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -39,7 +39,8 @@ class Fake:
         if self.problems.get((what, name)):
             raise self.problems[what, name].pop(0)
 
-    def train(self, recipe, tag, **_):
+    def train(self, recipe, tag, longer, **_):
+        assert not longer, "3 steps after 2 are not 3 at once"
         folder = outputs_dir() / runs.run_name("synthetic", recipe, tag)
         self.begin("train", folder.name)
         folder.mkdir(exist_ok=True, parents=True)
@@ -128,6 +129,7 @@ def test_a_run_of_another_name_is_picked_up_by_its_settings(fake):
     [
         ("manifest.json", {"status": "stopped"}, "train"),
         ("manifest.json", {"train_data": "other images"}, "train"),
+        ("manifest.json", {"went_on_after": [2]}, "train"),
         ("config.json", {"seed": 1}, "train"),
         ("config.json", {"no_such_setting": 1}, "train"),
         ("metrics.json", {"flip": True}, "score"),

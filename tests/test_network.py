@@ -3,6 +3,7 @@
 import copy
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -157,6 +158,13 @@ def test_weights_load_from_a_file(tmp_path, backbone, suffix):
         ({"layer9.weight": torch.zeros(1)}, "unknown 1 .*layer9.weight"),
         ({"features.0.0.weight": torch.zeros(16, 1, 3, 3)}, "shapes in 1 .*features.0.0.weight"),
         ({"features.0.1.running_var": torch.full((16,), torch.nan)}, "NaN or infinity in 1 .*var"),
+        *(
+            (
+                {"features.0.1.weight": torch.ones(16, dtype=kind)},
+                "no floating-point numbers in 1 .*t",
+            )
+            for kind in (torch.int8, torch.bool, torch.complex64)
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_says_which_keys(data_root, change, message):
@@ -181,7 +189,15 @@ class Evil:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"conv1.weight": Evil()}, "cannot be read as a file of weights"), ([1, 2], "no state dict")],
+    [
+        ({"conv1.weight": Evil()}, r"cannot be read as a file of weights: it holds \S*exec beside"),
+        (
+            {"rank1": np.float64(0.9)},
+            r"it holds numpy\S*scalar beside tensors.* save the network alone",
+        ),
+        ([1, 2], "no state dict"),
+        ({0: torch.zeros(1)}, "no state dict"),
+    ],
 )
 def test_nothing_but_tensors_is_unpickled(tmp_path, content, message):
     torch.save(content, tmp_path / "evil.pth")

@@ -1,9 +1,9 @@
 """The folder of a run: names, atomic files, checkpoints that survive a kill at any instant."""
 
+import errno
 import hashlib
 import json
 import os
-import re
 
 import numpy as np
 import pytest
@@ -19,24 +19,11 @@ from reidlib.training.checkpoint import load_checkpoint, save_checkpoint
 SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
 
 
-def test_every_scoring_leaves_an_entry_in_the_manifest(tmp_path):
-    for content in (b"query", b"other"):
-        (tmp_path / "embeddings_query.h5").write_bytes(content)
-        (tmp_path / "embeddings_gallery.h5").write_bytes(b"gallery")
-        runs.note_scored(tmp_path, data="market1501", flip=content == b"other")
-        runs.update_json(tmp_path / "manifest.json", status="finished")
-    first, second = runs.read_json(tmp_path / "manifest.json")["scored"]
-    assert (first["flip"], second["flip"]) == (False, True)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["at"])
-    for side, content in (("query", b"query"), ("gallery", b"gallery")):
-        assert first["embeddings_sha256"][side] == hashlib.sha256(content).hexdigest()
-    assert second["embeddings_sha256"]["query"] != first["embeddings_sha256"]["query"]
-
-
 def test_names():
     recipe = make_recipe("plain", loss="batch_all", margin="soft")
     assert runs.run_name("market1501", recipe) == "market1501_batchall_softplus"
     assert runs.run_name("duke", recipe, "seed2") == "duke_batchall_softplus_seed2"
+    assert runs.run_name("duke", recipe, 7) == "duke_batchall_softplus_7"  # as papermill gives it
     for tag in ("a/b", "../up", "a b"):
         with pytest.raises(ValueError, match="letters, digits.* in its tag"):
             runs.run_name("duke", recipe, tag)
@@ -99,9 +86,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     runs.update_json(path, b=2)
     assert runs.read_json(path) == {"a": 1, "b": 2}
-    path.write_text("{")
-    with pytest.raises(ValueError, match="a.json is not valid JSON"):
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", "3", "", '{"a": NaN}', b"\xff\xfe{}", "[" * 99999]
+)
+def test_json_of_another_shape_names_its_file(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(
+        ValueError, match="a.json (is not valid JSON|holds no JSON object).* Restore it"
+    ):
         runs.read_json(path)
+    path.write_text('{"a": {"b": 1}}')
+    content = runs.read_json(path)
+    for missing in (lambda: content["c"], lambda: content["a"]["c"]):
+        with pytest.raises(ValueError, match="a.json has no 'c'. Restore it"):
+            missing()
+    assert content == {"a": {"b": 1}} and content.get("c") is None
 
 
 class Killed(BaseException):
@@ -154,11 +156,39 @@ def test_a_checkpoint_without_its_sidecar_or_with_code_inside_is_refused(tmp_pat
         load_checkpoint(path)
     save_checkpoint(path, {"step": 1})
     (tmp_path / "checkpoint.pt.sha256").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint\.pt\.sha256 beside it.*none before it"):
+    with pytest.raises(ValueError, match=r"no checkpoint\.pt\.sha256 beside it.*No other is whole"):
         load_checkpoint(path)
     save_checkpoint(path, {"step": runs.lock})  # a function would be called by an unpickler
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"it holds reidlib.runs.lock beside tensors"):
         load_checkpoint(path)
+
+
+def test_a_full_disk_is_told_and_loses_no_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def full(file, content):
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_bytes", full)
+        with pytest.raises(OSError, match=r"disk is full: no room for .*checkpoint.pt \(it needs"):
+            save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path)["step"] == 1 and not [*tmp_path.glob(".*")]
+    # The sidecar now lists two digests; the one that is there is known all the same.
+    save_checkpoint(path, {"step": 3})
+    previous = load_checkpoint(tmp_path / "checkpoint_previous.pt")
+    assert (load_checkpoint(path)["step"], previous["step"]) == (3, 1)
+
+
+def test_who_takes_the_lock_sweeps_away_what_killed_processes_left(tmp_path):
+    ours, gone = (tmp_path / f".a.pt.{pid}.tmp" for pid in (os.getpid(), 2**22 + 1))
+    for file in (ours, gone, tmp_path / ".a.b.tmp", tmp_path / "a.tmp"):
+        file.touch()
+    (tmp_path / ".release-x" / "y").mkdir(parents=True)
+    with runs.lock(tmp_path):
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", ours.name, ".a.b.tmp", "a.tmp"}
 
 
 def test_weights_travel_alone(tmp_path):
@@ -176,6 +206,50 @@ def test_weights_travel_alone(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a model of this library.*weights=PATH"):
         load_model(path)
+
+
+def test_altered_weights_are_refused_and_those_of_older_versions_are_not(tmp_path):
+    recipe = make_recipe("demo", **SMALL)
+    model, path = build_model(recipe), tmp_path / "weights.safetensors"
+    save_weights(path, model, recipe)
+    good = path.read_bytes()
+    start = 8 + int.from_bytes(good[:8], "little")
+    one_bit = bytearray(good)
+    one_bit[(start + len(good)) // 2] ^= 0x40
+    other_size = good.replace(rb"\"width\": 16", rb"\"width\": 32")
+    for bad in (bytes(one_bit), good[:-65536] + bytes(65536), other_size):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="cannot be read: it is altered: its numbers"):
+            load_model(path)
+    # Whole in itself, and of another run.
+    save_weights(path, build_model(recipe.model_copy(update={"seed": 1})), recipe)
+    digest = hashlib.sha256(good).hexdigest()
+    manifest = {"status": "finished", "weights_sha256": digest}
+    runs.write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="altered, or of another run: .*manifest.json"):
+        load_model(path)
+    path.write_bytes(good)
+    load_model(path)
+    old = {"reidlib_recipe": recipe.model_dump_json()}
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "old.safetensors", old)
+    assert load_model(tmp_path / "old.safetensors").recipe == recipe
+    for bad, said in ((torch.nan, "has NaN"), (torch.inf, "has NaN or infinity in 1 of")):
+        torch.nn.init.constant_(model.head[0].bias, bad)
+        save_weights(tmp_path / "bad.safetensors", model, recipe)
+        with pytest.raises(ValueError, match=said):
+            load_model(tmp_path / "bad.safetensors")
+
+
+def test_a_run_starts_from_a_trained_one_with_its_head_if_that_fits(tmp_path):
+    recipe, path = make_recipe("demo", **SMALL), tmp_path / "weights.safetensors"
+    source = build_model(recipe)
+    save_weights(path, source, recipe)
+    for dim, same in ((8, True), (9, False)):
+        changes = SMALL | {"dim": dim, "weights": str(path), "seed": 9}
+        model = build_model(make_recipe("demo", **changes))
+        for a, b in zip(source.backbone.parameters(), model.backbone.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(source.head[0].weight, model.head[0].weight) == same
 
 
 def test_the_seed_decides_the_first_weights_and_leaves_the_callers_numbers_alone():

@@ -214,15 +214,20 @@ def test_other_settings_are_refused_and_named(whole):
         fit("killed", hold_out=4)
 
 
+def done(whole):
+    """A run "done": a copy of the whole one."""
+    return Path(shutil.copytree(whole, outputs_dir() / RUN.format("done")))
+
+
+def content(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
 def test_a_finished_run_is_kept(whole):
-    folder = outputs_dir() / RUN.format("done")
-    shutil.copytree(whole, folder)
-
-    def content():
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    before = content()
-    assert fit("done") == folder and content() == before
+    folder = done(whole)
+    before = content(folder)
+    assert fit("done") == folder and content(folder) == before
     with pytest.raises(FileExistsError, match="Give another tag"):
         fit("done", resume="never")
     with pytest.raises(ValueError, match="choose auto, previous, never, restart"):
@@ -242,6 +247,92 @@ def test_restart_leaves_nothing_of_a_run_before(whole):
         fit("again", resume="restart", **QUICK)
         assert load_checkpoint(folder / "checkpoint.pt")["step"] == 2
         assert not [*folder.glob("checkpoint_*")] and not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "slip",
+    [
+        {"weights": "/typo.pth"},
+        {"backbone": "resnet51"},
+        {"seed": 2**70},
+        {"lr": 1e30, "checkpoint_every": 9},  # NaN after a step or two
+    ],
+    ids=lambda slip: next(iter(slip)),
+)
+def test_a_restart_that_fails_leaves_the_run_as_it_was(whole, slip):
+    folder = done(whole)
+    before = content(folder)
+    with pytest.raises((ValueError, OSError, RuntimeError)):
+        fit("done", "restart", **slip)
+    assert content(folder) == before and not runs.asides(folder)
+
+
+def test_a_run_that_is_replaced_stands_aside_until_there_is_a_checkpoint(whole, capsys):
+    """So a kill at any step loses neither: in each, one of the two is whole."""
+    folder, kept = done(whole), []
+    before = content(folder)
+    with in_each_step(lambda _: kept.append([content(run) for run in runs.asides(folder)])):
+        fit("done", "restart", steps=6, hold_out=0)
+    assert kept == [[before]] * 4 + [[]] * 2 and not runs.asides(folder)
+    assert "done~before1 until a checkpoint is written" in capsys.readouterr().err
+
+
+def test_weights_that_are_lost_or_altered_are_written_again_from_the_checkpoint(whole):
+    weights = done(whole) / "weights.safetensors"
+    good = weights.read_bytes()
+    way_out = "Train it as before, .* checkpoint.pt. python -m reidlib train .*--steps 12"
+    for bad in (None, good[:-100], good[:-64] + bytes(64)):
+        weights.unlink() if bad is None else weights.write_bytes(bad)
+        with pytest.raises((FileNotFoundError, ValueError), match=way_out):
+            load_model(weights.parent)
+        fit("done")
+        assert weights.read_bytes() == good
+    for file in weights.parent.glob("checkpoint*"):
+        file.unlink()
+    weights.write_bytes(good[:-100])
+    with pytest.raises(ValueError, match="cut short.*Take that file from where it came from"):
+        fit("done")
+
+
+@pytest.mark.parametrize(
+    ("lost", "resume", "offered"),
+    [
+        ("checkpoint.pt", "auto", 'checkpoint_previous.pt, which is whole, with resume="previous"'),
+        ("checkpoint_previous.pt", "previous", 'checkpoint.pt, which is whole, with resume="auto"'),
+    ],
+)
+def test_a_lost_checkpoint_offers_the_other(whole, lost, resume, offered):
+    folder = done(whole)
+    (folder / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint at .*{lost}.*{offered}"):
+        fit("done", resume)
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_may_be_watched_otherwise(capsys):
+    folder = fit("on", **QUICK)
+    first = load_checkpoint(folder / "checkpoint.pt")["model"]
+    changes = QUICK | {"steps": 4, "log_every": 3, "checkpoint_every": 9, "evaluate_every": 5}
+    with pytest.raises(ValueError, match="steps: 2 there, 4 now"):
+        train(small(**changes), "on", device="cpu", show_progress=False, longer=False)
+    with in_each_step(lambda step: None):
+        assert fit("on", **changes) == folder
+    manifest, state = (
+        runs.read_json(folder / "manifest.json"),
+        load_checkpoint(folder / "checkpoint.pt"),
+    )
+    assert manifest["step"] == state["step"] == 4 and manifest["went_on_after"] == [2]
+    assert [row["step"] for row in state["history"]] == [1, 2, 3, 4]
+    assert leaves(first) != leaves(state["model"]) == leaves(dict(load_model(folder).state_dict()))
+    commands = manifest["reproduce"].split(" && ")
+    assert ["--steps 2" in commands[0], "--steps 4" in commands[1]] == [True, True]
+    assert runs.read_recipe(folder) == small(**changes)
+    with pytest.raises(ValueError, match="it went on after step 2"):
+        train(small(**changes), "on", device="cpu", show_progress=False, longer=False)
+    assert fit("on", **changes) == folder and "was trained before" in capsys.readouterr().out
+    for file in folder.glob("checkpoint*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no checkpoint.pt to go on from.*weights=.*safetensors"):
+        fit("on", **(changes | {"steps": 6}))
 
 
 def test_a_released_run_is_not_trained_over(capsys):

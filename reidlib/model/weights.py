@@ -1,7 +1,10 @@
 """Weights from a file into a network and back: of a backbone before training, of a whole model after it."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import safetensors
@@ -13,8 +16,10 @@ from torchvision import models
 from reidlib.model.network import EmbeddingNet
 from reidlib.paths import data_dir
 from reidlib.recipes import Recipe, stored_recipe
-from reidlib.runs import find_run, write_atomically
+from reidlib.runs import find_run, read_json, write_atomically
 from reidlib.words import some
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
@@ -36,12 +41,12 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
         torch.manual_seed(recipe.seed)
         model = EmbeddingNet(**sizes)
     if pretrained and recipe.weights != "none":
-        _load_backbone(model.backbone, recipe.backbone, recipe.weights)
+        _load_pretrained(model, recipe.backbone, recipe.weights)
     return model
 
 
 def save_weights(path: Path, model: nn.Module, recipe: Recipe, *, half: bool = False) -> None:
-    """Write a model alone, with its recipe in the file, so that one file is enough to load it.
+    """Write a model alone, with its recipe and a SHA-256 of all in the file: it is enough by itself.
 
     `half`: matrices and filters as float16. The rest is little, and a small variance of a BatchNorm
     would be lost.
@@ -50,10 +55,12 @@ def save_weights(path: Path, model: nn.Module, recipe: Recipe, *, half: bool = F
         key: (value.half() if half and value.dim() > 1 else value).contiguous()
         for key, value in model.state_dict().items()
     }
+    said = recipe.model_dump()
+    said["sha256"] = _digest(safetensors.torch.save(state), said)
     # One entry: the order of several is not fixed, and equal models shall make equal files.
     # Not safetensors' save_file: what it makes only its owner may read.
-    content = safetensors.torch.save(state, {"reidlib_recipe": recipe.model_dump_json()})
-    write_atomically(path, lambda file: file.write_bytes(content))
+    content = safetensors.torch.save(state, {"reidlib_recipe": json.dumps(said)})
+    write_atomically(path, lambda file: file.write_bytes(content), len(content))
 
 
 def weights_file(run: str | Path) -> Path:
@@ -62,16 +69,31 @@ def weights_file(run: str | Path) -> Path:
     if not (path.suffix == ".safetensors" and path.is_file()):
         path = find_run(run) / "weights.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: its training has not ended.")
+        raise FileNotFoundError(
+            f"{path.parent} has no {path.name}: its training has not ended, or they were lost. "
+            f"{_way_out(path)}"
+        )
     return path.resolve()
 
 
-def load_model(run: str | Path, device: str | torch.device = "cpu") -> EmbeddingNet:
+def _way_out(path: Path) -> str:
+    """Say how to have the weights of a run again."""
+    if not path.with_name("checkpoint.pt").is_file():
+        return "Take that file from where it came from, or train the run again."
+    manifest = path.with_name("manifest.json")
+    command = read_json(manifest).get("reproduce", "") if manifest.is_file() else ""
+    return f"Train it as before, and they are written from its checkpoint.pt. {command}".rstrip()
+
+
+def load_model(
+    run: str | Path, device: str | torch.device = "cpu", unreadable: str | None = None
+) -> EmbeddingNet:
     """Return a trained network in evaluation mode; its attribute `recipe` says what input it expects.
 
     Args:
         run: a run's name, its folder, or a file that `save_weights` wrote.
         device: where to put it.
+        unreadable: what its recipe shall say of broken images; None: what it says.
 
     Raises:
         FileNotFoundError, ValueError: no such run, no weights in it, or a broken or foreign file.
@@ -82,43 +104,97 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> Embedding
     """
     path = weights_file(run)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            recipe = stored_recipe(json.loads((file.metadata() or {})["reidlib_recipe"]))
-        state = safetensors.torch.load_file(path)
-    except KeyError as error:
-        raise ValueError(
-            f"{path} has no recipe inside, so it is not a model of this library. "
-            "Backbone weights from elsewhere go into training: weights=PATH."
-        ) from error
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    model = build_model(recipe, pretrained=False)
-    model.load_state_dict(state)  # float16 becomes float32
-    model.recipe = recipe
+        state, said = _read_safetensors(path)
+        if not said:
+            raise ValueError(
+                "it has no recipe inside, so it is not a model of this library. "
+                "Backbone weights from elsewhere go into training: weights=PATH."
+            )
+        model = build_model(stored_recipe(said), pretrained=False)
+        _load(model, state, "it does not fit the network of its recipe")  # float16 becomes float32
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error} {_way_out(path)}") from error
+    model.recipe = stored_recipe(said | ({"unreadable": unreadable} if unreadable else {}))
     return model.eval().to(device)
 
 
-def _load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
-    """Load `"imagenet"` weights or a file of weights, every key or none, but for a classifier's."""
-    state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
-    own = backbone.state_dict()
+def _digest(content: bytes, recipe: dict[str, Any]) -> str:
+    """Return a SHA-256 of what a safetensors file holds: its tensors, and the recipe beside them."""
+    start = 8 + int.from_bytes(content[:8], "little")  # of the numbers; before it a JSON header
+    tensors = json.loads(content[8:start])
+    tensors.pop("__metadata__", None)
+    header = json.dumps([recipe, tensors], sort_keys=True)
+    return hashlib.sha256(header.encode() + content[start:]).hexdigest()
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a file, and the recipe that `save_weights` put there, or {}.
+
+    Raises:
+        ValueError: cut short, or altered: a SHA-256, in the file itself or in the manifest of its run,
+            is of something else. Runs of older versions have none.
+    """
+    content = path.read_bytes()
+    try:
+        state = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        said = json.loads(header.get("__metadata__", {}).get("reidlib_recipe", "{}"))
+        own = said.pop("sha256", None)
+    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is cut short or altered ({error}).") from error
+    manifest = path.with_name("manifest.json")
+    run = read_json(manifest) if path.name == "weights.safetensors" and manifest.is_file() else {}
+    # While it trains, a manifest may be of weights that are yet to come.
+    known = run.get("weights_sha256") if run.get("status") == "finished" else None
+    if own not in (None, _digest(content, said)):
+        raise ValueError("it is altered: its numbers are not those of the SHA-256 inside.")
+    if known not in (None, hashlib.sha256(content).hexdigest()):
+        raise ValueError(f"it is altered, or of another run: {manifest} has another SHA-256.")
+    return state, said
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], what: str, hint: str = "") -> None:
+    """Load a state dict, every key or none: finite floating-point numbers of the right shapes."""
+    own = network.state_dict()
     both = [k for k in own if k in state]
+    numbers = [k for k in both if own[k].is_floating_point()]
+    floats = [k for k in numbers if state[k].dtype in FLOATS]
     # Files older than PyTorch 0.4.1 lack BatchNorm's counter, which nothing here reads.
     problems = {
         "lacks": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
         "has unknown": [k for k in state if k not in own],
         "has other shapes in": [k for k in both if own[k].shape != state[k].shape],
-        "has NaN or infinity in": [k for k in both if not state[k].isfinite().all()],
+        "has no floating-point numbers in": [k for k in numbers if k not in floats],
+        "has NaN or infinity in": [k for k in floats if not state[k].isfinite().all()],
     }
-    for what, keys in problems.items():
+    for problem, keys in problems.items():
         if keys:
             raise ValueError(
-                f"The weights {weights!r} do not fit {name}: the file {what} {len(keys)} of its "
-                f"{len(own)} keys: {some(keys)}. It must be a state dict of torchvision's {name}."
+                f"{what}: the file {problem} {len(keys)} of its {len(own)} keys: {some(keys)}.{hint}"
             )
-    backbone.load_state_dict(state, strict=False)
+    network.load_state_dict(state, strict=False)
+
+
+def _load_pretrained(model: EmbeddingNet, name: str, weights: str) -> None:
+    """Load `"imagenet"` weights or a file of weights, every key or none, but for a classifier's.
+
+    The file of a trained run gives its head, too, where the sizes are the same.
+    """
+    state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    network = model.backbone
+    if any(k.startswith("backbone.") for k in state):
+        shapes = [
+            {k: v.shape for k, v in one.items() if k.startswith("head.")}
+            for one in (state, model.state_dict())
+        ]
+        if shapes[0] == shapes[1]:
+            network = model
+        else:
+            state = {k.removeprefix("backbone."): v for k, v in state.items() if k not in shapes[0]}
+    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    hint = f" It must be a state dict of torchvision's {name}, or a trained run's weights."
+    _load(network, state, f"The weights {weights!r} do not fit {name}", hint)
 
 
 def _imagenet_weights(name: str) -> dict[str, Tensor]:
@@ -143,14 +219,34 @@ def _read_weights(name: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f'There is no file of weights {name!r}: give a path or "imagenet".')
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen kinds
-        cause = str(error).split("\n")[0]
-        raise ValueError(f"{path} cannot be read as a file of weights: {cause}") from error
+            return _read_safetensors(path)[0]
+        state = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a file of weights: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{path} holds no state dict (a dictionary of tensors by name).")
     return state
+
+
+def read_tensors(path: Path) -> Any:
+    """Read what `torch.save` wrote: tensors and plain values alone, never an object that is code.
+
+    Raises:
+        ValueError: anything else, or no such file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        cause = str(error).split("\n")[0] or type(error).__name__
+        if "weights" in cause.lower() and "only" in cause.lower():  # torch's advice is to run it
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            cause = (
+                f"it holds {found[1] if found else 'something'} beside tensors and plain numbers. That "
+                "could run code, so it is not read. Where the file was made, save the network alone: "
+                "torch.save(model.state_dict(), PATH)"
+            )
+        raise ValueError(cause) from error

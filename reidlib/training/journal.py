@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import shutil
 import sys
 import time
 from typing import Any
@@ -47,8 +48,15 @@ class Journal:
         images = plan.table["pid"].value_counts()
         self._counts = {"identities": len(images), "short": int((images < plan.recipe.k).sum())}
         self._said = {finding.name for finding in self._findings(AT_ONCE)} if state.step else set()
+        file = self.folder / "manifest.json"
+        before = runs.read_json(file) if file.exists() else {}
+        if state.step and before.get("steps", plan.steps) != plan.steps:
+            # Said first: 40 steps after 20 are not 40 at once, whose rate decays later.
+            went_on = dict.fromkeys([*before.get("went_on_after", []), before["steps"]])
+            runs.update_json(file, went_on_after=[*went_on])
+        # Also of a run that goes on: it may be watched otherwise, or be longer now.
+        runs.write_json(self.folder / "config.json", self.recipe.model_dump())
         if state.step == 0:
-            runs.write_json(self.folder / "config.json", self.recipe.model_dump())
             if self.recipe.weights != "none":
                 state.facts["fresh"] = fresh_layers(state.model.backbone)
             if plan.held_out:
@@ -67,6 +75,9 @@ class Journal:
             self._since = time.monotonic()
         if step % recipe.checkpoint_every == 0 or last or stopping:
             self._checkpoint()
+            if not stopping:  # whoever stops at once may not have meant to replace a run
+                for replaced in runs.asides(self.folder):
+                    shutil.rmtree(replaced, ignore_errors=True)
 
     def _log(self, result: TripletLoss, lr: float) -> None:
         """Add a row to the history and to TensorBoard, and say in plain words what looks wrong."""
@@ -151,8 +162,14 @@ class Journal:
             runs.update_json(self.folder / "metrics.json", held_out=scores)
         # Some checks only make sense after the last step.
         findings = self._findings(CHECKS if status == "finished" else AT_ONCE, failed)
+        file = self.folder / "manifest.json"
+        stages = runs.read_json(file).get("went_on_after", []) if file.exists() else []
+        stages = [recipe.model_copy(update={"steps": n, "epochs": None}) for n in stages]
+        ended = {}
+        if status == "finished":
+            ended["weights_sha256"] = runs.sha256(self.folder / "weights.safetensors")
         runs.update_json(
-            self.folder / "manifest.json",
+            file,
             status=status,
             step=state.step,
             steps=plan.steps,
@@ -163,10 +180,10 @@ class Journal:
             seed=recipe.seed,
             wall_seconds=round(state.seconds, 1),
             health=[finding._asdict() for finding in findings],
-            reproduce=reproduce_command(recipe, plan.tag),
+            reproduce=" && ".join(reproduce_command(one, plan.tag) for one in [*stages, recipe]),
             device=device_name(plan.device),
             threads=torch.get_num_threads(),
-            **runs.environment(),
+            **(ended | runs.environment()),
         )
 
 

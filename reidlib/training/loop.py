@@ -7,10 +7,11 @@ writes down what happens. What is left is the loop, on one screen: `_steps`.
 """
 
 import math
+import shutil
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
@@ -23,20 +24,25 @@ import torch
 
 from reidlib import runs
 from reidlib.data.augment import Augmentation
+from reidlib.data.check import on_both_sides
 from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.sampler import PKSampler
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
+from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.look import board
 from reidlib.model.device import autocast, fast_at_bfloat16, pick_device, resolve_precision
-from reidlib.model.weights import build_model, save_weights
+from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.paths import outputs_dir
 from reidlib.progress import progress
-from reidlib.recipes import Recipe
+from reidlib.recipes import WATCHING, Recipe, located
 from reidlib.training.checkpoint import State, load_checkpoint
 from reidlib.training.journal import Journal, tell
 from reidlib.training.losses import LOSSES
 
 Resume = Literal["auto", "previous", "never", "restart"]
+# Of the weights of a run, and of no others.
+SCORES = ("metrics.json", PER_QUERY["test"], "embeddings_query.h5", "embeddings_gallery.h5")
+SCORES += ("ranked_lists.jpg", "ranked_lists.html", "verification.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +91,13 @@ def prepare(
     Raises:
         ValueError: data that does not suit the recipe.
     """
-    target = pick_device(device)
-    recipe = resolve_precision(recipe, target)
+    target, tag = pick_device(device), str(tag)  # papermill turns a tag of digits into a number
+    recipe = resolve_precision(located(recipe), target)
     if recipe.precision == "bfloat16" and fast_at_bfloat16(target) is False:
         tell('This processor emulates bfloat16, slowly: take precision = "float32" or "auto".')
-    dataset = dataset or load(recipe.dataset)
+    dataset = dataset or load(recipe.dataset, pattern=recipe.pattern)
+    if said := on_both_sides(dataset):
+        tell(said)
     folder = outputs_dir() / runs.run_name(dataset.name, recipe, tag)
     table, held_out = dataset.train, ()
     if recipe.hold_out:
@@ -110,6 +118,8 @@ def train(
     device: str = "auto",
     dataset: Dataset | None = None,
     show_progress: bool = True,
+    *,
+    longer: bool = True,
 ) -> Path:
     """Train one run to its last step, and return its folder.
 
@@ -120,7 +130,10 @@ def train(
         recipe: all settings; or what `prepare` returned, which then has tag, device and dataset.
         tag, device, dataset, show_progress: as in `prepare`.
         resume: what to do with a run of this name: `"auto"` goes on from its last checkpoint,
-            `"previous"` from the one before, `"never"` refuses, `"restart"` deletes the run.
+            `"previous"` from the one before, `"never"` refuses, `"restart"` replaces the run, which
+            is kept beside it (`runs.asides`) until the new one has written a checkpoint.
+        longer: a finished run goes on where the recipe has more steps. The learning rate then is that
+            of a run of so many steps, so it is no run of so many at once; False refuses.
 
     Raises:
         ValueError: data that does not suit; a run with other settings; a broken checkpoint.
@@ -140,61 +153,131 @@ def train(
     if isinstance(recipe, Recipe):
         plan = prepare(recipe, tag, device=device, dataset=dataset, show_progress=show_progress)
     folder = plan.folder
-    weights, manifest = folder / "weights.safetensors", folder / "manifest.json"
     with runs.lock(folder):
-        checkpoint = _existing(plan, resume)
-        finished = manifest.exists() and runs.read_json(manifest)["status"] == "finished"
-        # A released run has its weights and no checkpoint.
-        whole = checkpoint is None or checkpoint["step"] >= plan.steps
-        if whole and finished and weights.is_file():
+        checkpoint = _existing(plan, resume, longer and resume == "auto")
+        if resume != "restart" and _is_done(plan, checkpoint):
             print(
                 f"{folder.name} was trained before, with these settings and data, and is left as it is. "
                 'To train it again, give another tag, or resume = "restart" to replace it.'
             )
             return folder
+        # Says whatever is wrong with the network or its weights, before anything is replaced.
         state = _start(plan, checkpoint)
-        shown = board.Board(folder, plan.recipe, plan.steps, state.step)
-        with stop_signals() as asked, shown:
-            journal = Journal(plan, state, shown)
-            _steps(plan, state, journal, asked, show_progress)
-            save_weights(weights, state.model, plan.recipe)
-            journal.write_manifest("finished")
+        with _replaced(folder) if resume == "restart" else nullcontext():
+            _run(plan, state, show_progress)
     return folder
 
 
-def _existing(plan: Plan, resume: Resume) -> dict | None:
+def _run(plan: Plan, state: State, show_progress: bool) -> None:
+    """Train from a state to the end, and write down all of it."""
+    folder, weights = plan.folder, plan.folder / "weights.safetensors"
+    if not (folder / "checkpoint.pt").exists():
+        board.erase(folder)  # event files of steps that will come again
+        for kept in runs.asides(folder):
+            tell(f"The run that this one replaces is {kept} until a checkpoint is written.")
+    with stop_signals() as asked, board.Board(folder, plan.recipe, plan.steps, state.step) as shown:
+        journal = Journal(plan, state, shown)
+        _steps(plan, state, journal, asked, show_progress)
+        save_weights(weights, state.model, plan.recipe)
+        metrics = folder / "metrics.json"
+        scored = runs.read_json(metrics) if metrics.exists() else {}
+        if "mAP" in scored and scored.get("weights_sha256") != runs.sha256(weights):
+            tell(f"The scores of {folder.name} were of its weights before: score it again.")
+            for name in SCORES:
+                (folder / name).unlink(missing_ok=True)
+        journal.write_manifest("finished")
+
+
+@contextmanager
+def _replaced(folder: Path):
+    """Set a run aside while another is trained in its place; put it back where that one fails early.
+
+    What fails with a checkpoint can go on from it. A kill puts nothing back, and loses nothing.
+    """
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        yield
+        return
+    aside = runs.set_aside(folder)
+    with runs.lock(folder):  # the other lock went with the run
+        try:
+            yield
+        except BaseException:
+            if not (folder / "checkpoint.pt").exists():
+                shutil.rmtree(folder)
+                aside.rename(folder)
+            raise
+
+
+def _is_done(plan: Plan, checkpoint: dict | None) -> bool:
+    """Return whether a run was trained to its end and has its weights, which are read.
+
+    Raises:
+        ValueError: they are damaged, and there is no checkpoint to write them from.
+    """
+    manifest = plan.folder / "manifest.json"
+    finished = manifest.exists() and runs.read_json(manifest)["status"] == "finished"
+    # A released run has its weights and no checkpoint.
+    whole = checkpoint is None or checkpoint["step"] >= plan.steps
+    if not (finished and whole and (plan.folder / "weights.safetensors").is_file()):
+        return False
+    try:
+        load_model(plan.folder)
+    except ValueError as error:
+        if checkpoint is None:
+            raise
+        tell(f"{error} That is done now.")
+        return False
+    return True
+
+
+def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
     """Return the checkpoint to go on from, after comparing the settings; None for a new run."""
-    folder, known = plan.folder, (plan.folder / "manifest.json").exists()
-    left = [*folder.glob("*.safetensors"), *folder.glob("checkpoint*.pt")]
-    if not known and not left:
+    folder, manifest = plan.folder, plan.folder / "manifest.json"
+    weights = [*folder.glob("*.safetensors")]
+    left = [*weights, *folder.glob("checkpoint*.pt")]
+    if resume == "restart" or not (manifest.exists() or left):
         return None  # the manifest is written before the first step, so nothing was trained
-    if resume == "restart":
-        # Also without a manifest: a checkpoint that stayed would be taken for one of the new run.
-        for path in folder.iterdir():
-            if path.is_file() and path.name != ".lock":  # which is held
-                path.unlink()
-        return None
-    if not known:
+    if not manifest.exists():
         raise ValueError(
             f"{folder} holds {left[0].name} and no manifest.json, so nobody can say how it was trained. "
             "Give another tag, or move that folder away."
         )
     if resume == "never":
         raise FileExistsError(f"The run {folder} exists. Give another tag.")
-    data = runs.read_json(folder / "manifest.json")["train_data"]
-    before = runs.read_recipe(folder).model_dump() | {"data fingerprint": data}
-    now = plan.recipe.model_dump() | {"data fingerprint": plan.data}
-    differ = [f"{k}: {before[k]!r} there, {now[k]!r} now" for k in now if before[k] != now[k]]
+    before = runs.read_json(manifest)
+    finished, grown = before["status"] == "finished", plan.steps > before["steps"]
+    differ = _differing(plan, before, grown and finished and longer)
+    if not longer and before.get("went_on_after"):
+        differ.append(f"it went on after step {before['went_on_after'][-1]}, its last one at first")
     if differ:
         raise ValueError(
             f"The run {folder.name} was made with other settings ({'; '.join(differ)}). Give another "
-            'tag, or resume="restart" to delete it and train again.'
+            'tag, or resume="restart" to replace it.'
         )
     last, previous = (folder / f"checkpoint{which}.pt" for which in ("", "_previous"))
     if resume == "previous":
         return load_checkpoint(previous)
     # No checkpoint yet: killed before the first one. An absent one with an older one left is not that.
-    return load_checkpoint(last) if last.exists() or previous.exists() else None
+    if last.exists() or previous.exists():
+        return load_checkpoint(last)
+    if weights and (grown or not finished):
+        raise ValueError(
+            f"{folder} has no checkpoint.pt to go on from. Give another tag, and start from what it has "
+            f"learnt: weights={weights[0]}."
+        )
+    return None
+
+
+def _differing(plan: Plan, before: dict, grown: bool) -> list[str]:
+    """Return in words what a run was made with otherwise; `before` is its manifest.
+
+    What only watches does not count, and where it has grown, neither does its length.
+    """
+    free = {*WATCHING, *(("steps", "epochs") if grown else ())}
+    old = located(runs.read_recipe(plan.folder)).model_dump(exclude=free)
+    now = plan.recipe.model_dump(exclude=free) | {"data fingerprint": plan.data}
+    old["data fingerprint"] = before["train_data"]
+    return [f"{k}: {old[k]!r} there, {now[k]!r} now" for k in now if old[k] != now[k]]
 
 
 def _start(plan: Plan, checkpoint: dict | None) -> State:
@@ -206,8 +289,6 @@ def _start(plan: Plan, checkpoint: dict | None) -> State:
     state = State(model, optimiser, plan.sampler(), plan.augmentation())
     if checkpoint:
         state.load_state_dict(checkpoint)
-    else:  # a run without a checkpoint left event files of steps that will come again
-        board.erase(plan.folder)
     return state
 
 

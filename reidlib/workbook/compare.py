@@ -16,7 +16,7 @@ from reidlib.look import board
 from reidlib.model.device import pick_device, resolve_precision
 from reidlib.paths import outputs_dir
 from reidlib.progress import progress
-from reidlib.recipes import WATCHING, Recipe
+from reidlib.recipes import WATCHING, Recipe, located
 from reidlib.training import loop
 from reidlib.workbook import workers
 
@@ -86,8 +86,8 @@ def complete(
     for label, (recipe, tag) in rows.items():
         if split == "held_out" and not recipe.hold_out:
             raise ValueError(f"{label}: it has no held-out scores, since hold_out is 0.")
-        recipe = resolve_precision(recipe, target)
-        dataset, data = known(recipe.dataset, recipe.hold_out)
+        recipe = resolve_precision(located(recipe), target)
+        dataset, data = known(recipe.dataset, recipe.pattern, recipe.hold_out)
         names[label] = name = runs.run_name(dataset, recipe, tag)
         row = Sought(recipe, tag, outputs_dir() / name, dataset, data)
         if once.setdefault(name, row) != row:
@@ -110,9 +110,9 @@ def complete(
     return {label: made[name] for label, name in names.items()}
 
 
-def _data(dataset: str, held_out: int | str) -> tuple[str, str]:
+def _data(dataset: str, pattern: str, held_out: int | str) -> tuple[str, str]:
     """Return a data set's name, and the fingerprint of the images that are trained on."""
-    data = load(dataset)
+    data = load(dataset, pattern=pattern)
     train = hold_out(data.train, held_out, seed=0)[0] if held_out else data.train
     return data.name, fingerprint(train)
 
@@ -150,7 +150,8 @@ def _train(row: Sought, device: str) -> Path:
     """Train a row under its own name, or go on with that run."""
     while True:
         try:
-            return loop.train(row.recipe, row.tag, device=device, show_progress=False)
+            options = {"device": device, "show_progress": False, "longer": False}
+            return loop.train(row.recipe, row.tag, **options)
         except runs.Busy:
             # A comparison that was killed leaves its last trainings behind; they end by themselves.
             with runs.lock(row.folder, timeout=-1):
@@ -188,13 +189,14 @@ def _finished() -> Iterator[tuple[Path, dict, str]]:
             settings = _settings(runs.read_recipe(file.parent))
         except (ValueError, OSError):
             continue  # a broken run, or one of a version whose settings differ, is no row
-        if manifest.get("status") == "finished":
+        # One that went on after its end is not what its settings say.
+        if manifest.get("status") == "finished" and not manifest.get("went_on_after"):
             yield file.parent, settings, manifest.get("train_data")
 
 
 def _settings(recipe: Recipe) -> dict:
     """Return what makes a row. A file of weights goes by its name: where it lies is no setting."""
-    settings = recipe.model_dump(exclude=set(WATCHING))
+    settings = located(recipe).model_dump(exclude=set(WATCHING))
     return settings | {"weights": Path(recipe.weights).name}
 
 

@@ -1,15 +1,14 @@
 """A finished run made ready for others: weights in half precision, scored, and a model card."""
 
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from reidlib import runs
 from reidlib.evaluation.scoring import score_run
 from reidlib.look import board
 from reidlib.model.weights import load_model, save_weights
-from reidlib.runs import find_run, lock, read_json, read_recipe, update_json, write_text
 
 # What is released; the rest of a run is large, or shows people.
 FILES = ["README.md", "config.json", "manifest.json", "metrics.json", "history.csv"]
@@ -19,7 +18,7 @@ FILES += ["per_query.csv", "weights.safetensors"]
 def release(run: str | Path) -> list[Path]:
     """Halve a run's weights, score these, with flips too, and write its model card.
 
-    An error on the way leaves the run as it was: all is put in place at the end, the weights last.
+    An error or a kill on the way leaves the run as it was: all is put in place at the end, together.
 
     Returns:
         The files to give away, all in the run's folder: `FILES`, and TensorBoard's events.
@@ -28,27 +27,30 @@ def release(run: str | Path) -> list[Path]:
         FileNotFoundError: no such run, one whose training has not ended, or no data to score it on.
         RuntimeError: another process is writing this run.
     """
-    folder = find_run(run)
+    folder = runs.find_run(run)
     model = load_model(folder)
-    with lock(folder), TemporaryDirectory(prefix=".release-", dir=folder) as place:
+    with runs.lock(folder), TemporaryDirectory(prefix=".release-", dir=folder) as place:
         made = Path(place) / folder.name  # as the card and the scores call it
         made.mkdir()
         for file in (folder / name for name in FILES if name.endswith(".json")):
             if file.is_file():
                 shutil.copy(file, made)
-        save_weights(made / "weights.safetensors", model, model.recipe, half=True)
-        update_json(made / "manifest.json", weights="float16 where they are matrices or filters")
+        weights = made / "weights.safetensors"
+        save_weights(weights, model, model.recipe, half=True)
+        said = {"weights": "float16 where they are matrices or filters"}
+        runs.update_json(made / "manifest.json", **said, weights_sha256=runs.sha256(weights))
         scored = score_run(made, flip=True)
-        write_text(made / "README.md", model_card(made))
-        for file in sorted(made.glob("[!.]*"), key=lambda file: file.suffix == ".safetensors"):
-            os.replace(file, folder / file.name)
+        runs.write_text(made / "README.md", model_card(made))
+        with runs.together(folder) as ready:
+            for file in made.glob("[!.]*"):
+                file.rename(ready / file.name)
     board.write_scores(folder, scored.scores)
     return [*(folder / name for name in FILES), *sorted(folder.glob("events.out.tfevents.*"))]
 
 
 def model_card(folder: Path) -> str:
     """Return the model card of a scored run, in Markdown; every number is from its files."""
-    recipe, metrics = read_recipe(folder), read_json(folder / "metrics.json")
+    recipe, metrics = runs.read_recipe(folder), runs.read_json(folder / "metrics.json")
     head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
     keys = ";\n`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`."
     scaled = ", less ImageNet's mean, over its standard deviation"
@@ -56,7 +58,7 @@ def model_card(folder: Path) -> str:
     return template.format(
         name=folder.name,
         recipe=recipe,
-        manifest=read_json(folder / "manifest.json"),
+        manifest=runs.read_json(folder / "manifest.json"),
         metrics=metrics,
         head=head if recipe.head else "(no head)",
         keys=keys if recipe.head else ".",

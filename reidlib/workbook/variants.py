@@ -64,7 +64,7 @@ def comparison(
     shared = base.model_dump() | {"evaluate_every": often, "checkpoint_every": often}
 
     def row(words: str, settings: dict[str, Any]) -> Row:
-        return Row(Recipe(**(shared | settings)), "_".join(filter(None, (tag, words))))
+        return Row(Recipe(**(shared | settings)), "_".join(filter(None, (str(tag), words))))
 
     rows = {
         (name, seed): row(f"s{seed}", settings | {"seed": seed})
