@@ -6,6 +6,9 @@ and `REID_CACHE` put them elsewhere.
 """
 
 import os
+import platform
+import re
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -53,3 +56,27 @@ def outputs_dir() -> Path:
 def cache_dir() -> Path:
     """Return the folder of decoded images: `$REID_CACHE`, or `.cache` in the data folder."""
     return _place("REID_CACHE", data_dir() / ".cache")
+
+
+def temporary(path: Path, form: str = ".{name}.{mine}.tmp") -> Path:
+    """Return a name beside `path` for what is being made; what killed processes left there goes.
+
+    The name has the machine and the process: another machine may be writing on the same disk.
+    """
+    host = re.escape(platform.node())
+    for left in path.parent.iterdir():
+        made = re.fullmatch(rf".+[.-]{host}-(\d+)\.(tmp|ipynb)", left.name)
+        if made and not _is_alive(int(made[1])):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)
+    mine = f"{platform.node()}-{os.getpid()}"
+    return path.with_name(form.format(name=path.name, stem=path.stem, mine=mine))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True

@@ -163,6 +163,16 @@ REFUSED = [
     (FLAT, dict(pattern="(?P<pid>[a-z]+)(?P<camid>8)?"), "4 of 4 image names"),
     (["train.csv", "duke_train.csv"], {}, "duke_train.*are all lists for train"),
     (["query.csv"], {}, "query and gallery go together.*only .*query.csv"),
+    (["own/train/a/1.jpg", "own/test/a/1.jpg"], {}, "for a folder of people, and holds own/test/a"),
+    (["train_1/a/1.jpg", "train_2/a/1.jpg"], {}, "may all be for train"),
+    (["train/a/1.jpg"], {}, "lacks a folder for query.*x/train by itself is split in halves"),
+    (["train.csv", "a/bounding_box_train/1.jpg"], {}, "holds the lists .*train.csv and the folder"),
+    (["query.csv", "gallery.csv", "train/a/1.jpg"], {}, "holds the lists .* and the folder .*train"),
+    (["train.csv"], dict(dataset="x/train.csv"), r"train.csv is no CSV in UTF-8 \("),
+    ("path,identity\na.jpg,ann\n", {}, "line 1: expected pid,path, got 'path,identity'. A header"),
+    ("file,who\na.jpg,ann\n", {}, "line 1: expected pid,path, got 'file,who'. A header"),
+    ("1,a.jpg\n".encode("utf-16"), {}, r"train.csv is no CSV in UTF-8 \("),
+    ("Jürgen,a.jpg\n".encode("latin-1"), {}, r"train.csv is no CSV in UTF-8 \("),
     ("", {}, "lists no images"),
     ("pid,path\n", {}, "lists no images"),
     ("1,a.jpg\n\n2\n", {}, "line 3: expected pid,path, got '2'"),
@@ -179,9 +189,10 @@ REFUSED = [
 @pytest.mark.parametrize(("there", "asked", "message"), REFUSED)
 def test_what_is_no_data_set_is_refused(there, asked, message, data):
     (data / "x").mkdir()
-    if isinstance(there, str):
+    if not isinstance(there, list):
         pictures(data / "x", "a.jpg")
-        (data / "x" / "train.csv").write_text(there)
+        whole = there if isinstance(there, bytes) else there.encode()
+        (data / "x" / "train.csv").write_bytes(whole)
     for name in there if isinstance(there, list) else []:
         picture(data / "x" / name, format="jpeg")
     with pytest.raises((FileNotFoundError, ValueError), match=message):
@@ -213,7 +224,7 @@ def test_built_in_data_is_drawn_once_and_refused_of_another_version(data, monkey
     monkeypatch.setattr(synthetic, "draw_dataset", draw_few)
     assert ds.load("synthetic").name == ds.load("synthetic").name == "synthetic"
     assert drawn == [data / "synthetic"]
-    for text in ('{"version": 0}', None):
+    for text in ('{"version": 0}', "[]", "{", None):
         marker = data / "synthetic" / "dataset.json"
         marker.write_text(text) if text else marker.unlink()
         with pytest.raises(ValueError, match="not of this version of reidlib: remove it"):
@@ -252,7 +263,89 @@ def test_broken_zip_is_named_and_leaves_nothing(damage, data):
     assert os.listdir(data) == [archive.name]
 
 
+def test_zip_that_unpacks_to_more_than_pictures_do_is_refused(data):
+    with zipfile.ZipFile(data / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for number in range(4):
+            z.writestr(f"1/{number}.bmp", bytes(30_000_000))
+    with pytest.raises(ValueError, match="bomb.zip is refused: it unpacks to 120 MB.* 102 at most"):
+        ds.load("bomb.zip")
+    assert os.listdir(data) == ["bomb.zip"]
+
+
+@pytest.mark.parametrize("asked", ["market1501", f"{files.MARKET_FOLDER}.zip"])
+def test_zip_that_was_replaced_is_unpacked_anew(asked, data):
+    archive, source = data / f"{files.MARKET_FOLDER}.zip", small_market(data.parent / "source")
+    zipped(archive, source)
+    before = ds.load(asked)
+    pictures(source, "query/0003_c3s1_000001_00.jpg")
+    zipped(archive, source)
+    after, again = ds.load(asked), ds.load(asked)
+    assert (len(before.query), len(after.query), len(again.query)) == (2, 3, 3)
+    (aside,) = data.glob("*.replaced-*")  # with whatever was changed in it by hand
+    assert len(ds.load(aside).query) == 2
+
+
 # --- folders
+
+
+SPLIT_NAMES = ["Train QUERY Gallery", "image_train image_query image_test"]
+SPLIT_NAMES += ["TrainingSet probe testing", "bounding_box_train Query TEST"]
+
+
+@pytest.mark.parametrize("names", SPLIT_NAMES)
+def test_splits_are_known_in_any_spelling(names, data):
+    pattern = r"^(?P<pid>\d+)_c(?P<camid>\d)"
+    pictures(data / "own", *(f"{name}/{i}_c{i}.jpg" for i, name in enumerate(names.split(), 1)))
+    pictures(data / "own", "2/2_c2.jpg")
+    got = ds.load("own", pattern=pattern)
+    assert [table.pid.tolist() for table in got.splits.values()] == [[1], [2], [3]]
+    assert got.notes == ("In own/ not read, no part of the split: 2.",)
+
+
+def test_queries_are_drawn_from_a_test_that_has_none(data):
+    pictures(
+        data / "own",
+        *(f"{s}/{p}{i}.jpg" for s in ("train", "test") for p in ["ab/", "cd/"] for i in "12"),
+    )
+    pictures(data / "own", "test/solo/1.jpg")
+    got, again = ds.load("own"), ds.load("own")
+    assert ds.fingerprint(got) == ds.fingerprint(again) and len(got.train) == 4
+    assert len(got.query) == got.query.pid.nunique() == 2 and len(got.gallery) == 3
+    assert "No queries are given: 2 were drawn from the test with seed 0." in got.notes
+
+
+def test_each_real_picture_is_read_once(data):
+    root = pictures(data / "own", "a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg", ".store/c/1.jpg")
+    pictures(data.parent / "far", "1.jpg")
+    links = {"a/loop": "..", "a/same.jpg": "1.jpg", "b/other": "../a", "c": ".store/c"}
+    links |= {"d": "../../far", "d2": "../../far", "b/away.jpg": "../../../far/1.jpg"}
+    for link, to in (links | {"b/gone.jpg": "nowhere.jpg"}).items():
+        (root / link).symlink_to(to)
+    names = [os.path.relpath(path, root) for path in ds.image_list(root).path]
+    assert names[:4] == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"]
+    assert names[4:] == ["b/away.jpg", "b/gone.jpg", "c/1.jpg", "d/1.jpg"]
+
+
+def test_names_that_are_no_utf8_are_told(data):
+    root = pictures(data / "own", "a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")
+    stray = os.fsencode(root / "a") + b"/\xdf.txt"
+    open(stray, "w").close()
+    assert "\\udcdf.txt" in ds.load("own").notes[0].encode().decode()
+    os.rename(stray, stray.replace(b"txt", b"jpg"))
+    with pytest.raises(ValueError, match=r"1 names in .*own are no UTF-8: a/\\udcdf.jpg. Rename"):
+        ds.load("own")
+
+
+def test_a_query_does_not_find_copies_of_itself(data):
+    people = pictures(data / "own", "train/a/1.jpg", "train/b/1.jpg") / "gallery"
+    pictures(people, *(f"{p}/{i}.jpg" for p in "cd" for i in "12"))
+    for person in "cd":
+        (data / "own/query" / person).mkdir(parents=True)
+        shutil.copy(people / person / "1.jpg", data / "own/query" / person / "new.jpg")
+    got = ds.load("own")
+    assert got.query.path.tolist() == [str(people / p / "1.jpg") for p in "cd"]
+    assert "2 queries are copies of gallery images, which are left out for them." in got.notes
+    assert "error: 2 queries are in the gallery too" in " ".join(str(check(got)).split())
 
 
 def test_folder_of_named_identities_already_split(data):
@@ -260,7 +353,7 @@ def test_folder_of_named_identities_already_split(data):
     for split in people:
         for person in people[split]:
             picture(data / "own" / split / person / f"{split} 1.jpg")
-            picture(data / "own" / split / person / "deep" / "2.JPEG", format="JPEG")
+            picture(data / "own" / split / person / "deep" / f"{split}.JPEG", format="JPEG")
     got = ds.load("own")
     # One map for all splits, sorted by name, from 1: 0 means distractor.
     assert dict(zip(got.gallery.label, got.gallery.pid, strict=True)) == {"al": 1, "di": 4}
@@ -283,6 +376,10 @@ def test_identities_and_cameras_are_read_by_pattern(data):
     pictures(duke, *(f"{folder}/0005_c2_f0046182.jpg" for folder in SMALL))
     got = ds.load("duke", pattern=r"^(?P<pid>\d+)_c(?P<camid>\d)")
     assert rows(got.query) == [("0005_c2_f0046182.jpg", 5, 2)]
+    pictures(data / "deep", *(f"p{p}/cam{c}/{i}.jpg" for p in "1234" for c in "12" for i in "34"))
+    got = ds.load("deep", pattern=r"cam(?P<camid>\d)/")
+    assert set(pd.concat(got.splits.values()).camid) == {1, 2}
+    assert set(got.train.label) < {"p1", "p2", "p3", "p4"}
 
 
 def test_named_cameras_are_numbered(data):
@@ -360,6 +457,34 @@ def test_list_with_header_names_and_cameras(data):
     assert list(got.gallery.camid) == [1, 3, 1, 2, 1] and check(got).ok
 
 
+NUMBERED = {
+    "of pandas": ("7.0 -1.0 0.0 8.00", [7, -1, 0, 8]),
+    "from 0": ("0 1 2 10", [1, 2, 3, 11]),
+    "with junk": ("0 1 2 -1", [0, 1, 2, -1]),
+    "long": ("20261127000000001 20261127000000002 0 -1", [1, 2, 0, -1]),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERED)
+def test_identities_of_a_list_stay_apart(case, data):
+    pids, expected = NUMBERED[case]
+    pictures(data / "own" / "deep", *(f"{i}.jpg" for i in range(4)))
+    lines = [f"{pid},deep\\{i}.jpg,{i}.0" for i, pid in enumerate(pids.split())]  # Windows wrote it
+    (data / "own" / "train.csv").write_text("\n".join(lines))
+    got = ds.load("own").train
+    assert got.pid.tolist() == expected and got.camid.tolist() == [0, 1, 2, 3]
+
+
+def test_lists_go_before_folders_and_notes_are_no_lists(data):
+    root = lists(data / "lists")
+    (root / "test_notes.csv").write_text("date,weather\n2026-11-01,cloudy\n")
+    small_market(root / "images")
+    (root / "market1501_query.csv").write_text("1,images/query/0001_c1s1_000001_00.jpg\n")
+    assert len(ds.load("lists").query) == 1
+    (small_market(data / "set") / "test_notes.csv").write_text("date,weather\n")
+    assert len(ds.load("set").gallery) == 5
+
+
 def test_some_lists_alone(data):
     root = lists(data / "lists")
     got = ds.load(str(root / "market1501_train.csv"), pattern="market1501")
@@ -367,6 +492,8 @@ def test_some_lists_alone(data):
     assert got.query.pid.dtype == np.int64 and list(got.query) == ["path", "pid", "camid"]
     assert "No list for query and gallery was given: this data set can train" in got.notes[0]
     assert check(got).ok and check(got).counts.images["query"] == 0
+    with pytest.raises(ValueError, match="has no test: 0 queries and 0 gallery images"):
+        _ = got.test
     (root / "market1501_train.csv").unlink()
     assert "for train was given: this data set can test, not train." in ds.load("lists").notes[0]
 
@@ -413,6 +540,8 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
             assert (pixels[..., 0] == pixels[..., 2]).all() and pixels.std() > 0
     Image.fromarray(np.array([[0, 256 * 7, 65535]], np.uint16)).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png")[0, :, 1].tolist() == [0, 7, 255]
+    Image.fromarray(np.array([[0, 16 * 7, 4095]], np.uint16)).save(tmp_path / "twelve.png")
+    assert read_image(tmp_path / "twelve.png")[0, :, 1].tolist() == [0, 7, 255]
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
     assert np.abs(read_image(tmp_path / "red.jpg").astype(int) - [255, 0, 0]).max() < 12
 

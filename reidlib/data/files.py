@@ -1,19 +1,21 @@
 """What lies on the disk: folders, zips and CSV lists of images, read to rows of text."""
 
 import csv
+import hashlib
 import os
 import re
+import shutil
 import stat
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from reidlib.paths import data_dir
+from reidlib.paths import data_dir, temporary
 from reidlib.words import some
 
 Source = str | Path
@@ -24,6 +26,10 @@ SPLIT_FOLDERS = {
     "query": ("query",),
     "gallery": ("bounding_box_test", "gallery", "test"),
 }
+SPLIT_WORDS = {"train": "train", "query": "query|querie|probe", "gallery": "gallery|test"}
+# In any capitals, as some copies have it.
+_MARKET_TRAIN = re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", "bounding_box_train")
+_UNPACKED = ".unpacked"  # in an unpacked folder: the digest of the zip's contents
 # The pattern ends at the first dot: 24 official files end in ".jpg.jpg", and a pattern that ends
 # in r"\.jpg$" loses all six queries of identity 1488 and 18 gallery images without a word.
 MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
@@ -31,7 +37,7 @@ MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
 
 def existing(source: Source) -> Path:
     """Return the path as given, else under the data folder; FileNotFoundError names both."""
-    given = Path(source).expanduser()
+    given = Path(_utf8([str(source)], "given")[0]).expanduser()
     for path in (Path(os.path.abspath(given)), data_dir() / given):
         if str(source).strip() and path.exists():
             return path
@@ -51,8 +57,9 @@ def find_market1501() -> Path:
     places = [p for p in data_dir().glob("[!.]*") if is_market1501(p)]
     places.sort(key=lambda p: (p.is_file(), not p.name.startswith(MARKET_FOLDER), p.name))
     for place in places:
-        if place.suffix.lower() == ".zip" and place.is_file():
-            place = unpack(place)
+        archive = place if place.is_file() else place.with_name(f"{place.name}.zip")
+        if archive.suffix.lower() == ".zip" and archive.is_file():
+            place = unpack(archive)
         if place.is_dir() and (found := find_market(place)):
             return found
     raise FileNotFoundError(
@@ -65,7 +72,7 @@ def find_market1501() -> Path:
 def find_market(root: Path) -> Path | None:
     """Return the folder with bounding_box_train in it, `root` or up to two levels below; or None."""
     for level in ("", "*/", "*/*/"):
-        hits = sorted(p.parent for p in root.glob(level + "bounding_box_train") if p.is_dir())
+        hits = sorted(p.parent for p in root.glob(level + _MARKET_TRAIN) if p.is_dir())
         hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
         if len(hits) > 1:
             raise ValueError(f"{root} holds several data sets, give one: {some(hits)}.")
@@ -74,29 +81,52 @@ def find_market(root: Path) -> Path | None:
     return None
 
 
-def find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of train, query and gallery; none, or all: else FileNotFoundError."""
-    found = {
-        split: [root / name for name in names if (root / name).is_dir()]
-        for split, names in SPLIT_FOLDERS.items()
-    }
-    missing = [
-        f"{s} ({' or '.join(SPLIT_FOLDERS[s])})" for s, places in found.items() if not places
-    ]
-    if missing and any(found.values()):
+def split_of(name: str) -> str | None:
+    """Return the split that a folder or a list is named after, in any spelling, or None.
+
+    >>> [split_of(name) for name in ("image_train", "TestSet", "Queries", "Ernest")]
+    ['train', 'gallery', 'query', None]
+    """
+    words = re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()
+    for split, word in SPLIT_WORDS.items():
+        if re.search(rf"(?<![a-z])({word})(ing|set|s|data|images?)?(?![a-z])", words):
+            return split
+    return None
+
+
+def find_splits(root: Path, notes: list[str]) -> dict[str, Path]:
+    """Return the folders of train, query and gallery: none, all, or `train` and `test` alone.
+
+    `notes` get a sentence on other folders beside them. Raises FileNotFoundError where one is
+    missing, and ValueError where nobody can say which of several it is.
+    """
+    places = [p for p in sorted(root.iterdir()) if p.is_dir() and not _hidden([p.name])]
+    found = {}
+    for split, names in SPLIT_FOLDERS.items():
+        likely = [p for p in places if split_of(p.name) == split]
+        named = [p for name in names for p in likely if p.name.lower() == name]
+        if not named and len(likely) > 1:
+            raise ValueError(f"{some(likely)} may all be for {split}: name one of them {split}.")
+        if likely:
+            found[split] = (named or likely)[0]
+    missing = [f"{s} ({' or '.join(SPLIT_FOLDERS[s])})" for s in SPLIT_FOLDERS if s not in found]
+    drawn = {*found} == {"train", "gallery"}  # but a "gallery" has had queries, which are lost
+    drawn = drawn and found["gallery"].name.lower() not in ("bounding_box_test", "gallery")
+    if missing and found and not drawn:
         raise FileNotFoundError(
-            f"{root} lacks a folder for {', '.join(missing)}: give the right one, or unpack it again."
+            f"{root} lacks a folder for {', '.join(missing)}: give the right one, or unpack it again; "
+            f"{next(iter(found.values()))} by itself is split in halves."
         )
-    return {} if missing else {split: places[0] for split, places in found.items()}
+    if found and (others := [p.name for p in places if p not in found.values()]):
+        notes.append(f"In {root.name}/ not read, no part of the split: {some(others)}.")
+    return found
 
 
 def find_lists(root: Path) -> dict[str, Path]:
-    """Return the CSV lists in a folder by split; several for one split are a ValueError."""
-    words = {path: {*re.split("[^a-z]+", path.stem.lower())} for path in sorted(root.glob("*.csv"))}
-    found = {
-        split: [path for path in words if words[path] & {*names}]
-        for split, names in SPLIT_FOLDERS.items()
-    }
+    """Return the CSV lists of images in a folder by split; several for one are a ValueError."""
+    lists = [p for p in sorted(root.iterdir()) if p.suffix.lower() == ".csv" and p.is_file()]
+    lists = [p for p in lists if split_of(p.stem) and _names_images(p)]
+    found = {split: [p for p in lists if split_of(p.stem) == split] for split in SPLIT_FOLDERS}
     for split, paths in found.items():
         if len(paths) > 1:
             raise ValueError(
@@ -105,21 +135,50 @@ def find_lists(root: Path) -> dict[str, Path]:
     return {split: paths[0] for split, paths in found.items() if paths}
 
 
+def _names_images(path: Path) -> bool:
+    """Whether a CSV lists images (or is none, which `read_list` says); else it holds notes."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    return not head.strip() or bool(re.search(rb"(?i)\0|path|\.(jpe?g|png|bmp|webp|tiff?)\b", head))
+
+
 def unpack(archive: Path) -> Path:
     """Unpack a zip beside itself, once, and return the folder.
 
-    ValueError: a member would leave the folder, or the zip is broken; then nothing is written.
+    If the zip is another one since then, it is unpacked anew, and the old folder stays beside it as
+    `NAME.replaced-TIME`. A folder that was not unpacked here is taken as it is.
+
+    ValueError: a member would leave the folder, there is no room, the zip is broken, or it unpacks
+    to more than 20 times its size and 100 MB, as no pictures do; then nothing is written.
     """
     target = archive.with_suffix("")
-    if target.is_dir():
+    marker, before = target / _UNPACKED, target.is_dir()
+    if before and not marker.is_file():
         return target
     outside = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
     try:
-        with zipfile.ZipFile(archive) as opened, whole_folder(target) as part:
-            for name, kind in [(m.filename, m.external_attr >> 16) for m in opened.infolist()]:
-                if outside.match(name) or stat.S_ISLNK(kind):
-                    raise ValueError(f"{archive} is refused: {name} would leave the folder.")
-            opened.extractall(part)
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+            content = repr([(m.filename, m.file_size, m.CRC) for m in members])
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            if before and marker.read_text() == digest:
+                return target
+            for m in members:
+                if outside.match(m.filename) or stat.S_ISLNK(m.external_attr >> 16):
+                    raise ValueError(f"{archive} is refused: {m.filename} would leave the folder.")
+            size, free = sum(m.file_size for m in members), shutil.disk_usage(archive.parent).free
+            bound = 20 * archive.stat().st_size + 10**8
+            if size > min(bound, free):
+                raise ValueError(
+                    f"{archive} is refused: it unpacks to {size / 1e6:,.0f} MB, where {free / 1e6:,.0f} "
+                    f"are free, and pictures in a zip of its size have {bound / 1e6:,.0f} at most. Make "
+                    "room, or unpack it yourself."
+                )
+            with whole_folder(target) as part:
+                opened.extractall(part)
+                (part / _UNPACKED).write_text(digest)
+                if before:
+                    target.rename(f"{target}.replaced-{time.strftime('%Y%m%dT%H%M%S')}")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise ValueError(
             f"cannot unpack {archive}: {error}. Download it again, or unpack it yourself."
@@ -131,32 +190,79 @@ def unpack(archive: Path) -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a folder to fill, which becomes `target` at the end, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        part = Path(temporary, "part")
-        part.mkdir()
+    part = temporary(target)
+    part.mkdir()
+    try:
         yield part
         try:
             part.rename(target)
         except OSError:
             if not target.is_dir():  # else another process was first, with the same files
                 raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # --- folders and lists: rows of path, pid and camid, all text
 
 
 def walk(place: Path) -> tuple[list[str], list[str]]:
-    """Return image names relative to `place`, sorted, and a note (none or one) on all else there."""
-    images, strays = [], []
-    for base, dirs, files in os.walk(place, followlinks=True):
+    """Return image names relative to `place`, sorted, and a note (none or one) on all else there.
+
+    Links are followed, and each real folder or picture is taken once, under its own name if it has
+    one here. Raises OSError: a folder that cannot be read; ValueError: names that are no UTF-8.
+    """
+    images, strays, seen = [], [], set()
+
+    def again(path: str) -> bool:
+        real = os.path.realpath(path)
+        linked = os.path.islink(path) and path != str(place)
+        if real in seen or (linked and _below(real, place)):
+            return True
+        seen.add(real)
+        return False
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for base, dirs, files in os.walk(place, onerror=stop, followlinks=True):
+        if again(base):
+            strays.append(os.path.relpath(base, place) + "/")
+            dirs.clear()
+            continue
         strays += [d + "/" for d in dirs if _hidden([d])]
-        dirs[:] = [d for d in dirs if not _hidden([d])]
-        for name in files:
-            image = Path(name).suffix.lower() in IMAGE_SUFFIXES and not _hidden([name])
-            relative = os.path.relpath(os.path.join(base, name), place).replace(os.sep, "/")
-            (images if image else strays).append(relative)
-    note = f"In {place.name}/ ignored, hidden or no images: {some(sorted(strays))}."
-    return sorted(images), [note] if strays else []
+        dirs[:] = sorted(d for d in dirs if not _hidden([d]))  # the same of two links each time
+        for name in sorted(files):
+            path = os.path.join(base, name)
+            image = _is_image(name) and not _hidden([name])
+            image = image and not (os.path.islink(path) and again(path))
+            (images if image else strays).append(os.path.relpath(path, place).replace(os.sep, "/"))
+    strays = [_shown(stray) for stray in sorted(strays) if stray != _UNPACKED]
+    note = f"In {place.name}/ ignored, hidden, linked twice or no images: {some(strays)}."
+    return _utf8(sorted(images), f"in {place}"), [note] if strays else []
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _below(real: str, place: Path) -> bool:
+    """Whether `walk` finds a folder or a picture in `place` without the link that leads to it."""
+    path, root = Path(real), Path(os.path.realpath(place))
+    inside = path.is_relative_to(root) and not _hidden(path.relative_to(root).parts)
+    return inside and (path.is_dir() or (path.is_file() and _is_image(path.name)))
+
+
+def _shown(name: str) -> str:
+    """A name of a file, with what is no UTF-8 in it escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _utf8(names: list[str], where: str) -> list[str]:
+    """Return names of files; a ValueError where some are no UTF-8, which no table could hold."""
+    if bad := [_shown(name) for name in names if _shown(name) != name]:
+        raise ValueError(f"{len(bad)} names {where} are no UTF-8: {some(bad)}. Rename them.")
+    return names
 
 
 def read_folder(place: Path, pattern: str | None, notes: list[str], labelled: bool) -> pd.DataFrame:
@@ -169,6 +275,12 @@ def read_folder(place: Path, pattern: str | None, notes: list[str], labelled: bo
     notes += strays
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    folders = sorted({os.path.dirname(name) for name in names})
+    if labelled and (inner := [f for f in folders if any(map(split_of, f.split("/")))]):
+        raise ValueError(
+            f"{place} was taken for a folder of people, and holds {some(inner)}: give the folder that "
+            "has train, query and gallery in it, or rename what is a person."
+        )
     groups = _groups_of(names, pattern, place)
     rows = pd.DataFrame({"path": names, "pid": "-1", "camid": "-1"} | groups)
     if labelled and "pid" not in groups:
@@ -197,28 +309,39 @@ def read_list(
     ValueError: no rows, or a line that cannot be read.
     """
     base = existing(image_root) if image_root else source.parent
-    with open(source, newline="", encoding="utf-8-sig") as file:
-        lines = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    try:
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            lines = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{source} is no CSV in UTF-8 ({error}): save it as one.") from error
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
     columns = [cell.lower() for cell in lines[0][1]] if lines else []
+    other_names = False  # is the first line a header of other names?
     if {"path", *["pid"] * labelled} <= set(columns):
         lines = lines[1:]
-    else:  # no header
+    elif lines:
         columns = ["pid", "path", "camid"][: max(2, len(columns))]
+        first, last = (any(map(_is_image, row)) for _, row in (lines[0], lines[-1]))
+        other_names = last and not first
     if not lines:
         raise ValueError(f"{source} lists no images.")
     for number, row in lines:
         cells = dict(zip(columns, row, strict=False))
-        if len(row) != len(columns) or "" in (cells.get(c) for c in ("pid", "path", "camid")):
+        empty = "" in (cells.get(c) for c in ("pid", "path", "camid"))
+        if len(row) != len(columns) or empty or other_names:
             raise ValueError(
-                f"{source}, line {number}: expected {','.join(columns)}, got {','.join(row)!r}."
+                f"{source}, line {number}: expected {','.join(columns)}, got {','.join(row)!r}. A "
+                "header names its columns pid, path and camid."
             )
     rows = pd.DataFrame([row for _, row in lines], columns=columns)
     if "pid" not in rows:
         rows["pid"] = "-1"
     if "camid" not in rows:
-        rows["camid"] = _groups_of([*rows["path"]], pattern, source).get("camid", "-1")
-    rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
+        names = [p.replace("\\", "/") for p in rows["path"]]
+        rows["camid"] = _groups_of(names, pattern, source).get("camid", "-1")
+    rows["path"] = [_path_in(base, p) for p in rows["path"]]
+    for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
+        rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
     lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
     if lost:
         raise FileNotFoundError(
@@ -228,8 +351,17 @@ def read_list(
     return rows[["path", "pid", "camid"]]
 
 
+def _path_in(base: Path, path: str) -> str:
+    """The path of an image in a list, also where Windows wrote it."""
+    found = os.path.abspath(base / path)
+    return found if os.path.isfile(found) else os.path.abspath(base / path.replace("\\", "/"))
+
+
 def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, list[str]]:
-    """Return what the pattern's groups pid and camid catch in each file name: group -> texts."""
+    """Return what the pattern's groups pid and camid catch in each name: group -> texts.
+
+    A name that does not fit by itself is looked at with its folders.
+    """
     if not pattern:
         return {}
     try:
@@ -239,7 +371,7 @@ def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, 
     wanted = {"pid", "camid"} & set(regex.groupindex)
     if not wanted:
         raise ValueError(f"pattern {pattern!r} has neither a group (?P<pid>…) nor (?P<camid>…).")
-    caught = {name: regex.search(name.rsplit("/", 1)[-1]) for name in names}
+    caught = {n: regex.search(n.rsplit("/", 1)[-1]) or regex.search(n) for n in names}
     wrong = [n for n in names if not caught[n] or None in caught[n].groupdict().values()]
     if wrong:
         raise ValueError(

@@ -246,12 +246,13 @@ def built_in_data() -> Path:
 
     If another version of the library drew it, that is a ValueError.
     """
-    root = data_dir() / "synthetic"
+    root, version = data_dir() / "synthetic", None
     if not root.exists():
         with suppress(FileExistsError):  # another process was first
             draw_dataset(root)
-    marker = root / "dataset.json"
-    if not marker.is_file() or json.loads(marker.read_text()).get("version") != VERSION:
+    with suppress(OSError, ValueError, TypeError, LookupError):  # of another shape, too
+        version = json.loads((root / "dataset.json").read_text())["version"]
+    if version != VERSION:
         raise ValueError(f"{root} is not of this version of reidlib: remove it, to draw it again.")
     return root
 

@@ -8,6 +8,7 @@ numbers, are numbered 1, 2, … over all splits together, and keep the name in a
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pandas as pd
 from reidlib.data import files
 from reidlib.data.files import Source
 from reidlib.data.synthetic import built_in_data
+from reidlib.runs import sha256
 from reidlib.words import some
 
 
@@ -41,6 +43,16 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     @property
+    def test(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The tables query and gallery; a ValueError where the data set has no test."""
+        if not len(self.query) or not len(self.gallery):
+            raise ValueError(
+                f"The data set {self.name} ({self.root}) has no test: {len(self.query)} queries and "
+                f"{len(self.gallery)} gallery images. It can train; name another to be tested on."
+            )
+        return self.query, self.gallery
+
+    @property
     def splits(self) -> dict[str, pd.DataFrame]:
         """The tables by name: train, query, gallery."""
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
@@ -52,10 +64,11 @@ def load(
     r"""Load a data set: the one door, and every argument may be a plain string.
 
     In Market-1501's layout files are named PID_cCsS_FRAME_BOX.jpg. A folder's split is that of its
-    sub-folders train, query and gallery (also bounding_box_train, bounding_box_test and test).
-    Without them identities are split in halves, as in Market-1501, see `hold_out`. A row of a CSV
-    list is `pid,path` or `pid,path,camid`, as triplet-reid writes it; with a header columns may
-    stand in any order, among others.
+    sub-folders train, query and gallery (also bounding_box_train, image_test, TEST and the like);
+    of train and test alone queries are drawn from test. Without them identities are split in halves,
+    as in Market-1501, see `hold_out`. A row of a CSV list is `pid,path` or `pid,path,camid`, as
+    triplet-reid writes it; with a header columns may stand in any order, among others. Three lists
+    go before folders beside them.
 
     Args:
         dataset: one of
@@ -67,6 +80,7 @@ def load(
               CSV for training only. Without a list its table is empty, and a note says so.
             A relative path is looked for in the working directory, then in the data folder.
         pattern: a regular expression over file names, such as `r"(?P<pid>[a-z]+)_cam(?P<camid>\d)"`,
+            or, where they do not fit, over names with their folders, such as `"cam(?P<camid>\d)/"`;
             or `"market1501"` for Market-1501's names. Its group `pid` is the identity, not the first
             sub-folder; its group `camid` is the camera where no column says it, else -1, unknown.
         image_root: where the relative paths of CSV lists start; None: in each list's own folder.
@@ -91,8 +105,17 @@ def load(
         path = files.unpack(path)
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder, a .zip nor a .csv list.")
-    market = files.find_market(path)
-    lists = {} if market else files.find_lists(path)
+    lists = files.find_lists(path)
+    market = files.find_market(path) if len(lists) < 3 else None
+    others = (
+        p for p in path.iterdir() if p.is_dir() and files.split_of(p.name) not in {None, *lists}
+    )
+    beside = market or next(others, None)
+    if 0 < len(lists) < 3 and beside:
+        raise ValueError(
+            f"{path} holds the lists {some(lists.values())} and the folder {beside}: give the one that "
+            "is meant, by its own path."
+        )
     if lists:
         return _lists(lists, image_root, pattern)
     if image_root:
@@ -104,15 +127,15 @@ def load(
 
 def _folder(root: Path, pattern: str | None) -> Dataset:
     """Load a folder of images, split or not."""
-    places = files.find_splits(root)
-    if not pattern and places and places["train"].name == "bounding_box_train":
-        pattern = "market1501"
     notes = []
+    places = files.find_splits(root, notes)
+    if not pattern and places and places["train"].name.lower() == "bounding_box_train":
+        pattern = "market1501"
     raw = {
         split: files.read_folder(place, pattern, notes, labelled=True)
         for split, place in (places or {"all": root}).items()
     }
-    return _dataset(root.name, root, raw, notes)
+    return _dataset(root.name, root, raw, notes, pattern)
 
 
 def _lists(lists: dict[str, Path], image_root: Source | None, pattern: str | None) -> Dataset:
@@ -125,7 +148,7 @@ def _lists(lists: dict[str, Path], image_root: Source | None, pattern: str | Non
         for split, path in lists.items()
     }
     folder = next(iter(lists.values())).parent
-    return _dataset(folder.name, files.existing(image_root or folder), raw, [])
+    return _dataset(folder.name, files.existing(image_root or folder), raw, [], pattern)
 
 
 def image_list(
@@ -209,14 +232,21 @@ def hold_out(
         )
     named = rng.choice(matchable, size=count, replace=False) if named is None else named
     held = train["pid"].isin(named)
-    test = train[held]
+    parts = train[~held], *_draw_queries(train[held], rng)
+    return tuple(part.reset_index(drop=True) for part in parts)
+
+
+def _draw_queries(
+    test: pd.DataFrame, rng: np.random.Generator
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the query and gallery that `hold_out` makes of people who can be matched."""
     mixed = test.iloc[rng.permutation(len(test))]
     group = mixed.groupby(["pid", "camid"])["pid"]
     picked = (group.transform("size") > 1) & (group.cumcount() == 0)
     # Identities with one image in each camera: one query, and the others stay to be found.
     picked |= ~mixed["pid"].isin(mixed["pid"][picked]) & ~mixed["pid"].duplicated()
     query = test.index.isin(mixed.index[picked])
-    return tuple(t.reset_index(drop=True) for t in (train[~held], test[query], test[~query]))
+    return test[query], test[~query]
 
 
 def _matchable(table: pd.DataFrame) -> np.ndarray:
@@ -260,19 +290,32 @@ def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
     digest = hashlib.sha256()
     for split, table, root in parts:
         for path, pid, camid in zip(table["path"], table["pid"], table["camid"], strict=True):
-            info = os.stat(path)
+            info = os.stat(path) if os.path.exists(path) else None  # a dead link is read later on
             name = os.path.relpath(path, root).replace(os.sep, "/")
-            row = (split, name, info.st_size, int(pid), int(camid))
-            digest.update(repr(row + ((info.st_mtime_ns,) if mtime else ())).encode() + b"\n")
+            row = (split, name, info and info.st_size, int(pid), int(camid))
+            digest.update(
+                repr(row + ((info and info.st_mtime_ns,) if mtime else ())).encode() + b"\n"
+            )
     return digest.hexdigest()
 
 
-def _number(raw: dict[str, pd.DataFrame], notes: list[str]) -> dict[str, pd.DataFrame]:
-    """Turn text to int64 with one map for all splits: numbers stay, names count from 1, sorted."""
-    rows = pd.concat(raw)
+def _number(
+    raw: dict[str, pd.DataFrame], notes: list[str], from_zero: Sequence[str] = ()
+) -> dict[str, pd.DataFrame]:
+    """Turn text to int64 with one map for all splits: numbers stay, names count from 1, sorted.
+
+    Where a split of those in `from_zero` has a 0, and none has junk, 0 is a person: the numbers of
+    people move up by one.
+    """
+    rows, known = pd.concat(raw), 18 if "" in raw else 15  # digits: a page's numbers have no more
     for column, word, special in (("pid", "identities", (-1, 0)), ("camid", "cameras", (-1,))):
         texts = sorted(rows[column].unique())
-        kept = {t: int(t) for t in texts if re.fullmatch(r"-?\d{1,18}", t)}
+        kept = {t: int(t) for t in texts if re.fullmatch(rf"-?\d{{1,{known}}}", t)}
+        shown = {kept.get(t) for split in raw if split in from_zero for t in raw[split][column]}
+        if column == "pid" and len(kept) == len(texts) and 0 in shown and -1 not in kept.values():
+            notes.append("Identities begin at 0: 0 is a person, and all are numbered one higher.")
+            kept = {t: number + 1 for t, number in kept.items()}
+            rows["label"] = rows["pid"]
         if len(kept) < len(texts):  # names: only "-1" and "0000" keep their meaning
             kept = {t: number for t, number in kept.items() if number in special}
             named = {t: i for i, t in enumerate((t for t in texts if t not in kept), 1)}
@@ -299,23 +342,57 @@ def _halves(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"train": train, "query": query, "gallery": gallery}
 
 
-def _dataset(name: str, root: Path, raw: dict[str, pd.DataFrame], notes: list[str]) -> Dataset:
+def _share_paths(query: pd.DataFrame, gallery: pd.DataFrame) -> int:
+    """Give copies of a query in the gallery its path, so that they are no match; return how many queries.
+
+    A copy is a file with the same bytes, of the same identity.
+    """
+
+    def key(pid: int, path: str) -> tuple[int, int]:
+        return pid, os.path.getsize(path) if os.path.isfile(path) else 0
+
+    sides, first = (gallery, query), {}
+    sizes = [{*map(key, table["pid"], table["path"])} for table in sides]
+    likely = {pair for pair in set.intersection(*sizes) if pair[1]}
+    for table in sides:
+        table["path"] = [
+            first.setdefault((pid, sha256(Path(path))), path) if key(pid, path) in likely else path
+            for pid, path in zip(table["pid"], table["path"], strict=True)
+        ]
+    return int(query["path"].isin(gallery["path"]).sum())
+
+
+def _dataset(
+    name: str, root: Path, raw: dict[str, pd.DataFrame], notes: list[str], pattern: str | None
+) -> Dataset:
     """Return a Dataset of three tables, with cameras known for all images or for none."""
-    tables = _number(raw, notes)
+    # In Market-1501 itself 0 is a distractor wherever it stands, else in the gallery alone.
+    tables = _number(raw, notes, ("all", "train", "query") if pattern != "market1501" else ())
     if "all" in tables:
         tables = _halves(tables["all"])
         notes.append("No split is given: identities were split in halves with seed 0.")
+    if "gallery" in tables and "query" not in tables:
+        test = tables["gallery"]
+        able = test["pid"].isin(_matchable(test))
+        query, gallery = _draw_queries(test[able], np.random.default_rng(0))
+        gallery = pd.concat([gallery, test[~able]], ignore_index=True)
+        tables |= {"query": query.reset_index(drop=True), "gallery": gallery}
+        notes.append(f"No queries are given: {len(query)} were drawn from the test with seed 0.")
     absent = [split for split in files.SPLIT_FOLDERS if split not in tables]
     if absent:
         able = "train, not test" if "train" in tables else "test, not train"
         notes.append(f"No list for {' and '.join(absent)} was given: this data set can {able}.")
-        tables |= {split: next(iter(tables.values())).iloc[:0] for split in absent}
+        tables |= {split: next(iter(tables.values())).iloc[:0].copy() for split in absent}
     for where, splits in (("training", ["train"]), ("query and gallery", ["query", "gallery"])):
         known = pd.concat([tables[split] for split in splits])["camid"] >= 0
         if known.any() and not known.all():
             raise ValueError(
                 f"{name}: {known.sum()} of {len(known)} images in {where} have a camera: give all one."
             )
+    if (tables["query"]["camid"] == -1).all() and (
+        n := _share_paths(tables["query"], tables["gallery"])
+    ):
+        notes.append(f"{n} queries are copies of gallery images, which are left out for them.")
     everything = pd.concat(tables.values())
     if (everything["camid"] == -1).all():
         notes.append("No camera is known: camid is -1 everywhere.")

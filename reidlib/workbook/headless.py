@@ -21,6 +21,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
+from reidlib.paths import temporary
+
 INJECTED = "# Parameters"  # the first line of the cell that sets parameters, also papermill's
 RESULT = "application/vnd.reidlib.result+json"  # what `notebooks.result` shows
 
@@ -43,7 +45,7 @@ def execute(
             print(f"{path.stem}: {text}{took}{end}", file=sys.stderr, flush=True)
 
     copy.parent.mkdir(parents=True, exist_ok=True)
-    running = copy.with_name(f"{copy.stem}.running-{os.getpid()}.ipynb")
+    running = temporary(copy, "{stem}.running-{mine}.ipynb")
     failed = copy.with_name(f"{copy.stem}.failed.ipynb")
     notebook, stop, begun = _with_parameters(path, parameters), _Stop(), time.monotonic()
     client = NotebookClient(
