@@ -1,6 +1,9 @@
 """The pixel cache and the batched augmentation, with its statistics."""
 
+import errno
 import os
+import platform
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch.nn.functional import interpolate
 from reidlib.data import pixels as module
 from reidlib.data.augment import Augmentation
 from reidlib.data.pixels import load_images, load_pixels, load_training_images, read_image
-from reidlib.paths import cache_dir
+from reidlib.paths import cache_dir, temporary
 from reidlib.recipes import make_recipe
 
 
@@ -51,7 +54,17 @@ def test_a_broken_cache_is_made_again(table):
     before, _ = load_quietly(table)
     before = before.copy()
     for file in (*cache_files(), *cache_dir().glob("*.sizes.npy")):
-        for content in (b"", b"garbage", None):
+        whole, flipped = file.read_bytes(), bytearray(file.read_bytes())
+        flipped[140] ^= 1  # behind NumPy's header
+        zeroed = whole[:128] + bytes(len(whole) - 128)
+        for content in (
+            b"",
+            b"garbage",
+            None,
+            flipped,
+            zeroed,
+            whole[:-4],
+        ):  # or of an older version
             file.unlink()
             if content is not None:
                 file.write_bytes(content)
@@ -140,6 +153,42 @@ def test_nothing_to_load_is_an_error(table):
         os.truncate(path, 0)
     with pytest.raises(ValueError, match=r"cannot read the image .*0\.png: no image format"):
         load_quietly(table[:2], unreadable="skip")
+
+
+def test_a_full_disk_is_told_before_it_ends_the_process(table, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"(?s)are kept in .*cache.*needs 0\.0 MB.*Set REID_CACHE"):
+        load_quietly(table)
+    assert [file.name.split(".")[1] for file in cache_dir().iterdir()] == ["sizes"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = [f".x.npy.{{}}-{pid}.tmp" for pid in (gone.pid, os.getpid())]
+    names += [f"x.running-{{}}-{pid}.ipynb" for pid in (gone.pid, os.getppid())]
+    for host in (platform.node(), "elsewhere"):
+        for name in names:
+            (tmp_path / name.format(host)).touch()
+    (tmp_path / f".data.{platform.node()}-{gone.pid}.tmp").mkdir()
+    temporary(tmp_path / "other.npy")
+    left = {name.format("elsewhere") for name in names}
+    assert {p.name for p in tmp_path.iterdir()} == left | {
+        n.format(platform.node()) for n in names[1::2]
+    }
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
+def test_what_is_no_file_is_named_or_skipped(kind, table):
+    path = Path(table["path"][1])
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"1 of 6 images cannot be read:\n.*1\.png: .*no"):
+        load_quietly(table)
+    assert load_quietly(table, unreadable="skip")[1]["pid"].tolist() == [0, 2, 3, 4, 5]
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_move_it(table, tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ REFUSED = [
     (FLAT, dict(pattern="(?P<pid>[a-z]+)(?P<camid>8)?"), "4 of 4 image names"),
     (["train.csv", "duke_train.csv"], {}, "duke_train.*are all lists for train"),
     (["query.csv"], {}, "query and gallery go together.*only .*query.csv"),
-    (["own/train/a/1.jpg", "own/test/a/1.jpg"], {}, "for a folder of people, and holds own/test/a"),
+    (["own/train/a/1.jpg", "own/test/a/1.jpg"], {}, "for a folder of people, and holds own/test, own/train:"),
     (["train_1/a/1.jpg", "train_2/a/1.jpg"], {}, "may all be for train"),
     (["train/a/1.jpg"], {}, "lacks a folder for query.*x/train by itself is split in halves"),
     (["train.csv", "a/bounding_box_train/1.jpg"], {}, "holds the lists .*train.csv and the folder"),

@@ -122,6 +122,19 @@ def check(
     return DataReport(dataset.name, dataset.root, counts, problems, unreadable, decode)
 
 
+def _both_sides(dataset: Dataset) -> list[int]:
+    """Return the people who are in training and in test at once."""
+    test = {*dataset.query["pid"], *dataset.gallery["pid"]} - {-1, 0}
+    return sorted({*dataset.train["pid"]} & test)
+
+
+def on_both_sides(dataset: Dataset) -> str:
+    """Say beside a score, and before a training, who is in training and in test at once, or ""."""
+    them = _both_sides(dataset)
+    said = " ".join(PROBLEMS["both sides"][1:]).format(n=len(them), them=some(them))
+    return said if them else ""
+
+
 def drop_unreadable(dataset: Dataset, report: DataReport) -> Dataset:
     """Return the data set without the images that `check` could not read, named in the notes.
 
@@ -174,8 +187,7 @@ def _concerned(
     yield "single", sizes.index[sizes == 1], {}
     yield "few", sizes.index[(sizes > 1) & (sizes < k)], {"k": k}
     yield "alone", train if len(sizes) < 2 else [], {}
-    test = {*query["pid"], *gallery["pid"]} - {-1, 0}
-    yield "both sides", sorted({*train["pid"]} & test), {}
+    yield "both sides", _both_sides(dataset), {}
 
     cameras = (query["camid"] >= 0).all()  # also where there is no query
     if not cameras:

@@ -275,8 +275,9 @@ def read_folder(place: Path, pattern: str | None, notes: list[str], labelled: bo
     notes += strays
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    folders = sorted({os.path.dirname(name) for name in names})
-    if labelled and (inner := [f for f in folders if any(map(split_of, f.split("/")))]):
+    folders = {Path(name).parent for name in names}
+    above = {folder for path in folders for folder in (path, *path.parents)}
+    if labelled and (inner := sorted(str(folder) for folder in above if split_of(folder.name))):
         raise ValueError(
             f"{place} was taken for a folder of people, and holds {some(inner)}: give the folder that "
             "has train, query and gallery in it, or rename what is a person."

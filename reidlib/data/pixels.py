@@ -5,9 +5,13 @@ pixels. `load_images` is for images to embed, `load_training_images` for images 
 the size that all images share, and else decode them to a size that suits the recipe.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import stat
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -91,7 +95,7 @@ def load_pixels(
     except OSError as error:
         raise OSError(
             f"Decoded images are kept in {cache_dir()}, which cannot be written "
-            f"({error.strerror}). Set REID_CACHE to a folder that can."
+            f"({error.strerror or error}). Set REID_CACHE to a folder that can."
         ) from error
     return pixels, table.iloc[kept].reset_index(drop=True)
 
@@ -100,13 +104,17 @@ def read_image(path: str | Path) -> np.ndarray:
     """Decode one image file to (H, W, 3) uint8 RGB: the only decoder of the library.
 
     EXIF orientation is applied; grey, palette and CMYK become RGB; alpha is dropped; 16-bit grey
-    keeps its upper 8 bits. A ValueError names a file that cannot be read, and the cause.
+    keeps the upper 8 of as many bits (8, 10, 12, 14 or 16) as the image needs, for many sensors have
+    12. A ValueError names a file that cannot be read, and the cause.
     """
     try:
+        _refuse_odd(path)
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                grey = np.asarray(image)
+                spare = max(0, int(grey.max()).bit_length() - 7) // 2 * 2  # even: 9 bits are of 10
+                image = Image.fromarray((grey >> spare).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode} are no photograph; save as 8 bit")
             elif image.mode in ("P", "PA"):
@@ -118,11 +126,18 @@ def read_image(path: str | Path) -> np.ndarray:
     return pixels
 
 
+def _refuse_odd(path: str | Path) -> None:
+    """Refuse what would never end, as a named pipe does; what is not there, too."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+
+
 def image_sizes(paths: Sequence[str]) -> list[Size | None]:
     """Return what sizes `read_image` will give, by the files' headers; None for unreadable ones."""
 
     def header(path: str) -> Size | None:
         try:
+            _refuse_odd(path)
             with Image.open(path) as image:
                 # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
                 lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
@@ -157,23 +172,53 @@ def _cached(
     if not (cached := _mapped(*files)):
         shape = size or tuple(sizes[0].tolist())
         # Two runs started together decode the same images: each file is whole, or not there.
-        write_atomically(files[0], partial(_decode_all, paths, shape, skip, show, files[1]))
+        decode = partial(_decode_all, paths, shape, skip, show, files[1])
+        write_atomically(files[0], decode, size=3 * len(paths) * shape[0] * shape[1])
         cached = _mapped(*files)
     return cached
 
 
 def _mapped(*files: Path) -> list[np.ndarray] | None:
-    """Map cache files into memory; None where one is missing or cut short, to be made again."""
+    """Map cache files into memory; None where one is missing, cut short or altered, to be made again."""
+    arrays = []
     try:
-        # Copy on write: torch wants memory that it could write to.
-        return [np.load(file, mmap_mode="c") for file in files]
+        for path in files:
+            # Copy on write: torch wants memory that it could write to.
+            arrays.append(np.load(path, mmap_mode="c"))
+            with open(path, "rb") as file:
+                file.seek(arrays[-1].offset + arrays[-1].nbytes)
+                if file.read() != _checksums(arrays[-1]):
+                    return None
     except (OSError, ValueError, EOFError):
         return None
+    return arrays
+
+
+def _checksums(array: np.ndarray) -> bytes:
+    """Return what stands behind an array in its file: the CRC-32 of each 16 MB.
+
+    Of Market-1501's 0.9 GB they take ... s;
+    """
+    flat = array.reshape(-1).view(np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib counts outside Python's lock
+        sums = pool.map(zlib.crc32, np.split(flat, range(1 << 24, len(flat), 1 << 24)))
+        return np.fromiter(sums, "<u4").tobytes()
 
 
 def _save(array: np.ndarray, file: Path) -> None:
     with open(file, "wb") as opened:  # to a path NumPy would append its suffix
         np.save(opened, array)
+        opened.write(_checksums(array))
+
+
+def _reserve(file: Path) -> None:
+    """Take the room on the disk for a mapped file: a disk that is full later ends the process."""
+    size = file.stat().st_size
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "rb+") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size)
+    elif size > shutil.disk_usage(file.parent).free:  # as on macOS
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _decode_all(
@@ -181,6 +226,7 @@ def _decode_all(
 ) -> None:
     """Decode every image to a shape, and write the pixels and the rows that they belong to."""
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(paths), *shape, 3))
+    _reserve(file)
 
     def decode(row: int) -> str | None:
         """Put one image in its place; return what is wrong with it, if anything."""
@@ -212,4 +258,6 @@ def _decode_all(
         _save(pixels[kept], file)
     else:
         pixels.flush()
+        with open(file, "ab") as opened:
+            opened.write(_checksums(pixels))
     write_atomically(kept_file, partial(_save, kept))
