@@ -1,7 +1,9 @@
 """The named training recipes: validated, immutable, each setting open to change by name."""
 
 import math
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,6 +31,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     dataset: str = _setting("market1501", "market1501, synthetic, or a path (see reidlib.load)")
+    pattern: str = _setting("", "reads identity and camera from file names (see reidlib.load)")
     hold_out: Annotated[int, Field(ge=0)] | str = _setting(
         0,
         "identities held out of training: how many, or their file; "
@@ -80,7 +83,7 @@ class Recipe(BaseModel):
     decay_to: Annotated[float, Field(gt=0, le=1)] = _setting(
         0.001, "what the learning rate is multiplied by at the last step"
     )
-    seed: int = _setting(0, "of weights, batches and augmentation", ge=0)
+    seed: int = _setting(0, "of weights, batches and augmentation", ge=0, lt=2**63)
     precision: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto", "float32, bfloat16, or auto: bfloat16 where the device is fast at it"
     )
@@ -140,6 +143,9 @@ RECIPES = {
     | {"checkpoint_every": 100, "evaluate_every": 100},
 }
 
+# What is no path, whatever lies in the working directory.
+NAMES = ("market1501", "synthetic", "imagenet", "none")
+
 # Settings of older versions that were taken out, and the value at which each changed nothing.
 RETIRED = {"small": 0.0}
 
@@ -166,6 +172,21 @@ def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
         if one in changes and other not in changes:
             settings[other] = None
     return _checked(settings)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """Return a recipe whose paths, seen from the working directory, are whole ones.
+
+    It will be read again from other places, and another folder may have the name there. Names, and
+    what lies in the data folder, stay as they are.
+    """
+    changed = {}
+    for name in ("dataset", "hold_out", "weights"):
+        value = getattr(recipe, name)
+        if isinstance(value, str) and value.strip() and value not in NAMES:
+            path = Path(os.path.abspath(Path(value).expanduser()))
+            changed |= {name: str(path)} if path.exists() else {}
+    return recipe.model_copy(update=changed)
 
 
 def stored_recipe(settings: dict[str, Any]) -> Recipe:

@@ -1,5 +1,6 @@
 """Embeddings: batches, views, devices, HDF5 files from here and from elsewhere."""
 
+import os
 from pathlib import Path
 
 import h5py
@@ -120,7 +121,7 @@ EMB = {"emb": np.ones((2, 3), np.float16)}
         (EMB | {"pid": [2, -1], "path": np.array([b"a", b"bc"])}, "", ["a", "bc"]),
         (EMB, "0002,x/1.jpg\n", "has 2 embeddings, the list of images 1 rows"),
         (EMB, "", "does not say who is in its images.*CSV"),
-        (EMB | {"pid": [1, 2, 3]}, "", "2 embeddings, the list of images 3"),
+        (EMB | {"pid": [1, 2, 3]}, "", "different lengths: .*2.*3"),
         ({"features": np.ones((2, 3))}, "", "no dataset 'emb'"),
         ({"emb": np.ones(3)}, "", r"must be \(N, D\) floats"),
         ({"emb": np.ones((2, 3), int), "pid": [1, 2]}, "", r"must be \(N, D\) floats"),
@@ -148,6 +149,66 @@ def test_broken_and_absent_files(tmp_path):
     (tmp_path / "x.h5").write_text("text")
     with pytest.raises(ValueError, match="x.h5 cannot be read as HDF5"):
         read_embeddings(tmp_path / "x.h5")
+
+
+def outside(file, secret):
+    """A virtual dataset whose numbers lie in another file."""
+    layout = h5py.VirtualLayout((2, 3), "f4")
+    layout[:] = h5py.VirtualSource(secret, "emb", (2, 3))
+    file.create_virtual_dataset("emb", layout)
+
+
+# What a dataset is replaced by, given the file and another one.
+STRANGE = {
+    "other signs": ("emb", lambda file, _: file["emb"].write_direct(-file["emb"][()])),
+    "other people": ("pid", lambda file, _: file["pid"].write_direct(file["pid"][()] + 1)),
+    "other names": ("path", lambda file, _: file["path"].__setitem__(0, b"other.jpg")),
+    "group": ("pid", lambda file, _: file.create_group("pid")),
+    "scalar": ("pid", lambda file, _: file.create_dataset("pid", data=7)),
+    "text": ("pid", lambda file, _: file.create_dataset("pid", data=[b"x", b"y"])),
+    "parts": ("pid", lambda file, _: file.create_dataset("pid", data=[1.5, 2.0])),
+    "NaN": ("camid", lambda file, _: file.create_dataset("camid", data=[np.nan, 2.0])),
+    "columns": ("camid", lambda file, _: file.create_dataset("camid", data=np.ones((2, 2), int))),
+    "short": ("camid", lambda file, _: file.create_dataset("camid", data=[1])),
+    "numbers": ("path", lambda file, _: file.create_dataset("path", data=[1, 2])),
+    "empty": ("path", lambda file, _: file.create_dataset("path", data=h5py.Empty("f4"))),
+    "dead link": ("pid", lambda file, _: file.__setitem__("pid", h5py.SoftLink("/nowhere"))),
+    "link": ("emb", lambda file, other: file.__setitem__("emb", h5py.ExternalLink(other, "emb"))),
+    "storage": (
+        "path",
+        lambda file, other: file.create_dataset("path", (2,), "S9", external=[(other, 0, 18)]),
+    ),
+    "virtual": ("emb", outside),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_files_that_are_altered_or_hold_something_else_are_refused(tmp_path, what):
+    """Nor is anything read that lies in another file of this machine."""
+    write_embeddings(tmp_path / "x.h5", np.ones((2, 3)), TABLE)
+    write_embeddings(tmp_path / "secret.h5", np.ones((2, 3)), TABLE)
+    key, strange = STRANGE[what]
+    with h5py.File(tmp_path / "x.h5", "r+") as file:
+        if not what.startswith("other"):
+            del file[key]
+        strange(file, str(tmp_path / "secret.h5"))
+    with pytest.raises(
+        ValueError, match="x.h5 cannot be read as HDF5 embeddings: .* Make it again"
+    ):
+        read_embeddings(tmp_path / "x.h5")
+
+
+def test_names_that_are_no_utf8_and_broken_networks(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    write_embeddings(tmp_path / "x.h5", np.ones((2, 3)), TABLE.assign(path=[name, "b.jpg"]))
+    assert read_embeddings(tmp_path / "x.h5")[1]["path"].tolist() == [name, "b.jpg"]
+    model = build_model(RECIPE)
+    with torch.no_grad():
+        model.head[3].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity.*damaged"):
+        quietly(model, PIXELS, RECIPE)
+    with pytest.raises(ValueError, match="precision = 'fp16': choose float32 or bfloat16"):
+        quietly(model, PIXELS, RECIPE, precision="fp16")
 
 
 # --- views of an image, for test-time augmentation

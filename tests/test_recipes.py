@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from reidlib.recipes import Recipe, make_recipe, stored_recipe
+from reidlib.recipes import Recipe, located, make_recipe, stored_recipe
 
 
 def test_trinet_is_the_papers():
@@ -83,3 +83,17 @@ def test_retired_settings_are_dropped_where_they_changed_nothing_and_refused_els
         stored_recipe(settings | {"small": 0.8})
     with pytest.raises(ValueError, match="Unknown setting 'smal'"):
         stored_recipe(settings | {"smal": 0.0})
+
+
+def test_paths_are_whole_and_names_stay(tmp_path, monkeypatch):
+    for name in ("mine", "w.pth", "held.txt", "market1501", "imagenet"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = located(make_recipe("demo", dataset="mine", weights="w.pth", hold_out="held.txt"))
+    monkeypatch.chdir("/")
+    found = [here.dataset, here.weights, here.hold_out]
+    assert found == [str(tmp_path / name) for name in ("mine", "w.pth", "held.txt")]
+    assert located(here) == here
+    monkeypatch.chdir(tmp_path)
+    for names in ({"dataset": "market1501", "weights": "imagenet"}, {"dataset": "elsewhere"}):
+        assert located(make_recipe("demo", **names)) == make_recipe("demo", **names)

@@ -1,6 +1,10 @@
 """A run opened and scored: one run has one score, and what is on disk is of these weights and images."""
 
 import dataclasses
+import errno
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +15,16 @@ import torch
 from reidlib import runs
 from reidlib.data.pixels import load_images
 from reidlib.data.synthetic import draw_dataset
-from reidlib.data.tables import hold_out, load
+from reidlib.data.tables import fingerprint, hold_out, load
 from reidlib.evaluation import scoring
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
-from reidlib.evaluation.scoring import PER_QUERY, open_run, score_run
-from reidlib.model.embed import embed, embed_views, read_about, read_embeddings
+from reidlib.evaluation.scoring import PER_QUERY, open_run, read_per_query, score_run
+from reidlib.model.embed import embed, embed_views, read_embeddings
 from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.recipes import make_recipe
+from reidlib.training.loop import prepare
+from reidlib.workbook.scores import scores_text
 
 RECIPE = make_recipe("demo", hidden=16, dim=8, width=48, hold_out=4)
 QUIET = {"show_progress": False, "device": "cpu"}
@@ -71,7 +77,7 @@ def scorings_of(folder):
 
 
 def files_of(folder):
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != ".lock"}
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and f.name != ".lock"}
 
 
 def test_the_scores_are_those_of_the_embeddings_that_it_wrote(folder):
@@ -103,6 +109,7 @@ def test_the_scores_are_those_of_the_embeddings_that_it_wrote(folder):
     assert (folder / "weights.safetensors").read_bytes() == weights
     (entry,) = scorings_of(folder)
     assert entry["flip"] is False and entry["data"] == "synthetic"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry["at"])
     for side, digest in entry["embeddings_sha256"].items():
         assert digest == runs.sha256(folder / f"embeddings_{side}.h5")
 
@@ -130,13 +137,23 @@ def test_embeddings_are_read_again_by_whoever_opens_the_run(folder, embedded):
     assert len(embedded) == 2 and len(scorings_of(folder)) == 2
 
 
-@pytest.mark.parametrize("what", ["weights", "precision", "flip", "rows", "pid", "data", "gone"])
+@pytest.mark.parametrize(
+    "what", ["weights", "precision", "flip", "rows", "pid", "data", "gone", "damaged"]
+)
 def test_embeddings_of_something_else_are_made_anew(folder, embedded, elsewhere, what):
     score_run(folder, baselines=False, **QUIET)
     if what == "weights":
         change_weights(folder)
     if what == "gone":
         (folder / "embeddings_gallery.h5").unlink()
+    if what == "damaged":  # the sign of one number
+        (emb, _), file = (
+            read_embeddings(folder / "embeddings_query.h5"),
+            folder / "embeddings_query.h5",
+        )
+        content = bytearray(file.read_bytes())
+        content[content.index(emb[0].tobytes()) + 3] ^= 0x80
+        file.write_bytes(content)
     run = open_run(folder, elsewhere if what == "data" else None, **QUIET)
     if what == "rows":
         rows = {"query": run.query[1:].reset_index(drop=True), "query_pixels": run.query_pixels[1:]}
@@ -164,13 +181,44 @@ def test_an_image_that_was_replaced_is_embedded_again(folder, elsewhere, embedde
     assert embedded and np.array_equal(emb[0], emb[1])
 
 
-def test_other_precision_replaces_and_says_so(folder, embedded):
-    first = score_run(folder, baselines=False, **QUIET)
-    second = score_run(folder, baselines=False, precision="bfloat16", **QUIET)
-    assert len(embedded) == 4 and metrics_of(folder)["precision"] == "bfloat16"
-    assert read_about(folder / "embeddings_query.h5")["precision"] == "bfloat16"
-    one, two = first.retrieval.evaluate().per_query, second.retrieval.evaluate().per_query
-    assert not one["AP"].equals(two["AP"])
+@pytest.mark.parametrize(
+    "what", ["data", "other gallery", "moved", "trained elsewhere", "bfloat16"]
+)
+def test_no_result_replaces_one_of_something_else(folder, elsewhere, tmp_path, embedded, what):
+    train = fingerprint(hold_out(load("synthetic").train, 4, seed=0)[0])
+    runs.update_json(folder / "manifest.json", train_data=train)
+    score_run(folder, baselines=False, **QUIET)
+    before, options = files_of(folder), {}
+    if what == "trained elsewhere":  # another folder has the name now
+        runs.update_json(folder / "manifest.json", train_data="of other images")
+    if what == "bfloat16":
+        options = {"precision": "bfloat16"}
+    if what == "data":
+        options = {"dataset": elsewhere}
+    if what in ("other gallery", "moved"):
+        options = {"dataset": tmp_path / "copy"}
+        shutil.copytree(load("synthetic").root, tmp_path / "copy")
+    if what == "other gallery":
+        Path(load(tmp_path / "copy").gallery["path"][0]).unlink()
+    scored = score_run(folder, baselines=False, **options, **QUIET)
+    apart = scored.place != folder
+    assert apart == (what != "moved"), "the same images are the same data set, wherever they lie"
+    changed = {name for name, content in files_of(folder).items() if before.get(name) != content}
+    assert changed <= {"manifest.json"} or what == "moved"
+    if not apart:
+        return
+    assert runs.read_json(scored.place / "metrics.json")["mAP"] == scored.scores["mAP"]
+    about = read_embeddings(scored.place / "embeddings_query.h5")[1].attrs
+    assert about["precision"] == options.get("precision", "float32")
+    assert scored.place.name in str(scored.table()) and (
+        what == "bfloat16" or scored.run.notes[-1:]
+    )
+    shown = scores_text([folder])
+    assert f"  {scored.place.name}".replace("_", " ") in shown and "queries of synthetic" in shown
+    made = len(embedded)
+    again = open_run(folder, options.get("dataset"), **QUIET)
+    again.embeddings(precision=options.get("precision", "float32"), show_progress=False)
+    assert len(embedded) == made, "those apart are read again, too"
 
 
 # --- what stands beside the scores
@@ -199,20 +247,18 @@ def test_flips_are_added_and_replace_nothing(folder):
     assert metrics_of(folder) == metrics, "what was known of these weights stays"
 
 
-@pytest.mark.parametrize("what", ["weights", "data"])
-def test_what_was_scored_of_something_else_does_not_stay(folder, elsewhere, what):
+def test_what_was_scored_of_other_weights_does_not_stay(folder):
     runs.write_json(folder / "metrics.json", {"held_out": {"mAP": 0.5}})
     score_run(folder, flip=True, **QUIET)
     kept = metrics_of(folder)
     assert kept["with_flips"] and kept["baselines"] and kept["held_out"] == {"mAP": 0.5}
-    if what == "weights":
-        change_weights(folder)
-    score_run(folder, elsewhere if what == "data" else None, baselines=False, **QUIET)
+    change_weights(folder)
+    assert "of other weights than the run has now" in scores_text([folder])
+    score_run(folder, baselines=False, **QUIET)
     metrics = metrics_of(folder)
     assert "with_flips" not in metrics and metrics["baselines"] == {}
     assert metrics["held_out"] == {"mAP": 0.5}, "of the training, not of the test split"
     assert metrics["weights_sha256"] == runs.sha256(folder / "weights.safetensors")
-    assert (metrics["test_data"] != kept["test_data"]) == (what == "data")
 
 
 def test_a_run_whose_starting_weights_are_not_here_has_one_baseline(folder):
@@ -266,10 +312,117 @@ def test_nothing_is_written_when_something_fails(folder, monkeypatch):
     with runs.lock(folder), pytest.raises(RuntimeError, match="Another process is writing"):
         score_run(folder, baselines=False, **QUIET)
     assert files_of(folder) == before
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="synthetic_mine could not be"),
+    ):
+        patch.setattr(runs, "write_json", lambda *_: (_ for _ in ()).throw(full))
+        score_run(folder, baselines=False, **QUIET)
+    assert files_of(folder) == before
     monkeypatch.setattr(scoring, "score_baselines", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score_run(folder, **QUIET)
-    assert files_of(folder) == before
+    assert metrics_of(folder)["mAP"] > 0, "scores are written as soon as they are known"
     (folder / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="training has not ended"):
         score_run(folder, **QUIET)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_at_any_rename_leaves_one_set(folder, monkeypatch):
+    score_run(folder, baselines=False, **QUIET)
+    old = metrics_of(folder)["weights_sha256"]
+    change_weights(folder)
+    run, killed, seen = open_run(folder, **QUIET), True, set()
+    run.embeddings(show_progress=False)  # made once
+    before = files_of(folder)
+    while killed:
+        left, real = len(seen), os.rename
+        seen.add(left)
+
+        def rename(*args, real=real):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", rename)
+            patch.setattr(os, "replace", rename)
+            try:
+                score_run(run, baselines=False, **QUIET)
+                killed = False
+            except Killed:
+                killed = True
+        (folder / ".unfinished").mkdir(exist_ok=True)  # where a kill leaves it
+        assert runs.find_run(folder) == folder  # whoever opens the run
+        metrics, (*_, entry) = metrics_of(folder), scorings_of(folder)
+        files = [folder / f"embeddings_{side}.h5" for side in ("query", "gallery")]
+        assert [*entry["embeddings_sha256"].values()] == [*map(runs.sha256, files)]
+        for file in files:
+            assert read_embeddings(file)[1].attrs["weights_sha256"] == metrics["weights_sha256"]
+        read_per_query(folder)  # compares
+        assert (metrics["weights_sha256"] == old) == (files_of(folder) == before) or not killed
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+    assert len(seen) > 8 and metrics["weights_sha256"] != old
+
+
+def test_one_query_has_scores_and_no_interval(folder):
+    run = open_run(folder, **QUIET)
+    run = dataclasses.replace(run, query=run.query[:1], query_pixels=run.query_pixels[:1])
+    scored = score_run(run, baselines=False, **QUIET)
+    assert metrics_of(folder)["mAP"] == scored.scores["mAP"] and not metrics_of(folder)["intervals"]
+    assert scored.spread_in_words().startswith("One query alone")
+
+
+def test_people_in_training_and_test_stand_beside_every_score(folder, capsys):
+    run, recipe = open_run(folder, **QUIET), RECIPE.model_copy(update={"hold_out": 0, "p": 4})
+    both = run.query["pid"].unique()[:2]
+    train = run.data.train.assign(
+        pid=run.data.train["pid"].replace(run.data.train["pid"][0], both[0])
+    )
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, train=train))
+    said = f"1 identities are in training and in test: {both[0]}."
+    scored = score_run(run, baselines=False, **QUIET)
+    assert said in scored.evaluation.protocol and said in str(run.notes) and said in str(scored)
+    assert said in scores_text([folder])
+    prepare(recipe, device="cpu", dataset=run.data, show_progress=False)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("per_query.csv", lambda text: text[: len(text) // 2]),
+        ("per_query.csv", lambda text: "\n".join(text.splitlines()[:-1])),
+        ("per_query.csv", lambda text: text.replace(",0.", ",1.", 1)),
+        ("per_query.csv", lambda text: text.replace("AP,", "ap,")),
+        ("per_query.csv", lambda text: ""),
+        ("per_query.csv", lambda text: text.encode("utf-16")),
+        ("metrics.json", lambda text: "[]"),
+        ("metrics.json", lambda text: "null"),
+        ("metrics.json", lambda text: text[:100]),
+        ("metrics.json", lambda text: '{"mAP": "x", "queries": 1, "queries_without_match": 0}'),
+        ("metrics.json", lambda text: '{"mAP": 0.5}'),
+        ("metrics.json", lambda text: '{"baselines": []}'),
+    ],
+)
+def test_a_broken_table_is_named_and_hides_no_other_run(folder, tmp_path, file, damage):
+    score_run(folder, baselines=False, **QUIET)
+    good, base = (shutil.copytree(folder, folder.with_name(name)) for name in ("good", "base"))
+    broken = damage((folder / file).read_text())
+    (folder / file).write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    table, *_, notes = scores_text(baselines=True, against=base).split("\n\n")
+    assert "good" in table and "mAP" in table
+    said = [line for line in notes.splitlines() if "passed over" in line or "not compared" in line]
+    assert said and all(line.startswith("synthetic_mine: ") for line in said)
+    if file == "per_query.csv":
+        with pytest.raises(ValueError, match="per_query.csv .*[Ss]core the run again"):
+            read_per_query(folder)
+    assert read_per_query(good)["AP"].mean() == pytest.approx(metrics_of(good)["mAP"])

@@ -4,25 +4,29 @@ Notebooks, the shell, comparisons and releases all score here, so one run has on
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from reidlib import runs
-from reidlib.data.pixels import load_images
+from reidlib.data.check import on_both_sides
+from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
 from reidlib.evaluation.baselines import score_baselines
 from reidlib.evaluation.intervals import confidence_interval
-from reidlib.evaluation.metrics import SCORES, Evaluation
+from reidlib.evaluation.metrics import SCORES, Evaluation, score_values
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.device import pick_device
-from reidlib.model.embed import embed_views, read_about, read_embeddings, write_embeddings
+from reidlib.model.embed import embed_views, read_embeddings, write_embeddings
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import load_model
-from reidlib.recipes import Recipe
+from reidlib.recipes import Recipe, stored_recipe
 
 PER_QUERY = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}  # in a run, by split
 
@@ -38,7 +42,11 @@ class OpenRun:
     gallery: pd.DataFrame  # G rows
     query_pixels: np.ndarray  # (Q, H, W, 3) uint8
     gallery_pixels: np.ndarray  # (G, H, W, 3) uint8
-    split: str = "test"  # or "held_out"
+    split: str  # "test" or "held_out"
+    own: bool  # is this the data set that the run was trained on?
+    weights_sha256: str  # of the file that the model is from
+    exclude_same_camera: bool = True  # as in `Retrieval`
+    left_out: int = 0  # images that cannot be read, where that was to be passed over
     _made: dict = field(default_factory=dict, init=False, repr=False)  # embeddings by view
 
     @property
@@ -50,6 +58,34 @@ class OpenRun:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @cached_property
+    def test_data(self) -> str:
+        """The fingerprint of the data set."""
+        return fingerprint(self.data)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the data set, and on what a score on it is worth."""
+        said = [*self.data.notes, on_both_sides(self.data) if self.own else ""]
+        if not self.own:
+            said.append(
+                f"{self.data.name} in {self.data.root} is not the data set that {self.folder.name} was "
+                f"trained on: results on it are kept apart, in {self.place().name}/."
+            )
+        if self.left_out:
+            said.append(f"{self.left_out:,} images cannot be read: all results are without them.")
+        return tuple(filter(None, said))
+
+    def place(self, precision: str = "float32") -> Path:
+        """Return where the results are kept: the run's folder, or for another data set, for another
+        precision than float32, with matches by the query's own camera, or without images that cannot
+        be read, a folder in it. So no result replaces one of something else.
+        """
+        named = [] if self.own else [f"on_{self.data.name}_{self.test_data[:8]}"]
+        named += ["same_camera"] * (not self.exclude_same_camera)
+        named += ["readable"] * (self.left_out > 0)
+        return self.folder / "_".join(named + [precision] * (precision != "float32"))
 
     def embeddings(
         self, *, flip: bool = False, precision: str = "float32", show_progress: bool = True
@@ -67,8 +103,12 @@ class OpenRun:
 
     def retrieval(self, **options) -> Retrieval:
         """Return the queries against the gallery; the options are those of `embeddings`."""
-        query_emb, gallery_emb = self.embeddings(**options)
-        return Retrieval(query_emb, self.query, gallery_emb, self.gallery)
+        return self.ranked(*self.embeddings(**options))
+
+    def ranked(self, query_emb: np.ndarray, gallery_emb: np.ndarray) -> Retrieval:
+        """Return the queries against the gallery by other embeddings, (Q, D) and (G, D)."""
+        sides = (query_emb, self.query, gallery_emb, self.gallery)
+        return Retrieval(*sides, exclude_same_camera=self.exclude_same_camera)
 
     def _view(self, view: str, precision: str, show_progress: bool) -> list[np.ndarray]:
         """One of the views of `embed_views`, of both sides."""
@@ -82,22 +122,51 @@ class OpenRun:
         return self._made[view, precision]
 
     def _kept(self, precision: str) -> list[np.ndarray] | None:
-        """Read the run's embedding files; None where they are missing or of something else."""
-        files = [self.folder / f"embeddings_{side}.h5" for side in ("query", "gallery")]
-        about, columns = self._about(precision), ["path", "pid", "camid"]
-        if any(read_about(file) != about for file in files):
+        """Read the run's embedding files; None where one is missing, damaged or of something else."""
+        files = [self.place(precision) / f"embeddings_{side}.h5" for side in ("query", "gallery")]
+        try:
+            embs, tables = zip(*map(read_embeddings, files), strict=True)
+        except (OSError, ValueError):
             return None
-        embs, tables = zip(*map(read_embeddings, files), strict=True)
+        columns, about = ["path", "pid", "camid"], self.about(precision)
         images = [
             table[columns].to_numpy().tolist() for table in (*tables, self.query, self.gallery)
         ]
-        return [*embs] if images[:2] == images[2:] else None
+        theirs = images[:2] == images[2:] and all(table.attrs == about for table in tables)
+        return [*embs] if theirs else None
 
-    def _about(self, precision: str) -> dict[str, str]:
-        """What embeddings of this run say of themselves."""
-        weights = runs.sha256(self.folder / "weights.safetensors")
-        about = {"weights_sha256": weights, "data": fingerprint(self.data)}
+    def about(self, precision: str) -> dict[str, str]:
+        """Return what embeddings of this run say of themselves."""
+        about = {"weights_sha256": self.weights_sha256, "data": self.test_data}
         return about | {"flip": "False", "precision": precision}
+
+
+def trained_on(run: Path, recipe: Recipe, data: Dataset) -> bool | None:
+    """Return whether a run was trained on a data set's images; None where its manifest does not say."""
+    file = run / "manifest.json"
+    known = runs.read_json(file).get("train_data") if file.exists() else None
+    if known is None:
+        return None
+    train = data.train
+    try:
+        if recipe.hold_out:
+            train = hold_out(train, recipe.hold_out, seed=0)[0]
+        if recipe.unreadable == "skip":
+            train = load_training_images(train, recipe, show_progress=False)[1]
+    except (OSError, ValueError):  # too few people, or not those that were held out
+        return False
+    return fingerprint(train) == known
+
+
+def _is_own(folder: Path, recipe: Recipe, data: Dataset, given: bool) -> bool:
+    """Say whether a data set is the run's own, wherever it lies now; `given`: it was asked for by name."""
+    same = trained_on(folder, recipe, data)
+    if not given or not same:
+        return not given if same is None else same
+    # Other queries and another gallery may go with the same training images.
+    file = folder / "metrics.json"
+    scored = runs.read_json(file) if file.exists() else {}
+    return "mAP" not in scored or scored.get("test_data") == fingerprint(data)
 
 
 def open_run(
@@ -105,6 +174,9 @@ def open_run(
     dataset: str | Path | None = None,
     split: str = "test",
     *,
+    pattern: str | None = None,
+    unreadable: str | None = None,
+    exclude_same_camera: bool = True,
     device: str = "auto",
     show_progress: bool = True,
 ) -> OpenRun:
@@ -112,13 +184,17 @@ def open_run(
 
     Args:
         run: a run's name under `outputs/`, or its folder; "" takes the newest.
-        dataset: ask about another data set than the run's own.
+        dataset: ask about another data set than the run's own; results are kept apart.
+        pattern: of that data set's file names, see `load`; None: for the run's own, its recipe's.
+        unreadable: `"skip"` leaves broken images out, `"fail"` refuses them; None: as its recipe says.
+        exclude_same_camera: False keeps matches from the query's own camera.
         split: `"test"`, or `"held_out"` for the training identities that the run held out.
         device: `"auto"`, `"cpu"`, `"cuda"`, …
 
     Raises:
         FileNotFoundError: no such run, no weights in it, or no such data set.
-        ValueError: a bad `split`, a run that held nobody out, or images that cannot be read.
+        ValueError: a bad `split`, a run that held nobody out, a data set without a test, or images
+            that cannot be read.
 
     >>> run = "outputs/synthetic_batchhard_softplus_example"
     >>> opened = open_run(run, show_progress=False)
@@ -127,9 +203,16 @@ def open_run(
     """
     folder = runs.find_run(run) if run else runs.newest_run()
     model = load_model(folder, pick_device(device))
-    data = load(dataset or model.recipe.dataset)
-    tables = (data.query, data.gallery)
-    if split == "held_out" and model.recipe.hold_out and dataset in (None, model.recipe.dataset):
+    asked = unreadable not in (None, model.recipe.unreadable)
+    if asked:
+        model.recipe = stored_recipe(model.recipe.model_dump() | {"unreadable": unreadable})
+    weights = runs.sha256(folder / "weights.safetensors")
+    given = dataset not in (None, "", model.recipe.dataset)
+    names = pattern or ("" if given else model.recipe.pattern)
+    data = load(dataset if given else model.recipe.dataset, pattern=names)
+    own = _is_own(folder, model.recipe, data, given)
+    tables = data.test if split == "test" else ()
+    if split == "held_out" and model.recipe.hold_out and own:
         tables = hold_out(data.train, model.recipe.hold_out, seed=0)[1:]
     elif split != "test":
         raise ValueError(
@@ -137,8 +220,10 @@ def open_run(
             f"if it held people out (its hold_out is {model.recipe.hold_out!r})."
         )
     loaded = [load_images(table, model.recipe, show_progress) for table in tables]
-    pixels, tables = zip(*loaded, strict=True)
-    return OpenRun(folder, model, data, *tables, *pixels, split)
+    pixels, kept = zip(*loaded, strict=True)
+    left_out = sum(map(len, tables)) - sum(map(len, kept)) if asked else 0
+    of_run = (folder, model, data, *kept, *pixels, split, own, weights)
+    return OpenRun(*of_run, exclude_same_camera, left_out)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -146,9 +231,11 @@ class Scored:
     """What `score_run` found and wrote."""
 
     run: OpenRun
+    place: Path  # where it was written
     retrieval: Retrieval
     evaluation: Evaluation
-    intervals: pd.DataFrame  # `value`, `low`, `high` of each score: 95 % over queries (bootstrap)
+    intervals: pd.DataFrame  # `value`, `low`, `high` of each score: 95 % over queries (bootstrap);
+    # NaN where one query alone has a match
     baselines: dict[str, Evaluation]  # `untrained`, `colour_histogram`
     with_flips: Evaluation | None  # None if it was not asked for
     notes: tuple[str, ...]  # what could not be had, as sentences
@@ -160,12 +247,23 @@ class Scored:
 
     def table(self) -> pd.DataFrame:
         """Return the scores in per cent: a row for the run, its flips and each baseline."""
-        rows = {self.run.folder.name: self.evaluation}
+        where = self.place.relative_to(self.run.folder.parent).as_posix()
+        rows = {where: self.evaluation}
         if self.with_flips:
             rows["with flips averaged"] = self.with_flips
         rows |= {name.replace("_", " "): found for name, found in self.baselines.items()}
         scores = pd.DataFrame({name: found.scores for name, found in rows.items()}).T
         return 100 * scores[list(SCORES)].astype(float).rename(columns=SCORES)
+
+    def spread_in_words(self) -> str:
+        """Say how far the mAP would move with other queries."""
+        half = 50 * (self.intervals.loc["mAP", "high"] - self.intervals.loc["mAP", "low"])
+        if np.isnan(half):
+            return "One query alone cannot say how far the mAP would move with others."
+        return (
+            f"With other queries from the same cameras the mAP would move by about ±{half:.1f} points, so "
+            "a smaller difference says little: compare runs on the same queries."
+        )
 
     def __repr__(self) -> str:
         """The table, then the protocol."""
@@ -176,27 +274,31 @@ def score_run(
     run: str | Path | OpenRun = "",
     dataset: str | Path | None = None,
     *,
+    pattern: str | None = None,
     flip: bool = False,
     precision: str = "float32",
     baselines: bool = True,
     device: str = "auto",
     seed: int = 0,
     show_progress: bool = True,
+    **opening: Any,
 ) -> Scored:
     """Score a run on the test split, and write what was found into its folder.
 
-    Written, once everything is known: `embeddings_query.h5`, `embeddings_gallery.h5`,
-    `per_query.csv`, `metrics.json`, and an entry under `scored` in `manifest.json`.
+    Written together, as soon as the scores are known: `embeddings_query.h5`, `embeddings_gallery.h5`,
+    `per_query.csv`, `metrics.json`, and an entry under `scored` in `manifest.json`; then what the
+    scores are compared with, into `metrics.json`. Where: see `OpenRun.place`.
 
     Args:
         run: as in `open_run`, or what it returned.
-        dataset, device: as in `open_run`.
+        dataset, pattern, device: as in `open_run`.
         flip: also score the mean of each image's and its mirror image's embeddings, as `with_flips`.
             The scores themselves, and the embeddings on disk, are always those without.
         precision: `"float32"` gives the same scores everywhere; `"bfloat16"` is faster.
         baselines: also score the untrained network and colour histograms. Without it, those that
             were scored on the same images before stay in `metrics.json`.
         seed: of the bootstrap.
+        opening: `unreadable` and `exclude_same_camera`, as in `open_run`.
 
     Raises:
         FileNotFoundError, ValueError: as in `open_run` and `Retrieval`; a run that was opened on
@@ -212,48 +314,102 @@ def score_run(
     (True, True)
     """
     if not isinstance(run, OpenRun):
-        run = open_run(run, dataset, device=device, show_progress=show_progress)
+        opening |= {"pattern": pattern, "device": device, "show_progress": show_progress}
+        run = open_run(run, dataset, **opening)
     if run.split != "test":
         raise ValueError(
             f"{run.folder.name} is opened on people held out; what is written are scores of the test "
             "split. Use its retrieval().evaluate()."
         )
     options = {"precision": precision, "show_progress": show_progress}
-    retrieval = run.retrieval(**options)
-    evaluation = retrieval.evaluate()
-    compared, notes = score_baselines(run, **options) if baselines else ({}, [])
-    flipped = run.retrieval(flip=True, **options).evaluate() if flip else None
-    intervals = confidence_interval(evaluation.per_query, seed=seed)
-    scored = Scored(run, retrieval, evaluation, intervals, compared, flipped, tuple(notes))
     with runs.lock(run.folder):
-        _write(scored, run._about(precision))
+        place = run.place(precision)
+        before = _before(run, place / "metrics.json")  # a broken one is refused before the work
+        retrieval = run.retrieval(**options)
+        evaluation = retrieval.evaluate()
+        if warning := on_both_sides(run.data) if run.own else "":
+            evaluation = replace(evaluation, protocol=f"{evaluation.protocol} {warning}")
+        intervals = _intervals(evaluation, seed)
+        scored = Scored(run, place, retrieval, evaluation, intervals, {}, None, ())
+        _write(scored, before | {"warning": warning}, flip, run.about(precision))
+        if baselines:
+            compared, notes = score_baselines(run, **options)
+            scored = replace(scored, baselines=compared, notes=tuple(notes))
+            found = {name: found.scores for name, found in compared.items()}
+            runs.update_json(place / "metrics.json", baselines=found)
+        if flip:
+            scored = replace(scored, with_flips=run.retrieval(flip=True, **options).evaluate())
+            runs.update_json(place / "metrics.json", with_flips=scored.with_flips.scores)
     return scored
 
 
-def _write(scored: Scored, about: dict[str, str]) -> None:
-    """Write the run's files; `about` is what the embeddings say of themselves."""
-    folder, data, retrieval = scored.run.folder, scored.run.data, scored.retrieval
-    embs = {"query": retrieval.query_side.emb, "gallery": retrieval.gallery_side.emb}
-    for side, emb in embs.items():
-        write_embeddings(folder / f"embeddings_{side}.h5", emb, getattr(scored.run, side), about)
-    table = scored.evaluation.per_query
-    # Relative names are the same on any machine.
-    names = [os.path.relpath(path, data.root) for path in table["path"]]
-    runs.write_text(folder / PER_QUERY["test"], table.assign(path=names).to_csv(index=False))
-
-    file, subject = folder / "metrics.json", {"evaluated_on": data.name}
-    subject |= {"test_data": about["data"], "weights_sha256": about["weights_sha256"]}
+def _before(run: OpenRun, file: Path) -> dict:
+    """Return what stays of a `metrics.json`: what is of the same images and weights, or of none."""
+    subject = {"evaluated_on": run.data.name, "test_data": run.test_data}
+    subject |= {"weights_sha256": run.weights_sha256}
     kept = runs.read_json(file) if file.exists() else {}
     if any(kept.get(key, value) != value for key, value in subject.items()):
-        # What was scored of other images or weights does not stand beside these scores.
         kept = {key: kept[key] for key in kept if key not in ("baselines", "with_flips")}
-    if scored.baselines or "baselines" not in kept:
-        kept["baselines"] = {name: found.scores for name, found in scored.baselines.items()}
-    if scored.with_flips:
-        kept["with_flips"] = scored.with_flips.scores
-    intervals = scored.intervals[["low", "high"]].T.to_dict("list")
-    content = scored.scores | {"intervals": intervals, **subject, "flip": False}
-    content |= {"precision": about["precision"], "protocol": scored.evaluation.protocol}
-    runs.write_json(file, kept | content)
-    flip = scored.with_flips is not None
-    runs.note_scored(folder, data=data.name, flip=flip, precision=about["precision"])
+    return {"baselines": {}} | kept | subject
+
+
+def _intervals(evaluation: Evaluation, seed: int) -> pd.DataFrame:
+    """Return the intervals of the scores; one query alone has none."""
+    if evaluation.scores["queries"] - evaluation.scores["queries_without_match"] > 1:
+        return confidence_interval(evaluation.per_query, seed=seed)
+    value = score_values(evaluation.per_query).mean()
+    return pd.DataFrame({"value": value, "low": np.nan, "high": np.nan})
+
+
+def _write(scored: Scored, before: dict, flip: bool, about: dict[str, str]) -> None:
+    """Write the run's files, all or none; `about` is what the embeddings say of themselves."""
+    folder, data, retrieval = scored.run.folder, scored.run.data, scored.retrieval
+    entry = {"at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "data": data.name}
+    entry |= {"test_data": about["data"], "flip": flip, "precision": about["precision"]}
+    entry["embeddings_sha256"] = {}
+    with runs.together(folder) as fresh:
+        place = fresh / scored.place.relative_to(folder)
+        for side, of in (("query", retrieval.query_side), ("gallery", retrieval.gallery_side)):
+            file = place / f"embeddings_{side}.h5"
+            write_embeddings(file, of.emb, getattr(scored.run, side), about)
+            entry["embeddings_sha256"][side] = runs.sha256(file)
+        table = scored.evaluation.per_query
+        # Relative names are the same on any machine.
+        names = [os.path.relpath(path, data.root) for path in table["path"]]
+        runs.write_text(place / PER_QUERY["test"], table.assign(path=names).to_csv(index=False))
+        intervals = scored.intervals.dropna()[["low", "high"]].T.to_dict("list")
+        content = scored.scores | {"intervals": intervals, "flip": False}
+        content |= {"precision": about["precision"], "protocol": scored.evaluation.protocol}
+        runs.write_json(place / "metrics.json", before | content)
+        # Whoever chooses settings on a test split scores it more than once, and the manifest tells.
+        file = folder / "manifest.json"
+        manifest = runs.read_json(file) if file.exists() else {}
+        manifest["scored"] = [*manifest.get("scored", []), entry]
+        runs.write_json(fresh / "manifest.json", manifest)
+
+
+def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
+    """Read the per-query table of a run and split, after comparing its means with `metrics.json`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no such table, is cut short, or belongs to other scores.
+    """
+    file = folder / PER_QUERY[split]
+    numbers = ("query", "pid", "matches", "AP", "AP_market", "first_rank", "INP")
+    table = runs.read_table(file, numbers)
+    metrics = runs.read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    rows = metrics.get("queries") if split == "test" else None
+    if split == "held_out":
+        last = metrics.get("held_out", {}).get("last", {})
+        metrics = {key.removeprefix("held_out_"): value for key, value in last.items()}
+    found = score_values(table).mean()
+    known = {key: pd.to_numeric(metrics[key], errors="coerce") for key in SCORES if key in metrics}
+    differ = [key for key, value in known.items() if not abs(found[key] - value) < 1e-9]
+    if differ or rows not in (None, len(table)):
+        what = f"has {len(table)} rows, not {rows}" if not differ else f"has another {differ[0]}"
+        raise ValueError(
+            f"{file} {what} than metrics.json beside it: it is cut short, altered or of other scores. "
+            f"Score the run again: python -m reidlib score {folder.name}"
+        )
+    return table

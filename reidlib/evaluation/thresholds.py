@@ -5,12 +5,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from reidlib import runs
-from reidlib.data.pixels import load_training_images
-from reidlib.data.tables import fingerprint, hold_out, load
+from reidlib.data.tables import load
 from reidlib.evaluation.pairs import Pairs, halves
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.evaluation.scoring import OpenRun, open_run
+from reidlib.evaluation.scoring import OpenRun, open_run, trained_on
 from reidlib.evaluation.verify import at_threshold, match_probability, true_match_rate
 
 MIN_FALSE_MATCHES = 30  # the rule of 30, see `verify.true_match_rate`
@@ -54,14 +52,13 @@ def two_groups(
             "never compare them with those of a whole test split. Better: train with `hold_out`."
         )
         return Groups(*parts, *whose, note)
-    rest, *_ = hold_out(load(recipe.dataset).train, recipe.hold_out, seed=0)
-    trained_on = runs.read_json(run.folder / "manifest.json")["train_data"]
-    if fingerprint(load_training_images(rest, recipe)[1]) != trained_on:
+    if not trained_on(run.folder, recipe, load(recipe.dataset, pattern=recipe.pattern)):
         raise ValueError(
             f"{run.folder.name} was trained on other images of {recipe.dataset}, so nobody can say "
             "whom it has not seen: restore them, or train again."
         )
-    held_out = open_run(run.folder, split="held_out", device=str(run.device))
+    options = {"unreadable": recipe.unreadable, "device": str(run.device)}
+    held_out = open_run(run.folder, split="held_out", **options)
     return Groups(
         held_out.retrieval(flip=flip, precision=precision),
         testing,
@@ -106,6 +103,12 @@ class Threshold(NamedTuple):
         return [raised, chosen] if self.rate > self.asked else [chosen]
 
 
+def check_rate(fmr: float) -> None:
+    """Raise a ValueError if no threshold can be chosen at a false-match rate."""
+    if not 0 < fmr <= 0.5:
+        raise ValueError(f"fmr = {fmr}: give a rate above 0 and up to 0.5, such as 0.001.")
+
+
 def choose_threshold(
     pairs: Pairs, fmr: float = 0.001, *, draws: int = 500, seed: int = 0
 ) -> Threshold:
@@ -116,8 +119,7 @@ def choose_threshold(
     Raises:
         ValueError: a rate that is not above 0 and up to 0.5, or too few impostor pairs for any.
     """
-    if not 0 < fmr <= 0.5:
-        raise ValueError(f"fmr = {fmr}: give a rate above 0 and up to 0.5, such as 0.001.")
+    check_rate(fmr)
     rate = max(fmr, MIN_FALSE_MATCHES / pairs.impostors)
     if rate > 0.5:
         raise ValueError(

@@ -11,7 +11,8 @@ file. None goes through pyplot, so none is left open behind, and none shows up t
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +76,20 @@ class Table(Styler):
 
 
 # --- out of here: into a notebook, into a file
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Let a notebook go on where a figure cannot be drawn, and say which, and why.
+
+    >>> with optional("The map"):
+    ...     raise ValueError("There is one image alone.")
+    The map cannot be shown here: There is one image alone.
+    """
+    try:
+        yield
+    except Exception as error:  # of small data a figure may fail in any way, and scores must stay
+        print(f"{what} cannot be shown here: {str(error).strip() or type(error).__name__}")
 
 
 def encode(figure: Figure, photo: bool = False, density: float = 1.5) -> bytes:

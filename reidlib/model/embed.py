@@ -1,6 +1,8 @@
 """Images to embeddings: batches, flips and crops, and files on disk."""
 
 import copy
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from reidlib.recipes import Recipe
 from reidlib.runs import write_atomically
 
 VIEWS = ("plain", "mirrored", "crops", "mirrored crops")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def embed(
@@ -70,12 +73,15 @@ def embed_views(
         precision: `"float32"` gives the same scores on every machine, for TensorFloat32 is switched
             off; `"bfloat16"` is faster and moves them by some hundredths of a point.
 
-    A ValueError if there is no image or no such view, or if bfloat16 is wrong there.
+    A ValueError if there is no image, no such view or precision, or if bfloat16 is wrong there; and if
+    the network gives NaN or infinity.
     """
     if len(pixels) == 0:
         raise ValueError("There are no images to embed.")
     if not views or not set(views) <= set(VIEWS):
         raise ValueError(f"views = {views!r}: choose some of {', '.join(VIEWS)}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision = {precision!r}: choose {' or '.join(PRECISIONS)}.")
     device = next(model.parameters()).device
     if precision == "bfloat16" and (problem := bfloat16_problem(recipe, device)):
         raise ValueError(problem)
@@ -93,7 +99,13 @@ def embed_views(
                     emb = sum(model(x).float() for x in images) / len(images)  # (B, D)
                 of_view.append(emb.cpu())
             bar.update(len(block))
-    return {view: torch.cat(of_view).numpy() for view, of_view in parts.items()}
+    views = {view: torch.cat(of_view).numpy() for view, of_view in parts.items()}
+    if not all(np.isfinite(emb).all() for emb in views.values()):
+        raise ValueError(
+            "The network gives NaN or infinity for some of these images: its weights are damaged, or "
+            "its training diverged. Take weights from before that."
+        )
+    return views
 
 
 def _inputs(pixels: Tensor, recipe: Recipe, view: str) -> list[Tensor]:
@@ -116,7 +128,8 @@ def write_embeddings(
     """Write embeddings and what they belong to as HDF5, atomically.
 
     Four datasets: `emb` (N, D) float32, `pid` and `camid` (N) int64, `path` (N) UTF-8 strings. What
-    `about` says of them (weights, flips, precision) becomes attributes of the file.
+    `about` says of them (weights, flips, precision) becomes attributes of the file, and so does the
+    SHA-256 of all four, which `read_embeddings` compares.
 
     >>> from tempfile import TemporaryDirectory
     >>> table = pd.DataFrame({"path": ["a.jpg"], "pid": [1], "camid": [1]})
@@ -126,27 +139,29 @@ def write_embeddings(
     emb = np.asarray(emb, dtype=np.float32)
     if len(emb) != len(table):
         raise ValueError(f"{len(emb)} embeddings do not belong to a table of {len(table)} rows.")
+    content = {"emb": emb} | {key: table[key].to_numpy(np.int64) for key in ("pid", "camid")}
+    # Bytes, so that names which are no UTF-8 can be written, too.
+    content["path"] = np.array([*map(os.fsencode, table["path"])], object)
 
     def write(temporary: Path) -> None:
         with h5py.File(temporary, "w") as file:
-            file.attrs.update(about or {})
-            file["emb"] = emb
-            file["pid"] = table["pid"].to_numpy(np.int64)
-            file["camid"] = table["camid"].to_numpy(np.int64)
-            file.create_dataset("path", data=table["path"].tolist(), dtype=h5py.string_dtype())
+            file.attrs.update({**(about or {}), "content_sha256": _sha256(content)})
+            for key, values in content.items():
+                kind = h5py.string_dtype() if key == "path" else values.dtype
+                file.create_dataset(key, data=values, dtype=kind)
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)
 
 
-def read_about(path: str | Path) -> dict[str, str]:
-    """Return what a file of embeddings says of itself: nothing, if it comes from elsewhere."""
-    try:
-        with h5py.File(path, "r") as file:
-            return dict(file.attrs)
-    except OSError:
-        return {}
+def _sha256(content: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of a file's datasets: their numbers and names, however they are stored."""
+    digest = hashlib.sha256()
+    for key in ("emb", "pid", "camid"):
+        digest.update(np.ascontiguousarray(content[key]))
+    digest.update(b"\0".join(content["path"]))
+    return digest.hexdigest()
 
 
 def read_embeddings(
@@ -160,11 +175,13 @@ def read_embeddings(
             (`pid,path[,camid]`).
 
     Returns:
-        Embeddings (N, D) as stored, and their table, with "" and −1 where the file does not say.
+        Embeddings (N, D) as stored, and their table, with "" and −1 where the file does not say. What
+        the file says of them is in the table's `attrs`.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not HDF5, no `emb`, no identities, or lengths
-            that differ.
+            that differ; datasets of another kind or that lie outside of the file; numbers that are
+            not those that were written.
 
     >>> from tempfile import TemporaryDirectory
     >>> table = pd.DataFrame({"path": ["a.jpg"], "pid": [1], "camid": [1]})
@@ -177,11 +194,7 @@ def read_embeddings(
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"There is no embedding file {path}.")
-    try:
-        with h5py.File(path, "r") as file:
-            content = {key: file[key][()] for key in ("emb", "pid", "camid", "path") if key in file}
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as HDF5: {error}.") from error
+    content, about = _read_hdf5(path)
     if "emb" not in content:
         raise ValueError(f"{path} has no dataset 'emb' with the embeddings.")
     emb = content["emb"]
@@ -190,14 +203,62 @@ def read_embeddings(
     if csv is not None:
         table = image_list(csv, must_exist=False)
     elif "pid" in content:
-        paths = content.get("path", [b""] * len(content["pid"]))
-        table = pd.DataFrame({"path": [name.decode() for name in paths], "pid": content["pid"]})
-        table = table.assign(camid=content.get("camid", -1)).astype({"pid": int, "camid": int})
+        names = [*map(os.fsdecode, content.get("path", [b""] * len(emb)))]
+        numbers = {key: content.get(key, -1) for key in ("pid", "camid")}
+        table = pd.DataFrame({"path": names} | numbers)
     else:
         raise ValueError(f"{path} does not say who is in its images: give their list as CSV.")
     if len(table) != len(emb):
         raise ValueError(f"{path} has {len(emb)} embeddings, the list of images {len(table)} rows.")
+    table.attrs = about
     return emb, table
+
+
+def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read the datasets of embeddings and the attributes: the only reader of HDF5 in the library.
+
+    A file may name parts of others on this machine as its own: only what lies in itself is read.
+    """
+    content = {}
+    try:
+        with h5py.File(path, "r") as file:
+            for key in [key for key in ("emb", "pid", "camid", "path") if key in {*file}]:
+                link, stored = file.get(key, getlink=True), None
+                if isinstance(link, h5py.HardLink):
+                    stored = file[key]
+                if not isinstance(stored, h5py.Dataset) or stored.external or stored.is_virtual:
+                    raise ValueError(f"{key!r} is no dataset that lies in this file")
+                content[key] = _checked(key, stored[()])
+            about = {key: value for key, value in file.attrs.items() if isinstance(value, str)}
+        sizes = {key: len(values) if values.ndim else 1 for key, values in content.items()}
+        if len({*sizes.values()}) > 1:
+            raise ValueError(f"its datasets have different lengths: {sizes}")
+        written = about.pop("content_sha256", None)
+        if written is not None and written != _sha256(content):
+            raise ValueError("its numbers are not those that were written (their SHA-256 differs)")
+    except Exception as error:  # h5py raises a dozen kinds
+        cause = str(error) or type(error).__name__
+        advice = "Make it again: score the run, or python -m reidlib embed."
+        raise ValueError(f"{path} cannot be read as HDF5 embeddings: {cause}. {advice}") from error
+    return content, about
+
+
+def _checked(key: str, values: np.ndarray) -> np.ndarray:
+    """Return what a dataset should hold: (N,) whole numbers as int64, or (N,) names as bytes."""
+    values = np.asarray(values)
+    if key == "emb":
+        return values
+    if values.ndim != 1:
+        raise ValueError(f"{key!r} must have one value an image, not {values.shape}")
+    if key == "path":
+        if not all(isinstance(name, bytes) for name in values):
+            raise ValueError("'path' must hold names")
+        return values
+    with np.errstate(invalid="ignore"):  # NaN becomes some number, and is not equal to it
+        whole = values.astype(np.int64)
+    if values.dtype.kind not in "OS" and (whole != values).any():
+        raise ValueError(f"{key!r} must hold whole numbers, not {values.dtype}")
+    return whole
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from reidlib import runs
 from reidlib.evaluation.metrics import SCORES, score_values
-from reidlib.evaluation.scoring import PER_QUERY
+from reidlib.evaluation.scoring import read_per_query
 from reidlib.training import health
 from reidlib.workbook.compare import Made
 from reidlib.workbook.variants import VARIANTS, Key
@@ -42,22 +42,26 @@ Runs = Mapping[Key, Run]
 def read(made: Mapping[Key, Made], split: str = "test") -> dict[Key, Run]:
     """Read the runs that `compare.complete` made, and their per-query tables of a split.
 
+    A run whose files cannot be read is named, and left out.
+
     Raises:
         RuntimeError: none of the variants is there: nothing to compare.
     """
-    folders = {key: m.folder for key, m in made.items() if m.folder}
-    if not compared(folders):
+    found = {}
+    for (name, seed), folder in {key: m.folder for key, m in made.items() if m.folder}.items():
+        try:
+            found[name, seed] = Run(
+                folder,
+                read_per_query(folder, split),
+                runs.read_table(folder / "history.csv", ("step",)),
+                runs.read_json(folder / "manifest.json")["wall_seconds"] / 60,
+                [finding.name for finding in health.report_run(folder)],
+            )
+        except (OSError, ValueError, TypeError) as error:
+            print(f"NOT IN THE TABLES, {name}, seed {seed}: {error}")
+    if not compared(found):
         raise RuntimeError("No row of the variants is there, see above: nothing to compare.")
-    return {
-        key: Run(
-            folder,
-            pd.read_csv(folder / PER_QUERY[split]),
-            pd.read_csv(folder / "history.csv"),
-            runs.read_json(folder / "manifest.json")["wall_seconds"] / 60,
-            [finding.name for finding in health.report_run(folder)],
-        )
-        for key, folder in folders.items()
-    }
+    return found
 
 
 def compared(keys: Iterable[Key]) -> list[str]:

@@ -7,9 +7,9 @@ import pandas as pd
 
 from reidlib.evaluation.intervals import difference
 from reidlib.evaluation.metrics import SCORES, score_values
-from reidlib.evaluation.scoring import PER_QUERY
+from reidlib.evaluation.scoring import PER_QUERY, read_per_query
 from reidlib.paths import outputs_dir
-from reidlib.runs import find_run, read_json
+from reidlib.runs import find_run, read_json, sha256
 
 EXPLAINED = (
     "Per cent; higher is better. mAP: mean average precision over all matches of a query;\n"
@@ -26,6 +26,8 @@ def scores_text(
 ) -> str:
     """Return a table of the scores of runs and what it means; nothing is scored here.
 
+    A run whose files cannot be read is named, and the others are shown.
+
     Args:
         runs: names or folders; by default all runs under `outputs/`.
         baselines: show what the runs are compared with, too.
@@ -33,25 +35,32 @@ def scores_text(
 
     Raises:
         FileNotFoundError: no such run, or no run at all.
-        ValueError: no run was scored on the queries of `against`.
+        ValueError: no run can be read, or none was scored on the queries of `against`.
     """
-    runs = runs or sorted(path.parent.name for path in outputs_dir().glob("*/config.json"))
+    every = (path.parent.name for path in outputs_dir().glob("*/config.json"))
+    runs = runs or sorted(name for name in every if "~" not in name)  # those that were set aside
     if not runs:
         raise FileNotFoundError(
             f"There are no runs in {outputs_dir()} yet. Make one: "
             "python -m reidlib run 03_train 04_evaluate"
         )
-    folders, rows, notes = [find_run(run) for run in runs], [], []
+    folders, tables, notes = [find_run(run) for run in runs], [], []
     for folder in folders:
-        table, said = _of_run(folder, baselines)
-        rows += table.items()
-        notes += said
-    labels, scores = zip(*rows, strict=True)
-    table = 100 * pd.DataFrame(scores, index=labels).reindex(columns=list(SCORES)).astype(float)
+        try:
+            rows, said = _of_run(folder, baselines)
+            table = pd.DataFrame([*rows.values()], index=[*rows]).reindex(columns=list(SCORES))
+            tables.append(100 * table.astype(float))
+            notes += said
+        except Exception as error:  # a file may be broken in a way of its own
+            notes.append(f"{folder.name}: passed over. {error}")
+    if not tables:
+        raise ValueError("\n".join(notes))
+    table = pd.concat(tables)
     parts = [table.to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
     if against is not None:
         other = find_run(against)
-        gains = _gains(folders, other)
+        gains, said = _gains(folders, other)
+        notes += said
         form = dict.fromkeys(gains.columns, "{:+.2f}".format) | {"p": "{:.2g}".format}
         parts += [GAINS.format(other.name), gains.to_string(formatters=form)]
     return "\n\n".join([*parts, "\n".join(notes)]).rstrip()
@@ -65,34 +74,57 @@ def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]],
     if "with_flips" in metrics:
         rows["  with flips averaged"] = metrics["with_flips"]
     if (held_out := folder / PER_QUERY["held_out"]).is_file():
-        rows["  on people held out"] = score_values(pd.read_csv(held_out)).mean().to_dict()
+        table = read_per_query(folder, "held_out")
+        rows["  on people held out"] = score_values(table).mean().to_dict()
     for name, scores in metrics.get("baselines", {}).items() if baselines else ():
         rows[f"  {name.replace('_', ' ')}"] = scores
-    if "mAP" in metrics:
-        lost = metrics["queries_without_match"]
+    elsewhere = {
+        place.parent.name: read_json(place) for place in sorted(folder.glob("*/metrics.json"))
+    }
+    rows |= {f"  {name.replace('_', ' ')}": scores for name, scores in elsewhere.items()}
+    weights = folder / "weights.safetensors"
+    for name, scores in ({folder.name: metrics} | elsewhere).items():
+        if "mAP" not in scores:
+            continue
+        lost = scores["queries_without_match"]
         without = f", {lost} of them without a match and left out" if lost else ""
-        notes.append(f"{folder.name}: {metrics['queries']} queries{without}")
-    elif not held_out.is_file():
+        of = f" of {scores['evaluated_on']}" if "evaluated_on" in scores else ""
+        notes.append(
+            f"{name}: {scores['queries']} queries{of}{without}. {scores.get('warning', '')}"
+        )
+        known = scores.get("weights_sha256")
+        if known and weights.is_file() and known != sha256(weights):
+            notes.append(f"{name}: of other weights than the run has now; score it again.")
+    if "mAP" not in metrics and not held_out.is_file():
         notes.append(f"{folder.name}: not scored yet; python -m reidlib score {folder.name}")
     if picture.is_file():
         notes.append(f"ranked lists: {picture}")
     return rows, notes
 
 
-def _gains(folders: Sequence[Path], against: Path) -> pd.DataFrame:
-    """Return gains of mAP in points, their intervals, and p: a row for each run and split."""
-    gains = {}
+def _gains(folders: Sequence[Path], against: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return gains of mAP in points, their intervals, and p: a row for each run and split; and
+    sentences on tables that cannot be read.
+    """
+    gains, notes = {}, []
     for folder in folders:
         for split, file in PER_QUERY.items():
-            both = [run / file for run in (folder, against)]
-            if folder == against or not all(path.is_file() for path in both):
+            both = (folder, against)
+            if folder == against or not all((run / file).is_file() for run in both):
                 continue
             try:
-                found = difference(*([pd.read_csv(path)] for path in both))
+                tables = [[read_per_query(run, split)] for run in both]
+            except Exception as error:
+                notes.append(f"{folder.name}: not compared. {error}")
+                continue
+            try:
+                found = difference(*tables)
             except ValueError:  # of other queries: another data set, or other people held out
                 continue
             label = folder.name + (" (held out)" if split == "held_out" else "")
             gains[label] = [100 * v for v in (found.value, found.low, found.high)] + [found.p]
     if not gains:
-        raise ValueError(f"No run here was scored on the same queries as {against.name}.")
-    return pd.DataFrame.from_dict(gains, "index", columns=["gain", "95 % from", "to", "p"])
+        nothing = f"No run here was scored on the same queries as {against.name}."
+        raise ValueError("\n".join([nothing, *notes]))
+    columns = ["gain", "95 % from", "to", "p"]
+    return pd.DataFrame.from_dict(gains, "index", columns=columns), notes
