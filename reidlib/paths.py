@@ -59,17 +59,23 @@ def cache_dir() -> Path:
 
 
 def temporary(path: Path, form: str = ".{name}.{mine}.tmp") -> Path:
-    """Return a name beside `path` for what is being made; what killed processes left there goes.
+    """Return a name beside `path` for what is being made, and sweep that folder.
 
     The name has the machine and the process: another machine may be writing on the same disk.
     """
-    host = re.escape(platform.node())
-    for left in path.parent.iterdir():
-        made = re.fullmatch(rf".+[.-]{host}-(\d+)\.(tmp|ipynb)", left.name)
-        if made and not _is_alive(int(made[1])):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)
+    sweep(path.parent)
     mine = f"{platform.node()}-{os.getpid()}"
     return path.with_name(form.format(name=path.name, stem=path.stem, mine=mine))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-made in a folder, of this or an older version."""
+    process = rf"(?:{re.escape(platform.node())}-)?(\d+)"
+    ours = re.compile(rf"\..+\.{process}\.tmp|.+\.running-{process}\.ipynb")
+    for left in folder.iterdir():
+        made = ours.fullmatch(left.name)
+        if made and not _is_alive(int(made[1] or made[2])):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)
 
 
 def _is_alive(process: int) -> bool:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from reidlib.paths import ROOT, outputs_dir
+from reidlib.paths import ROOT, outputs_dir, sweep, temporary
 from reidlib.recipes import Recipe, stored_recipe
 
 if TYPE_CHECKING:
@@ -118,16 +118,16 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
         OSError: among others, that the disk is full: says where, and how many bytes are needed, if
             that is known, as `size`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = temporary(path)
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
+        write(fresh)
+        with open(fresh, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(fresh, path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        temporary.unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         needed = f"it needs {size / 1e6:,.1f} MB, and " if size else ""
         free = shutil.disk_usage(path.parent).free / 1e6
         raise OSError(
@@ -135,7 +135,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
             "before is as it was. Make room, then do the same again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself, too
     try:
         os.fsync(folder)
@@ -145,7 +145,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -277,12 +277,7 @@ def lock(run: Path, timeout: float = 0):
 
 def _sweep(run: Path) -> None:
     """Remove what killed processes left half-written in a run's folder: up to a checkpoint each."""
-    for path in run.glob(".*.*.tmp"):
-        with suppress(ValueError, PermissionError):  # a name of somebody else's, or their process
-            try:
-                os.kill(int(path.suffixes[-2][1:]), 0)  # does nothing to one that there is
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
+    sweep(run)
     for path in run.glob(".release-*"):  # `release` holds the lock that is held here
         shutil.rmtree(path, ignore_errors=True)
 

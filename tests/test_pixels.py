@@ -16,8 +16,9 @@ from torch.nn.functional import interpolate
 from reidlib.data import pixels as module
 from reidlib.data.augment import Augmentation
 from reidlib.data.pixels import load_images, load_pixels, load_training_images, read_image
-from reidlib.paths import cache_dir, temporary
+from reidlib.paths import cache_dir
 from reidlib.recipes import make_recipe
+from reidlib.runs import write_atomically
 
 
 @pytest.fixture
@@ -165,20 +166,21 @@ def test_a_full_disk_is_told_before_it_ends_the_process(table, monkeypatch):
     assert [file.name.split(".")[1] for file in cache_dir().iterdir()] == ["sizes"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_what_killed_processes_left_is_removed(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    names = [f".x.npy.{{}}-{pid}.tmp" for pid in (gone.pid, os.getpid())]
-    names += [f"x.running-{{}}-{pid}.ipynb" for pid in (gone.pid, os.getppid())]
-    for host in (platform.node(), "elsewhere"):
-        for name in names:
-            (tmp_path / name.format(host)).touch()
-    (tmp_path / f".data.{platform.node()}-{gone.pid}.tmp").mkdir()
-    temporary(tmp_path / "other.npy")
-    left = {name.format("elsewhere") for name in names}
-    assert {p.name for p in tmp_path.iterdir()} == left | {
-        n.format(platform.node()) for n in names[1::2]
+    here, kept = platform.node(), {"notes-99999999.ipynb", ".a.b.tmp"}
+    kept |= {f".x.npy.elsewhere-{gone.pid}.tmp", f".y.npy.{here}-{os.getpid()}.tmp"}
+    left = {
+        f".x.npy.{gone.pid}.tmp",
+        f".x.npy.{here}-{gone.pid}.tmp",
+        f"a.running-{gone.pid}.ipynb",
     }
+    for name in kept | left:
+        (tmp_path / name).touch()
+    (tmp_path / f".data.{here}-{gone.pid}.tmp").mkdir()
+    write_atomically(tmp_path / "x.npy", lambda fresh: fresh.touch())
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"x.npy"}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
