@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 import time
 import zipfile
 import zlib
@@ -190,7 +191,7 @@ def unpack(archive: Path) -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a folder to fill, which becomes `target` at the end, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = temporary(target)
+    part = temporary(target, f".{{name}}.{threading.get_ident()}.{{mine}}.tmp")
     part.mkdir()
     try:
         yield part
