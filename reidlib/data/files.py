@@ -4,9 +4,9 @@ import csv
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
-import threading
 import time
 import zipfile
 import zlib
@@ -191,7 +191,7 @@ def unpack(archive: Path) -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a folder to fill, which becomes `target` at the end, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = temporary(target, f".{{name}}.{threading.get_ident()}.{{mine}}.tmp")
+    part = temporary(target, f".{{name}}.{secrets.token_hex(4)}.{{mine}}.tmp")
     part.mkdir()
     try:
         yield part
