@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -56,7 +56,8 @@ def train(args) -> None:
         with suppress(ValueError):  # make_recipe says of all settings at once what is wrong
             settings[name] = typed(settings[name], kind)
     recipe = make_recipe(args.recipe, **settings)
-    folder = reidlib.train(recipe, args.tag, args.resume, args.device)
+    with redirect_stdout(sys.stderr):  # whatever is told on the way
+        folder = reidlib.train(recipe, args.tag, args.resume, args.device)
     print(folder)
     say(run_text(folder), f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
 
@@ -72,8 +73,9 @@ def health(args) -> None:
 def score(args) -> None:
     """Score a run, write the scores into its folder, and print them as JSON."""
     options = {"flip": args.flip, "precision": args.precision, "device": args.device}
-    baselines = not args.no_baselines
-    scored = reidlib.score_run(args.run, args.dataset, baselines=baselines, **options)
+    options |= {"pattern": args.pattern, "baselines": not args.no_baselines}
+    options |= {"unreadable": args.unreadable, "exclude_same_camera": args.exclude_same_camera}
+    scored = reidlib.score_run(args.run, args.dataset, **options)
     flipped = {"with_flips": scored.with_flips.scores} if scored.with_flips else {}
     print(json.dumps(scored.scores | flipped, indent=2, allow_nan=False))
     say(str(scored), *scored.notes)
@@ -90,19 +92,23 @@ def evaluate(args) -> None:
     """Print the scores of embeddings from any toolkit as JSON."""
     query = reidlib.read_embeddings(args.query, args.query_csv)
     gallery = reidlib.read_embeddings(args.gallery, args.gallery_csv)
-    evaluated = reidlib.evaluate(*query, *gallery)
+    options = {"exclude_same_camera": args.exclude_same_camera}
+    evaluated = reidlib.evaluate(*query, *gallery, **options)
     print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
     say(evaluated.protocol)
 
 
 def embed(args) -> None:
     """Write the embeddings of images into an HDF5 file."""
+    from reidlib.look.search import left_out
     from reidlib.model.device import pick_device
 
     out = _output(args.out)
     table = reidlib.image_list(args.images, pattern=args.pattern, image_root=args.image_root)
-    model = reidlib.load_model(args.model, pick_device(args.device))
-    pixels, table = reidlib.load_images(table, model.recipe)
+    model = reidlib.load_model(args.model, pick_device(args.device), args.unreadable)
+    pixels, readable = reidlib.load_images(table, model.recipe)
+    say(*left_out({"images": table}, {"images": readable}))
+    table = readable
     emb = reidlib.embed(model, pixels, model.recipe, flip=args.flip)
     reidlib.write_embeddings(out, emb, table)
     say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
@@ -122,13 +128,11 @@ def search(args) -> None:
         raise ValueError(f"{args.picture} must end in .jpg or .png.")
     out, picture, page = (f and _output(f) for f in (args.out, args.picture, args.html))
     tables = {"query": room.picture_table(args.query), "gallery": room.read_gallery(args.gallery)}
-    model = reidlib.load_model(args.model, pick_device(args.device))
-    broken = {"unreadable": args.unreadable or model.recipe.unreadable}
-    recipe = model.recipe.model_copy(update=broken)
-    say(*room.remarks(vars(args), tables, recipe))
+    model = reidlib.load_model(args.model, pick_device(args.device), args.unreadable)
+    say(*room.remarks(vars(args), tables, model.recipe))
     options = {"topk": args.top, "flip": args.flip}
-    retrieval, found = reidlib.search(model, *tables.values(), recipe, **options)
-    say(*room.left_out(tables, retrieval))
+    retrieval, found = reidlib.search(model, *tables.values(), model.recipe, **options)
+    say(*room.left_out(tables, {"query": retrieval.query, "gallery": retrieval.gallery}))
     count = len(retrieval.query)
     lists = f"{count:,} ranked list" + ("s" if count > 1 else "")
     if out:
@@ -136,14 +140,14 @@ def search(args) -> None:
         say(f"{lists}: {args.out}")
     else:
         print(room.search_csv(found), end="")
-    if picture:  # 20 lists make one of 47 inches
+    if page:
+        write_text(page, reidlib.ranked_list_page(retrieval, topk=args.top))
+        say(f"Page of the ranked lists: {args.html}")
+    if picture:  # last, for it may fail; 20 lists make one of 47 inches
         from reidlib.look import figures, photographs
 
         figures.save(photographs.search_lists(found[found["query"] < 20]), picture)
         say(f"Picture of {min(count, 20)} of {lists}: {args.picture}")
-    if page:
-        write_text(page, reidlib.ranked_list_page(retrieval, topk=args.top))
-        say(f"Page of the ranked lists: {args.html}")
 
 
 def export(args) -> None:
@@ -189,15 +193,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _true_or_false(text: str) -> bool:
+    return typed(text, bool)
+
+
 YES, NEEDED = {"action": "store_true"}, {"required": True}
 PAIR = {"nargs": 2, "metavar": ("NAME", "VALUE"), "action": "append", "default": []}
 FLOATS = ("float32", "bfloat16")
 RESUME = (
     "with a run of this name: go on (auto), from the checkpoint before the last (previous), refuse "
-    "(never), or delete it and start again (restart)"
+    "(never), or start again and replace it (restart)"
 )
 RESUMES = {"default": "auto", "choices": ("auto", "previous", "never", "restart")}
 BROKEN = "broken images: stop, or leave them out (as the model's recipe says)"
+CAMERA = "leave out matches by the query's own camera, as the protocol does (true)"
+CAMERAS = {"type": _true_or_false, "default": True, "metavar": "true|false"}
 
 # The commands that have it, its name, its help, and what else `argparse` wants to know.
 OPTIONS = (
@@ -220,6 +230,7 @@ OPTIONS = (
     ("evaluate", "--query-csv", "its list of images, if it holds embeddings alone"),
     ("evaluate", "--gallery", "HDF5 file of the gallery embeddings", NEEDED),
     ("evaluate", "--gallery-csv", "its list of images, if it holds embeddings alone"),
+    ("score evaluate", "--exclude-same-camera", CAMERA, CAMERAS),
     ("embed search export", "--model", "a run, or a weights.safetensors", NEEDED),
     ("embed", "--images", "a folder, or a CSV list", NEEDED),
     ("embed", "--out", "the file to write, such as gallery.h5", NEEDED),
@@ -227,9 +238,9 @@ OPTIONS = (
     ("search", "--query", "an image, a folder, or a CSV list", NEEDED),
     ("search", "--top", "how many of each query (10)", {"type": _count, "default": 10}),
     ("embed search", "--flip", "mean of each image and its mirror image", YES),
-    ("data embed", "--pattern", 'names to pid and camid: a regular expression, or "market1501"'),
+    ("data score embed", "--pattern", 'names to pid and camid: a regex, or "market1501"'),
     ("data embed", "--image-root", "where the relative paths of CSV lists start"),
-    ("search", "--unreadable", BROKEN, {"choices": ("fail", "skip")}),
+    ("score embed search", "--unreadable", BROKEN, {"choices": ("fail", "skip")}),
     ("search", "--out", "write the CSV there (standard output)", {"metavar": "FILE.csv"}),
     ("search", "--picture", "draw the ranked lists, 20 at most", {"metavar": "FILE.jpg"}),
     ("search", "--html", "a page to browse the ranked lists", {"metavar": "FILE.html"}),
@@ -289,6 +300,18 @@ def _values(annotation: Any) -> str:
     return "|".join(shown)
 
 
+def _mend_streams() -> None:
+    """Give closed streams a place to go to, and let no letter stop what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # else the next file would be opened as this stream
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)  # where it is the same, it is not inherited yet
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+        elif number:
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     args, unknown = _parser().parse_known_args(argv)
@@ -297,14 +320,16 @@ def main(argv: list[str] | None = None) -> int:
         near = did_you_mean(unknown[0].split("=")[0], options)
         args.parser.error(f"unknown {unknown[0]!r}{near}")
     try:
-        return args.function(args) or 0
+        status = args.function(args) or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         say("Stopped.")
         return 130
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         if os.environ.get("REID_DEBUG"):
             raise
         say(str(error).strip() or type(error).__name__)
@@ -312,4 +337,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    _mend_streams()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def test_what_a_user_can_mend_is_status_1_without_traceback(line, message, capsy
         (TrainingFailed("NaN"), 1),
         (FileExistsError("The run exists."), 1),
         (RuntimeError("Another process is writing it."), 1),
+        (MemoryError("Unable to allocate 9 TiB."), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -182,9 +184,11 @@ def test_every_setting_is_an_option_and_text_stays_text(monkeypatch):
     assert seen[0][1:] == ("", "never", "cpu")
 
 
-def test_train_prints_the_folder_alone(trained):
+def test_train_prints_the_folder_alone(trained, model, capsys):
     folder, printed = trained
     assert printed == f"{folder}\n"
+    assert main(["train", *TINY.split(), "--tag", "tiny"]) == 0  # it is there: words, elsewhere
+    assert capsys.readouterr().out == printed
     recipe = json.loads((folder / "config.json").read_text())
     assert (recipe["steps"], recipe["dim"], recipe["hold_out"]) == (2, 8, 0)
 
@@ -263,6 +267,19 @@ def test_evaluate_alone_on_standard_output(model, tmp_path, data_root):
     done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout)["mAP"] == 1.0
     assert done.stderr
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- 2>&-", "2>/dev/null"])
+def test_results_are_alone_wherever_the_other_streams_go(tmp_path, streams):
+    """A closed one would be the next file that is opened; in ASCII, "ü" is written as an escape."""
+    run_folder(tmp_path, "ünï")
+    line = f"exec {shlex.quote(sys.executable)} -m reidlib"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    options = {"shell": True, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(f"{line} scores ünï {streams}", **options)
+    assert done.returncode == 0 and r"\xfcn\xef" in done.stdout
+    done = subprocess.run(f"{line} scores nobody {streams}", **options)
+    assert done.returncode == 1 and done.stdout == ""
 
 
 def run_folder(tmp_path, name, **files):

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
 
 from reidlib import runs
@@ -34,8 +35,9 @@ def test_sources_are_stripped_and_portable(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1 and tagged[0] is code[0]
-    for line in tagged[0].source.splitlines():
-        assert re.fullmatch(r"\w+: [\w| ]+ = .+  # .+", line), "typed literal, and a comment"
+    seen = papermill.inspect_notebook(path)  # what `papermill --help-notebook` shows
+    assert [*seen] == [*read_parameters(path)]
+    assert all(p["inferred_type_name"] != "None" and p["help"] for p in seen.values())
     assert "check_parameters(In)" in code[1].source
     text = "\n".join(cell.source for cell in notebook.cells)
     assert not re.search(r"""["'](/|~|[A-Z]:\\)\w+/""", text), "an absolute path"
@@ -54,6 +56,7 @@ def test_cells_are_short_and_programs_live_in_the_library(path):
     assert max(lines) <= 25 and statistics.median(lines) <= 8, lines
     source = "\n".join(cell.source for cell in cells)
     assert "globals()" not in source and "Markdown(" not in source  # `say` shows sentences
+    assert ".style" not in source  # it escapes nothing; `figures.Table` does
 
 
 def plain_types(annotation):
@@ -73,7 +76,7 @@ def test_settings_of_a_notebook_are_those_of_the_recipe(name):
     parameters, settings = read_parameters(path), Recipe.model_fields
     assert name != "03_train" or settings.keys() <= parameters.keys()
     (cell, *_) = (c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
-    comments = dict(re.findall(r"(?m)^(\w+): .+?  # (.+)$", cell.source))
+    comments = dict(re.findall(r"(?m)^(\w+)\b.+?  # (?:type: \S+ )?(.+)$", cell.source))
     for setting in settings.keys() & parameters.keys():
         wanted = plain_types(settings[setting].annotation)
         assert plain_types(parameters[setting].annotation) == wanted | {NoneType}, setting
@@ -168,13 +171,14 @@ def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
     path = ROOT / "notebooks" / "03_train.ipynb"
     # Papermill refuses none of the parameters that 03_train does not have; the notebook does.
     known, small = read_parameters(path), zip(SMALL[1::3], SMALL[2::3], strict=True)
-    values = {name: value for name, value in small if name in known} | {"steps": "2"}
+    values = {name: value for name, value in small if name in known}
+    values |= {"steps": "2", "tag": "7"}  # which papermill makes a number
     arguments = ["papermill", os.path.relpath(path, folder), str(tmp_path / "out.ipynb")]
     for pair in values.items():
         arguments += ["-p", *pair]
     done = execute(arguments, folder, tmp_path / "outputs", data_root)
     assert done.returncode == 0, done.stderr[-3000:]
-    run = tmp_path / "outputs" / "synthetic_batchhard_softplus_small"
+    run = tmp_path / "outputs" / "synthetic_batchhard_softplus_7"
     assert runs.read_json(run / "manifest.json")["status"] == "finished"
 
 

@@ -52,6 +52,10 @@ def shown(copy):
         (["", "margin = 1", "# Parameters\nmarign = 2\nlr = 3"], "'marign'; did you mean 'margin'"),
         # run again, after a cell that assigns other names
         (["", "a = 1", "# Parameters\na = 2", "z = 1", "# Parameters\na = 2"], None),
+        (["", "n: int = 3  # how many", "# Parameters\nn = 0", ""], "n = 0: .*number, 1 or more"),
+        (["", "n: int = 0  # edited in JupyterLab", ""], "n = 0: .*number, 1 or more"),
+        (["", "n: int = 0  # how many; 0: all", ""], None),
+        (["", 'tag: str = ""  # a name', "# Parameters\ntag = 7", ""], "tag = 7: .*text"),
     ],
 )
 def test_check_parameters(history, unknown):
@@ -69,6 +73,7 @@ def test_parameters_are_read_with_their_types(tmp_path):
         "steps: int = None\n"
         'epoch: Literal["identities", "images"] | None = "images"\n'
         "lr = 3e-4\n"
+        "for_papermill = None  # type: float|str which knows no other way\n"
         "seeds: list[int] = [0,\n  1]\n"
         "anything = None\n"
         "odd: Unknown = 1\n"
@@ -81,6 +86,7 @@ def test_parameters_are_read_with_their_types(tmp_path):
         "steps": int | None,
         "epoch": Literal["identities", "images"] | None,
         "lr": float,
+        "for_papermill": float | str | None,
         "seeds": list[int],
         "anything": Any,
         "odd": int,
@@ -156,7 +162,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     monkeypatch.setattr(notebooks, "execute", lambda *_: pytest.fail("it ran"))
     (tmp_path / "notebooks").mkdir()
-    write(tmp_path / "notebooks/03_train.ipynb", parameters="lr: float = 0.1\nflip = True\np = 18")
+    write(
+        tmp_path / "notebooks/03_train.ipynb",
+        parameters="lr: float = 0.1\nflip = True\np: int = 18  # P",
+    )
     write(tmp_path / "notebooks/04_evaluate.ipynb", parameters='run = ""\ntop = 5')
     return tmp_path / "notebooks"
 
@@ -182,6 +191,7 @@ def test_notebooks_are_found_by_name_number_and_path(folder):
         ({"flip": 1}, "flip = 1: 03_train wants true or false"),
         ({"p": 1.5}, "p = 1.5: 03_train wants a whole number"),
         ({"p": True}, "p = True"),
+        ({"p": "0"}, "p = '0': 03_train wants a whole number, 1 or more"),
         ({"run": 3}, "run = 3: 04_evaluate wants text"),
         ({"top": None}, "top = None"),
     ],

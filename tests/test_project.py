@@ -3,6 +3,7 @@
 import ast
 import doctest
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import reidlib
-from reidlib.paths import ROOT
+from reidlib.paths import ROOT, cache_dir, data_dir, outputs_dir
+from reidlib.workbook.notebooks import check_parameters
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -104,11 +106,56 @@ def test_files_import_only_files_that_stand_before_them():
         assert ("matplotlib" in others) == (file in ("look.figures", "look.photographs")), file
 
 
+def test_another_copy_of_the_repository_is_refused(tmp_path, monkeypatch):
+    """A kernel starts in its notebooks; an environment that was copied too imports this library."""
+    (tmp_path / "copy/reidlib").mkdir(parents=True)
+    (tmp_path / "copy/reidlib/paths.py").touch()
+    (tmp_path / "copy/notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "copy/notebooks")
+    for door in (outputs_dir, data_dir, cache_dir, lambda: check_parameters(["", "a = 1", ""])):
+        with pytest.raises(RuntimeError, match="This is .*copy, but .*make clean"):
+            door()
+    monkeypatch.chdir(tmp_path)
+    assert outputs_dir() == tmp_path / "outputs"
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "copy/.venv"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(RuntimeError, match="This is .*copy, but"):
+        outputs_dir()
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert outputs_dir() == tmp_path / "outputs"
+
+
+@pytest.mark.parametrize("fault", ["copied", "dangling", "without pip", "of another library"])
+def test_make_notices_an_environment_that_is_not_ready(tmp_path, fault):
+    binaries = tmp_path / ".venv/bin"
+    binaries.mkdir(parents=True)
+    (tmp_path / "reidlib").mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/.ready").touch()
+    here = tmp_path / ("elsewhere" if fault == "copied" else "")
+    (binaries / "activate").write_text(f'VIRTUAL_ENV="{here / ".venv"}"')
+    if fault == "dangling":
+        (binaries / "python").symlink_to("nowhere")
+    else:
+        (binaries / "python").write_text(
+            f'#!/bin/sh\n{"exit 1" if fault == "without pip" else f"exec {sys.executable}"} "$@"\n'
+        )
+        (binaries / "python").chmod(0o755)
+    line = ["make", "setup"] if fault == "copied" else ["make", "-n", "setup"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert not (tmp_path / ".venv/.ready").exists()
+    if fault == "copied":
+        assert done.returncode and "make clean" in done.stdout and "Install" not in done.stdout
+    else:
+        assert "venv --clear .venv" in done.stdout and "pip install" in done.stdout
+
+
 def test_nothing_is_unpickled():
     for path in (ROOT / "reidlib").rglob("*.py"):
         text = path.read_text()
         assert "pickle.load" not in text and "allow_pickle=True" not in text
-        for call in re.findall(r"torch\.load\([^)]*\)", text):
+        for call in re.findall(r"(?<!safetensors\.)torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, path.name
 
 

@@ -186,8 +186,14 @@ def test_no_image_is_dropped_twice_nor_for_its_camera_unless_asked():
 
 
 def test_cameras_known_of_some_images():
-    result = evaluate(line(0), table([1]), line(0, 1), table([1, 2], [3, 3]))
-    assert result.scores["mAP"] == 1 and "Cameras are unknown" in result.protocol
+    one_sided = line(0), table([1]), line(0, 1), table([1, 2], [3, 3])
+    with pytest.raises(ValueError, match="known in the gallery table alone"):
+        Retrieval(*one_sided)
+    assert evaluate(*one_sided, exclude_same_camera=False).scores["mAP"] == 1
+    with pytest.raises(ValueError, match="known in the query table alone"):
+        Retrieval(line(0), table([1], [3]), line(0, 1), table([1, 2]))
+    nobody = table([-1])  # has no match that could be left out
+    assert len(Retrieval(line(0), nobody, *one_sided[2:]).ranked_list(0)) == 2
     junk = table([1, -1], [2, -1])  # it alone may lack one
     assert evaluate(line(0), table([1], [1]), line(0, 1), junk).scores["mAP"] == 1
 
@@ -241,7 +247,7 @@ def test_ranked_list_by_hand():
     assert len(retrieval.ranked_list(0)) == 7  # fewer than ten: all there is
     stays = Retrieval(*args, exclude_same_camera=False).ranked_list(0, topk=1)
     assert stays["status"].tolist() == ["match"]
-    itself = Retrieval(line(0), table([5], None, ["a"]), *args[2:])
+    itself = Retrieval(line(0), table([5], [9], ["a"]), *args[2:])
     assert itself.ranked_list(0, topk=1)["status"].tolist() == ["query itself", "wrong"]
     with pytest.raises(ValueError, match="query_row is 1"):
         retrieval.ranked_list(1)
@@ -368,14 +374,14 @@ T2 = table([1, 2], [1, 2])
         ((E2[:0], T2[:0], E2, T2), "query is empty"),
         ((E2, T2, E2[:0], T2[:0]), "gallery is empty"),
         ((E2, T2, E2, table([-1, -1])), "junk"),
-        ((E2, table([0, 1]), E2, T2), r"1 row \(0\) of the query table"),
-        ((E2, table([1, -1]), E2, T2), r"1 row \(1\) of the query table"),
+        ((E2, table([0, 1], [1, 2]), E2, T2), r"1 row \(0\) of the query table"),
+        ((E2, table([1, -1], [1, 2]), E2, T2), r"1 row \(1\) of the query table"),
         ((E2, T2, E2, table([1, -2])), "below -1"),
         ((E2, T2.drop(columns="pid"), E2, T2), "needs a column 'pid'"),
         ((E2, table([1.0, np.nan]), E2, T2), "whole numbers"),
         ((E2, table(["0001", "0002"]), E2, T2), "whole numbers"),
         ((E2, T2, E2, table([1, 2], [1, -1])), "1 of 2 images of the gallery table have no camera"),
-        ((E2, table([8, 9]), E2, T2), "share no pid"),
+        ((E2, table([8, 9], [1, 2]), E2, T2), "share no pid"),
         ((E2, T2, E2, T2), "same camera: 2. .* pass exclude_same_camera=False"),
     ],
 )

@@ -19,6 +19,7 @@ from reidlib.data.pixels import (
     load_training_images,
     read_image,
 )
+from reidlib.look import photographs
 from reidlib.look.photographs import one_line, search_lists
 from reidlib.look.search import (
     nearness,
@@ -261,16 +262,13 @@ def test_csv_holds_every_name(model, photos):
     assert known == "query,rank,distance,path,status,pid"
 
 
-def test_bytes_that_are_no_text_in_a_name(shell, photos, tmp_path):
+def test_bytes_that_are_no_text_in_a_name_are_named(shell, photos, capsys):
     try:
         crop(70).save(photos / os.fsdecode(b"caf\xe9.png"))
     except (OSError, UnicodeError):
         pytest.skip("this file system takes no such name")
-    files = {"--out": "o.csv", "--picture": "o.jpg", "--html": "o.html"}
-    options = [word for option, name in files.items() for word in (option, tmp_path / name)]
-    assert shell(*options, "--top", 30, query=photos / "a") == 0
-    assert any(path.endswith(r"caf\udce9.png") for path in pd.read_csv(tmp_path / "o.csv")["path"])
-    assert "caf?.png" in (tmp_path / "o.html").read_text(encoding="utf-8")
+    assert shell(query=photos / "a") == 1
+    assert r"no UTF-8: caf\udce9.png. Rename" in capsys.readouterr().err
 
 
 # --- figures
@@ -358,12 +356,20 @@ def test_search_of_a_folder_writes_files(shell, photos, tmp_path, capsys):
     assert "17 of 17 ranked lists" in err
 
 
+def test_a_picture_that_fails_does_not_cost_the_page(shell, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(photographs, "ranked_lists", lambda _: int("no picture"))
+    files = [tmp_path / name for name in ("o.csv", "o.html", "o.jpg")]
+    assert shell("--out", files[0], "--picture", files[2], "--html", files[1]) == 1
+    assert "no picture" in capsys.readouterr().err
+    assert [file.exists() for file in files] == [True, True, False]
+
+
 def test_what_a_search_passes_over_is_said(shell, photos, capsys):
     for name in ("notes.txt", ".hidden.png"):
         (photos / name).write_text("no picture")
     assert shell(query=photos / "a") == 0
     out, err = capsys.readouterr()
-    assert err.count("ignored, hidden or no images: .hidden.png, notes.txt.") == 1
+    assert err.count("no images: .hidden.png, notes.txt.") == 1
     assert "hidden" not in out and "notes" not in out
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from reidlib.evaluation.metrics import Evaluation
-from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.embed import embed
 from reidlib.model.weights import build_model
 
@@ -59,11 +58,7 @@ def score_baselines(run: Any, **options: Any) -> tuple[dict[str, Evaluation], li
     else:
         emb["untrained"] = [embed(untrained, pixels, run.recipe, **options) for pixels in sides]
     emb["colour_histogram"] = [colour_histogram(pixels) for pixels in sides]
-    found = {
-        name: Retrieval(query_emb, run.query, gallery_emb, run.gallery).evaluate()
-        for name, (query_emb, gallery_emb) in emb.items()
-    }
-    return found, notes
+    return {name: run.ranked(*both).evaluate() for name, both in emb.items()}, notes
 
 
 def gain_in_words(mAP: float, baselines: Mapping[str, Evaluation]) -> str:

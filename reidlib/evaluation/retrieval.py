@@ -43,8 +43,8 @@ class Retrieval:
         query_side, gallery_side: embeddings and columns of the tables as arrays, checked.
 
     Raises:
-        ValueError: arrays and tables do not fit each other, embeddings are not finite, or query or
-            gallery is empty.
+        ValueError: arrays and tables do not fit each other, embeddings are not finite, query or
+            gallery is empty, or cameras are known on one side alone.
 
     >>> query, gallery = pd.DataFrame({"pid": [1]}), pd.DataFrame({"pid": [2, 1]})
     >>> retrieval = Retrieval([[0.0]], query, [[1.0], [2.0]], gallery)
@@ -64,7 +64,15 @@ class Retrieval:
         self.query, self.gallery = query, gallery
         self.query_side, self.gallery_side = checked_sides(query_emb, query, gallery_emb, gallery)
         self.exclude_same_camera = exclude_same_camera
-        known = [(side.camids != -1).any() for side in (self.query_side, self.gallery_side)]
+        sides = (self.query_side, self.gallery_side)
+        known = [(side.camids != -1).any() for side in sides]
+        asked = all((side.pids > 0).any() for side in sides)  # else nobody can be a match
+        if exclude_same_camera and asked and known[0] != known[1]:
+            raise ValueError(
+                f"Cameras are known in the {'query' if known[0] else 'gallery'} table alone, so matches by "
+                "the query's own camera cannot be left out. Give both their camids (--pattern reads them "
+                "from names of files), or keep such matches: exclude_same_camera=False."
+            )
         self._by_camera = exclude_same_camera and all(known)  # drop matches of the query's camera?
         self._unlabelled = bool((self.gallery_side.pids == -1).all())
         self._given: np.ndarray | None = None  # (Q, G) distances that came ready

@@ -71,12 +71,12 @@ def _shape_warning(name: str, table: pd.DataFrame, recipe: Recipe) -> str:
     )
 
 
-def left_out(tables: Mapping[str, Any], retrieval: Retrieval) -> list[str]:
-    """Return a sentence for each side whose unreadable pictures were left out."""
+def left_out(tables: Mapping[str, Any], kept: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Return a sentence for each table whose unreadable pictures are not in what was kept of it."""
     said = []
     for name, table in tables.items():
         pictures = table["path"] if isinstance(table, pd.DataFrame) else []
-        if lost := sorted({*pictures} - {*getattr(retrieval, name)["path"]}):
+        if lost := sorted({*pictures} - {*kept[name]["path"]}):
             said.append(f"Unreadable, left out of the {name}: {', '.join(map(repr, lost))}.")
     return said
 
