@@ -17,7 +17,7 @@ from torch import nn
 from reidlib import runs
 from reidlib.data.pixels import load_images
 from reidlib.data.synthetic import draw_dataset
-from reidlib.data.tables import load
+from reidlib.data.tables import fingerprint, hold_out, load
 from reidlib.evaluation.retrieval import evaluate
 from reidlib.model.embed import embed
 from reidlib.model.weights import build_model, load_model, save_weights
@@ -25,7 +25,8 @@ from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
 from reidlib.workbook import release
 
-RECIPE = make_recipe("demo", backbone="mobilenet_v3_small", hidden=16, dim=8, margin=0.3)
+SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, hold_out=3)
+RECIPE = make_recipe("demo", margin=0.3, **SMALL)
 
 
 @pytest.fixture
@@ -34,8 +35,9 @@ def folder(tmp_path):
     folder.mkdir(parents=True)
     save_weights(folder / "weights.safetensors", build_model(RECIPE), RECIPE)
     runs.write_json(folder / "config.json", RECIPE.model_dump())
+    data = fingerprint(hold_out(load("synthetic").train, RECIPE.hold_out, seed=0)[0])
     manifest = {"step": 400, "steps": 400, "train_images": 1234, "train_identities": 30}
-    manifest |= {"train_data": "f" * 64, "reproduce": "python -m reidlib train --margin 0.3"}
+    manifest |= {"train_data": data, "reproduce": "python -m reidlib train --margin 0.3"}
     runs.write_json(folder / "manifest.json", manifest)
     runs.write_text(folder / "history.csv", "step,loss\n400,0.1\n")
     return folder
@@ -51,14 +53,27 @@ def fresh_scores(folder, flip):
     return evaluate(*sides).scores
 
 
+def content(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != ".lock"}
+
+
 @pytest.mark.slow
 def test_a_release(folder):
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), dtype=np.uint8)
     before = embed(load_model(folder), images, RECIPE, show_progress=False)
-    size = (folder / "weights.safetensors").stat().st_size
+    weights = folder / "weights.safetensors"
+    size = weights.stat().st_size
+    manifest, files = runs.read_json(folder / "manifest.json"), content(folder)
+    runs.update_json(folder / "manifest.json", train_data="f" * 64)
+    with pytest.raises(
+        ValueError, match="not the data set that synthetic_batchhard_mine was trained"
+    ):
+        release.release(folder)
+    runs.write_json(folder / "manifest.json", manifest)
+    assert content(folder) == files
     runs.write_json(folder / "metrics.json", {"held_out": {"mAP": 0.5}, "with_flips": {"mAP": 0}})
     files = release.release("synthetic_batchhard_mine")
-    assert (folder / "weights.safetensors").stat().st_size < 0.52 * size
+    assert weights.stat().st_size < 0.52 * size
     after = embed(load_model(folder), images, RECIPE, show_progress=False)
     assert 0 < np.abs(after - before).max() < 0.01 * np.abs(before).max()
     state = load_model(folder).state_dict()
@@ -72,7 +87,8 @@ def test_a_release(folder):
     assert metrics["with_flips"] == pytest.approx(flipped) and flipped != pytest.approx(plain)
     assert {name: metrics[name] for name in plain} == pytest.approx(plain)
     assert metrics["held_out"] == {"mAP": 0.5}, "of the training"
-    assert metrics["weights_sha256"] == runs.sha256(folder / "weights.safetensors")
+    manifest, digest = runs.read_json(folder / "manifest.json"), runs.sha256(weights)
+    assert metrics["weights_sha256"] == manifest["weights_sha256"] == digest
     card = (folder / "README.md").read_text()
     low, high = (f"{100 * end:.2f}" for end in metrics["intervals"]["mAP"])
     ours, theirs = (f"{100 * scores['mAP']:.2f}" for scores in (plain, flipped))
@@ -83,10 +99,10 @@ def test_a_release(folder):
     names = [*release.FILES, *(path.name for path in folder.glob("events.out.tfevents.*.test"))]
     assert [f.name for f in files] == names and all(f.is_file() for f in files)
     assert len(names) == len(release.FILES) + 1
-    weights = (folder / "weights.safetensors").read_bytes()
+    halved = weights.read_bytes()
     again = release.release("synthetic_batchhard_mine")
     assert again[:-1] == files[:-1] and (folder / "README.md").read_text() == card
-    assert (folder / "weights.safetensors").read_bytes() == weights, "twice is once"
+    assert weights.read_bytes() == halved, "twice is once"
     left = {f.name for f in folder.iterdir()} - {f.name for f in again} - {".lock"}
     assert left == {"embeddings_query.h5", "embeddings_gallery.h5"}
 
@@ -96,12 +112,11 @@ def test_a_release_that_fails_leaves_the_run_as_it_was(folder, monkeypatch, what
     def fail(*_, **__):
         raise OSError("disk full")
 
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = content(folder)
     monkeypatch.setattr(release, what, fail)
     with pytest.raises(OSError, match="disk full"):
         release.release(folder)
-    (folder / ".lock").unlink()
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert content(folder) == before
 
 
 # --- the runs that came with the repository

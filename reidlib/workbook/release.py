@@ -25,6 +25,7 @@ def release(run: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: no such run, one whose training has not ended, or no data to score it on.
+        ValueError: the data set of its recipe is no longer the one that it was trained on.
         RuntimeError: another process is writing this run.
     """
     folder = runs.find_run(run)
@@ -40,6 +41,8 @@ def release(run: str | Path) -> list[Path]:
         said = {"weights": "float16 where they are matrices or filters"}
         runs.update_json(made / "manifest.json", **said, weights_sha256=runs.sha256(weights))
         scored = score_run(made, flip=True)
+        if not scored.run.own:
+            raise ValueError(scored.run.notes[-1])
         runs.write_text(made / "README.md", model_card(made))
         with runs.together(folder) as ready:
             for file in made.glob("[!.]*"):
