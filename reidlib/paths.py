@@ -74,15 +74,9 @@ def sweep(folder: Path) -> None:
     ours = re.compile(rf"\..+\.{process}\.tmp|.+\.running-{process}\.ipynb")
     for left in folder.iterdir():
         made = ours.fullmatch(left.name)
-        if made and not _is_alive(int(made[1] or made[2])):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
+        if made:
+            with suppress(PermissionError):  # somebody else's process
+                try:
+                    os.kill(int(made[1] or made[2]), 0)  # sends nothing
+                except ProcessLookupError:
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)

@@ -17,6 +17,7 @@ from reidlib.data import files
 from reidlib.data import tables as ds
 from reidlib.data.check import MARKET_COUNTS, check, drop_unreadable
 from reidlib.data.pixels import read_image
+from reidlib.recipes import make_recipe
 
 MARKET = Path(__file__).resolve().parent.parent / "data" / files.MARKET_FOLDER
 needs_market = pytest.mark.skipif(
@@ -418,6 +419,23 @@ def test_flat_folder_is_read_by_pattern(data):
     assert got.query.camid[0] != got.gallery.camid[0]
 
 
+@pytest.mark.slow
+def test_a_pattern_goes_with_the_run(data, tmp_path, monkeypatch):
+    from reidlib.evaluation.scoring import open_run
+    from reidlib.training.loop import train
+
+    monkeypatch.setenv("REID_OUTPUTS", str(tmp_path / "outputs"))
+    pictures(
+        data / "flat", *(f"{p}_cam{c}_{i}.jpg" for p in "abcd" for c in (1, 2) for i in (1, 2))
+    )
+    small = dict(hold_out=0, height=32, width=16, p=2, k=2, dim=8, steps=1, precision="float32")
+    recipe = make_recipe("demo", dataset="flat", pattern=r"^(?P<pid>\w)_cam(?P<camid>\d)", **small)
+    opened = open_run(train(recipe, show_progress=False), show_progress=False)
+    assert opened.query.camid.tolist() == [1, 2] * 2 and opened.own
+    again = open_run(opened.folder, data / "flat", pattern=recipe.pattern, show_progress=False)
+    assert again.own and again.query.equals(opened.query)
+
+
 # --- lists
 
 
@@ -664,7 +682,7 @@ CHECKED = {
         "warning: Without cameras nothing is excluded",
         "warning: 1 of 3 queries have no match in the gallery; identities: 9."]),
     "found again": ([TRAIN, blind(QUERY), blind(QUERY + GALLERY)], [
-        "error: 3 queries are in the gallery too and will find themselves: /q7, /q8, /q9.",
+        "error: 3 queries are in the gallery too: /q7, /q8, /q9.",
         "warning: Without cameras nothing is excluded"]),
 }
 # fmt: on

@@ -37,8 +37,8 @@ PROBLEMS = {
     "alone": ("error", "training has fewer than two identities.", "Triplets need two or more."),
     "both sides": ("error", "{n} identities are in training and in test: {them}.",
                    "Scores would be too good; give each person to one side."),
-    "found again": ("error", "{n} queries are in the gallery too and will find themselves: {them}.",
-                    "Take them out of the gallery, or give cameras."),
+    "found again": ("error", "{n} queries are in the gallery too: {them}.",
+                    "None finds itself; take them out of the gallery, or give cameras."),
     "no cameras": ("warning", "Without cameras nothing is excluded by camera: a query may find the "
                    "next frame of the same shot.", "Give cameras by a camid column or a pattern."),
     "no match": ("{severity}", "{n} of {queries} queries have no match {where}; identities: {them}.",

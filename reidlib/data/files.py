@@ -211,7 +211,7 @@ def walk(place: Path) -> tuple[list[str], list[str]]:
     """Return image names relative to `place`, sorted, and a note (none or one) on all else there.
 
     Links are followed, and each real folder or picture is taken once, under its own name if it has
-    one here. Raises OSError: a folder that cannot be read; ValueError: names that are no UTF-8.
+    one here. Raises ValueError: names that are no UTF-8.
     """
     images, strays, seen = [], [], set()
 
@@ -223,10 +223,7 @@ def walk(place: Path) -> tuple[list[str], list[str]]:
         seen.add(real)
         return False
 
-    def stop(error: OSError) -> None:
-        raise error
-
-    for base, dirs, files in os.walk(place, onerror=stop, followlinks=True):
+    for base, dirs, files in os.walk(place, followlinks=True):
         if again(base):
             strays.append(os.path.relpath(base, place) + "/")
             dirs.clear()
@@ -318,19 +315,18 @@ def read_list(
         raise ValueError(f"{source} is no CSV in UTF-8 ({error}): save it as one.") from error
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
     columns = [cell.lower() for cell in lines[0][1]] if lines else []
-    other_names = False  # is the first line a header of other names?
-    if {"path", *["pid"] * labelled} <= set(columns):
-        lines = lines[1:]
-    elif lines:
+    headed = {"path", *["pid"] * labelled} <= set(columns)
+    lines = lines[headed:]
+    if not headed:
         columns = ["pid", "path", "camid"][: max(2, len(columns))]
-        first, last = (any(map(_is_image, row)) for _, row in (lines[0], lines[-1]))
-        other_names = last and not first
     if not lines:
         raise ValueError(f"{source} lists no images.")
+    pictured = [any(map(_is_image, row)) for _, row in (lines[0], lines[-1])]
+    other = not headed and pictured == [False, True]  # the first line is a header of other names
     for number, row in lines:
         cells = dict(zip(columns, row, strict=False))
         empty = "" in (cells.get(c) for c in ("pid", "path", "camid"))
-        if len(row) != len(columns) or empty or other_names:
+        if len(row) != len(columns) or empty or other:
             raise ValueError(
                 f"{source}, line {number}: expected {','.join(columns)}, got {','.join(row)!r}. A "
                 "header names its columns pid, path and camid."
@@ -338,10 +334,10 @@ def read_list(
     rows = pd.DataFrame([row for _, row in lines], columns=columns)
     if "pid" not in rows:
         rows["pid"] = "-1"
+    rows["path"] = rows["path"].str.replace("\\", "/")  # Windows wrote the list
     if "camid" not in rows:
-        names = [p.replace("\\", "/") for p in rows["path"]]
-        rows["camid"] = _groups_of(names, pattern, source).get("camid", "-1")
-    rows["path"] = [_path_in(base, p) for p in rows["path"]]
+        rows["camid"] = _groups_of([*rows["path"]], pattern, source).get("camid", "-1")
+    rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
     for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
         rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
     lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
@@ -351,12 +347,6 @@ def read_list(
             f"image_root right? It is {base}."
         )
     return rows[["path", "pid", "camid"]]
-
-
-def _path_in(base: Path, path: str) -> str:
-    """The path of an image in a list, also where Windows wrote it."""
-    found = os.path.abspath(base / path)
-    return found if os.path.isfile(found) else os.path.abspath(base / path.replace("\\", "/"))
 
 
 def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, list[str]]:

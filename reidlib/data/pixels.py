@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
 import zlib
 from collections.abc import Sequence
@@ -212,22 +211,17 @@ def _save(array: np.ndarray, file: Path) -> None:
         opened.write(_checksums(array))
 
 
-def _reserve(file: Path) -> None:
-    """Take the room on the disk for a mapped file: a disk that is full later ends the process."""
-    size = file.stat().st_size
-    if hasattr(os, "posix_fallocate"):
-        with open(file, "rb+") as opened:
-            os.posix_fallocate(opened.fileno(), 0, size)
-    elif size > shutil.disk_usage(file.parent).free:  # as on macOS
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def _decode_all(
     paths: list[str], shape: Size, skip: bool, show: bool, kept_file: Path, file: Path
 ) -> None:
     """Decode every image to a shape, and write the pixels and the rows that they belong to."""
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(paths), *shape, 3))
-    _reserve(file)
+    with open(file, "rb+") as opened:  # a disk that is full later would end the process
+        try:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except (AttributeError, OSError) as error:  # macOS and some disks cannot
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def decode(row: int) -> str | None:
         """Put one image in its place; return what is wrong with it, if anything."""
