@@ -19,8 +19,6 @@ from reidlib.recipes import Recipe, stored_recipe
 from reidlib.runs import find_run, read_json, write_atomically
 from reidlib.words import some
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
     """Return a recipe's network as it is before the first step: its seed decides random weights.
@@ -158,7 +156,7 @@ def _load(network: nn.Module, state: dict[str, Tensor], what: str, hint: str = "
     own = network.state_dict()
     both = [k for k in own if k in state]
     numbers = [k for k in both if own[k].is_floating_point()]
-    floats = [k for k in numbers if state[k].dtype in FLOATS]
+    floats = [k for k in numbers if state[k].is_floating_point()]
     # Files older than PyTorch 0.4.1 lack BatchNorm's counter, which nothing here reads.
     problems = {
         "lacks": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
@@ -182,17 +180,15 @@ def _load_pretrained(model: EmbeddingNet, name: str, weights: str) -> None:
     """
     state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    network = model.backbone
-    if any(k.startswith("backbone.") for k in state):
-        shapes = [
-            {k: v.shape for k, v in one.items() if k.startswith("head.")}
-            for one in (state, model.state_dict())
-        ]
-        if shapes[0] == shapes[1]:
-            network = model
-        else:
-            state = {k.removeprefix("backbone."): v for k, v in state.items() if k not in shapes[0]}
-    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    both = (state, model.state_dict())
+    head, own = ({k: v.shape for k, v in s.items() if k.startswith("head.")} for s in both)
+    whole = head == own and any(k.startswith("backbone.") for k in state)
+    network = model if whole else model.backbone
+    if not whole:
+        leave = ("fc.", "classifier.", "head.")
+        state = {
+            k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith(leave)
+        }
     hint = f" It must be a state dict of torchvision's {name}, or a trained run's weights."
     _load(network, state, f"The weights {weights!r} do not fit {name}", hint)
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
@@ -28,7 +28,6 @@ from reidlib.data.check import on_both_sides
 from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.sampler import PKSampler
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
-from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.look import board
 from reidlib.model.device import autocast, fast_at_bfloat16, pick_device, resolve_precision
 from reidlib.model.weights import build_model, load_model, save_weights
@@ -40,9 +39,6 @@ from reidlib.training.journal import Journal, tell
 from reidlib.training.losses import LOSSES
 
 Resume = Literal["auto", "previous", "never", "restart"]
-# Of the weights of a run, and of no others.
-SCORES = ("metrics.json", PER_QUERY["test"], "embeddings_query.h5", "embeddings_gallery.h5")
-SCORES += ("ranked_lists.jpg", "ranked_lists.html", "verification.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +150,9 @@ def train(
         plan = prepare(recipe, tag, device=device, dataset=dataset, show_progress=show_progress)
     folder = plan.folder
     with runs.lock(folder):
-        checkpoint = _existing(plan, resume, longer and resume == "auto")
+        checkpoint = _existing(plan, resume, longer)
         if resume != "restart" and _is_done(plan, checkpoint):
-            print(
+            tell(
                 f"{folder.name} was trained before, with these settings and data, and is left as it is. "
                 'To train it again, give another tag, or resume = "restart" to replace it.'
             )
@@ -170,7 +166,7 @@ def train(
 
 def _run(plan: Plan, state: State, show_progress: bool) -> None:
     """Train from a state to the end, and write down all of it."""
-    folder, weights = plan.folder, plan.folder / "weights.safetensors"
+    folder = plan.folder
     if not (folder / "checkpoint.pt").exists():
         board.erase(folder)  # event files of steps that will come again
         for kept in runs.asides(folder):
@@ -178,13 +174,7 @@ def _run(plan: Plan, state: State, show_progress: bool) -> None:
     with stop_signals() as asked, board.Board(folder, plan.recipe, plan.steps, state.step) as shown:
         journal = Journal(plan, state, shown)
         _steps(plan, state, journal, asked, show_progress)
-        save_weights(weights, state.model, plan.recipe)
-        metrics = folder / "metrics.json"
-        scored = runs.read_json(metrics) if metrics.exists() else {}
-        if "mAP" in scored and scored.get("weights_sha256") != runs.sha256(weights):
-            tell(f"The scores of {folder.name} were of its weights before: score it again.")
-            for name in SCORES:
-                (folder / name).unlink(missing_ok=True)
+        save_weights(folder / "weights.safetensors", state.model, plan.recipe)
         journal.write_manifest("finished")
 
 
@@ -214,20 +204,15 @@ def _is_done(plan: Plan, checkpoint: dict | None) -> bool:
     Raises:
         ValueError: they are damaged, and there is no checkpoint to write them from.
     """
-    manifest = plan.folder / "manifest.json"
+    manifest, weights = (plan.folder / name for name in ("manifest.json", "weights.safetensors"))
     finished = manifest.exists() and runs.read_json(manifest)["status"] == "finished"
     # A released run has its weights and no checkpoint.
     whole = checkpoint is None or checkpoint["step"] >= plan.steps
-    if not (finished and whole and (plan.folder / "weights.safetensors").is_file()):
+    if not (finished and whole and weights.is_file()):
         return False
-    try:
-        load_model(plan.folder)
-    except ValueError as error:
-        if checkpoint is None:
-            raise
-        tell(f"{error} That is done now.")
-        return False
-    return True
+    with suppress(ValueError) if checkpoint else nullcontext():
+        return bool(load_model(plan.folder))
+    return False
 
 
 def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
@@ -246,10 +231,12 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
         raise FileExistsError(f"The run {folder} exists. Give another tag.")
     before = runs.read_json(manifest)
     finished, grown = before["status"] == "finished", plan.steps > before["steps"]
-    differ = _differing(plan, before, grown and finished and longer)
-    if not longer and before.get("went_on_after"):
-        differ.append(f"it went on after step {before['went_on_after'][-1]}, its last one at first")
-    if differ:
+    free = {*WATCHING, *(("steps", "epochs") if grown and finished and longer else ())}
+    old = located(runs.read_recipe(folder)).model_dump(exclude=free)
+    old |= {"data fingerprint": before["train_data"], "went on after": before.get("went_on_after")}
+    now = plan.recipe.model_dump(exclude=free) | {"data fingerprint": plan.data}
+    now |= {"went on after": old["went on after"] if longer else None}
+    if differ := [f"{k}: {old[k]!r} there, {now[k]!r} now" for k in now if old[k] != now[k]]:
         raise ValueError(
             f"The run {folder.name} was made with other settings ({'; '.join(differ)}). Give another "
             'tag, or resume="restart" to replace it.'
@@ -266,18 +253,6 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
             f"learnt: weights={weights[0]}."
         )
     return None
-
-
-def _differing(plan: Plan, before: dict, grown: bool) -> list[str]:
-    """Return in words what a run was made with otherwise; `before` is its manifest.
-
-    What only watches does not count, and where it has grown, neither does its length.
-    """
-    free = {*WATCHING, *(("steps", "epochs") if grown else ())}
-    old = located(runs.read_recipe(plan.folder)).model_dump(exclude=free)
-    now = plan.recipe.model_dump(exclude=free) | {"data fingerprint": plan.data}
-    old["data fingerprint"] = before["train_data"]
-    return [f"{k}: {old[k]!r} there, {now[k]!r} now" for k in now if old[k] != now[k]]
 
 
 def _start(plan: Plan, checkpoint: dict | None) -> State:
@@ -334,7 +309,7 @@ def _steps(
             bar.close()
             journal.write_manifest("stopped")
             message = f"Stopped after step {state.step} of {plan.steps}; run it again to go on."
-            print(message, flush=True)
+            tell(message)
             # As the signal would have it.
             raise (
                 KeyboardInterrupt(message)
