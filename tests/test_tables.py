@@ -308,7 +308,7 @@ def test_queries_are_drawn_from_a_test_that_has_none(data):
         data / "own",
         *(f"{s}/{p}{i}.jpg" for s in ("train", "test") for p in ["ab/", "cd/"] for i in "12"),
     )
-    pictures(data / "own", "test/solo/1.jpg")
+    pictures(data / "own", "test/0/1.jpg")  # among names no number, so a distractor
     got, again = ds.load("own"), ds.load("own")
     assert ds.fingerprint(got) == ds.fingerprint(again) and len(got.train) == 4
     assert len(got.query) == got.query.pid.nunique() == 2 and len(got.gallery) == 3

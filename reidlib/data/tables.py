@@ -8,7 +8,6 @@ numbers, are numbered 1, 2, … over all splits together, and keep the name in a
 import hashlib
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,7 +91,8 @@ def load(
     >>> sorted(dataset.train.columns)
     ['camid', 'path', 'pid']
     """
-    pattern, image_root = pattern or None, image_root or None  # "" is how a notebook says None
+    # "" is how a notebook says None; papermill turns digits into a number.
+    pattern, image_root = str(pattern or "") or None, image_root or None
     known = {"market1501": files.find_market1501, "synthetic": built_in_data}
     if find := known.get(str(dataset)):
         if pattern or image_root:
@@ -300,19 +300,21 @@ def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
 
 
 def _number(
-    raw: dict[str, pd.DataFrame], notes: list[str], from_zero: Sequence[str] = ()
+    raw: dict[str, pd.DataFrame], notes: list[str], from_0: bool = False
 ) -> dict[str, pd.DataFrame]:
     """Turn text to int64 with one map for all splits: numbers stay, names count from 1, sorted.
 
-    Where a split of those in `from_zero` has a 0, and none has junk, 0 is a person: the numbers of
-    people move up by one.
+    They may begin at 0, if `from_0`: where a 0 is not in the gallery alone, as distractors are, and
+    there is no junk, it is a person, and all numbers move up by one.
     """
     rows, known = pd.concat(raw), 18 if "" in raw else 15  # digits: a page's numbers have no more
     for column, word, special in (("pid", "identities", (-1, 0)), ("camid", "cameras", (-1,))):
         texts = sorted(rows[column].unique())
         kept = {t: int(t) for t in texts if re.fullmatch(rf"-?\d{{1,{known}}}", t)}
-        shown = {kept.get(t) for split in raw if split in from_zero for t in raw[split][column]}
-        if column == "pid" and len(kept) == len(texts) and 0 in shown and -1 not in kept.values():
+        people = [raw[split] for split in raw if split != "gallery" or "query" not in raw]
+        zero = 0 in {kept.get(t) for table in people for t in table[column].unique()}
+        numbers = len(kept) == len(texts) and -1 not in kept.values()
+        if from_0 and column == "pid" and zero and numbers:
             notes.append("Identities begin at 0: 0 is a person, and all are numbered one higher.")
             kept = {t: number + 1 for t, number in kept.items()}
             rows["label"] = rows["pid"]
@@ -366,8 +368,7 @@ def _dataset(
     name: str, root: Path, raw: dict[str, pd.DataFrame], notes: list[str], pattern: str | None
 ) -> Dataset:
     """Return a Dataset of three tables, with cameras known for all images or for none."""
-    # In Market-1501 itself 0 is a distractor wherever it stands, else in the gallery alone.
-    tables = _number(raw, notes, ("all", "train", "query") if pattern != "market1501" else ())
+    tables = _number(raw, notes, from_0=pattern != "market1501")
     if "all" in tables:
         tables = _halves(tables["all"])
         notes.append("No split is given: identities were split in halves with seed 0.")
