@@ -214,7 +214,7 @@ def test_no_result_replaces_one_of_something_else(folder, elsewhere, tmp_path, e
         what == "bfloat16" or scored.run.notes[-1:]
     )
     shown = scores_text([folder])
-    assert f"  {scored.place.name}".replace("_", " ") in shown and "queries of synthetic" in shown
+    assert f"  {scored.place.name}" in shown and "queries of synthetic" in shown
     made = len(embedded)
     again = open_run(folder, options.get("dataset"), **QUIET)
     again.embeddings(precision=options.get("precision", "float32"), show_progress=False)

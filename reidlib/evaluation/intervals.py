@@ -164,10 +164,11 @@ def confidence_interval(
         level: share of the draws inside the interval.
 
     Returns:
-        A row for each score, columns ``value``, ``low`` and ``high``, fractions.
+        A row for each score, columns ``value``, ``low`` and ``high``, fractions; the ends are NaN where
+        there are fewer than two values to draw from.
 
     Raises:
-        ValueError: fewer than two values to draw from, or ``versus`` has other queries.
+        ValueError: ``versus`` has other queries.
 
     >>> from reidlib.evaluation.retrieval import evaluate
     >>> query, gallery = pd.DataFrame({"pid": [1, 2]}), pd.DataFrame({"pid": [1, 2]})
@@ -182,7 +183,7 @@ def confidence_interval(
     groups = values.groupby(per_query.loc[values.index, by])
     sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()  # (C, S), (C,)
     if len(sizes) < 2:
-        raise ValueError(f"a bootstrap needs two values of {by!r} with matches or more")
+        return pd.DataFrame({"value": values.mean(), "low": np.nan, "high": np.nan})
     # (C,) @ (C, S) -> (S,), R times
     means = [times @ sums / (times @ sizes) for times in times_drawn(len(sizes), repeats, seed)]
     low, high = percentiles(np.array(means), level)

@@ -329,7 +329,7 @@ def score_run(
         evaluation = retrieval.evaluate()
         if warning := on_both_sides(run.data) if run.own else "":
             evaluation = replace(evaluation, protocol=f"{evaluation.protocol} {warning}")
-        intervals = _intervals(evaluation, seed)
+        intervals = confidence_interval(evaluation.per_query, seed=seed)
         scored = Scored(run, place, retrieval, evaluation, intervals, {}, None, ())
         _write(scored, before | {"warning": warning}, flip, run.about(precision))
         if baselines:
@@ -351,14 +351,6 @@ def _before(run: OpenRun, file: Path) -> dict:
     if any(kept.get(key, value) != value for key, value in subject.items()):
         kept = {key: kept[key] for key in kept if key not in ("baselines", "with_flips")}
     return {"baselines": {}} | kept | subject
-
-
-def _intervals(evaluation: Evaluation, seed: int) -> pd.DataFrame:
-    """Return the intervals of the scores; one query alone has none."""
-    if evaluation.scores["queries"] - evaluation.scores["queries_without_match"] > 1:
-        return confidence_interval(evaluation.per_query, seed=seed)
-    value = score_values(evaluation.per_query).mean()
-    return pd.DataFrame({"value": value, "low": np.nan, "high": np.nan})
 
 
 def _write(scored: Scored, before: dict, flip: bool, about: dict[str, str]) -> None:

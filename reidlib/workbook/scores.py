@@ -81,7 +81,7 @@ def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]],
     elsewhere = {
         place.parent.name: read_json(place) for place in sorted(folder.glob("*/metrics.json"))
     }
-    rows |= {f"  {name.replace('_', ' ')}": scores for name, scores in elsewhere.items()}
+    rows |= {f"  {name}": scores for name, scores in elsewhere.items()}
     weights = folder / "weights.safetensors"
     for name, scores in ({folder.name: metrics} | elsewhere).items():
         if "mAP" not in scores:
@@ -89,9 +89,8 @@ def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]],
         lost = scores["queries_without_match"]
         without = f", {lost} of them without a match and left out" if lost else ""
         of = f" of {scores['evaluated_on']}" if "evaluated_on" in scores else ""
-        notes.append(
-            f"{name}: {scores['queries']} queries{of}{without}. {scores.get('warning', '')}"
-        )
+        warning = f". {scores['warning']}" if scores.get("warning") else ""
+        notes.append(f"{name}: {scores['queries']} queries{of}{without}{warning}")
         known = scores.get("weights_sha256")
         if known and weights.is_file() and known != sha256(weights):
             notes.append(f"{name}: of other weights than the run has now; score it again.")
