@@ -89,7 +89,9 @@ def optional(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of small data a figure may fail in any way, and scores must stay
-        print(f"{what} cannot be shown here: {str(error).strip() or type(error).__name__}")
+        why = str(error).strip() or type(error).__name__
+        why = "it builds on one that could not." if isinstance(error, NameError) else why
+        print(f"{what} cannot be shown here: {why}")
 
 
 def encode(figure: Figure, photo: bool = False, density: float = 1.5) -> bytes:
@@ -319,6 +321,9 @@ def distance_histograms(
     Both are densities over common bins: their areas are 1, however many pairs there are.
     """
     values = [np.asarray(v, dtype=float) for v in (matches, non_matches)]
+    for name, of_one in zip(names, values, strict=True):
+        if not len(of_one):
+            raise ValueError(f"there is no distance of {name}.")
     edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
     densities = [np.histogram(v, edges, density=True)[0] for v in values]
     figure, axes = subplots(width=7, height=3)
