@@ -78,7 +78,7 @@ def score(args) -> None:
     scored = reidlib.score_run(args.run, args.dataset, **options)
     flipped = {"with_flips": scored.with_flips.scores} if scored.with_flips else {}
     print(json.dumps(scored.scores | flipped, indent=2, allow_nan=False))
-    say(str(scored), *scored.notes)
+    say(str(scored), *scored.run.notes, *scored.notes)
 
 
 def scores(args) -> None:
