@@ -189,8 +189,9 @@ def _finished() -> Iterator[tuple[Path, dict, str]]:
             settings = _settings(runs.read_recipe(file.parent))
         except (ValueError, OSError):
             continue  # a broken run, or one of a version whose settings differ, is no row
-        # One that went on after its end is not what its settings say.
-        if manifest.get("status") == "finished" and not manifest.get("went_on_after"):
+        # One that went on after its end is not what its settings say, one with a "~" is replaced now.
+        its_own = "~" not in file.parent.name and not manifest.get("went_on_after")
+        if manifest.get("status") == "finished" and its_own:
             yield file.parent, settings, manifest.get("train_data")
 
 
