@@ -1,5 +1,6 @@
 """A comparison makes what is missing, picks up what is there, and loses nothing."""
 
+import re
 import shutil
 import threading
 import time
@@ -226,7 +227,7 @@ def test_errors(fake, rows, options, said):
     assert not fake.did()
 
 
-def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(fake):
+def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(fake, capsys):
     recipe = row(height=64, width=32).recipe  # half of it is smaller: no step is another row
     compared = comparison(recipe, seeds=1)
     made = done(compared.rows, "held_out")
@@ -247,6 +248,12 @@ def test_the_whole_comparison_on_held_out_people_picks_up_what_is_there(fake):
     made = done(compared.rows, "held_out")
     assert {*fake.did()} == {("train", gone), ("train", stopped)}
     assert f"2 of {count} rows were made now" in results.made_in_words(made, 0)
+    # One whose table is cut short is named, and the others are compared.
+    table = outputs_dir() / gone / "per_query_held_out.csv"
+    table.write_text(table.read_text()[:20])
+    capsys.readouterr()
+    assert len(results.read(made, "held_out")) == count - 1
+    assert re.match(f"NOT IN THE TABLES, .*{gone}/{table.name} has no", capsys.readouterr().out)
 
 
 # --- for real

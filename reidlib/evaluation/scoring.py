@@ -26,7 +26,7 @@ from reidlib.model.device import pick_device
 from reidlib.model.embed import embed_views, read_embeddings, write_embeddings
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import load_model
-from reidlib.recipes import Recipe, stored_recipe
+from reidlib.recipes import Recipe, located, stored_recipe
 
 PER_QUERY = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}  # in a run, by split
 
@@ -161,7 +161,8 @@ def trained_on(run: Path, recipe: Recipe, data: Dataset) -> bool | None:
 def _is_own(folder: Path, recipe: Recipe, data: Dataset, given: bool) -> bool:
     """Say whether a data set is the run's own, wherever it lies now; `given`: it was asked for by name."""
     same = trained_on(folder, recipe, data)
-    if not given or not same:
+    here = located(recipe) != recipe  # old runs name what lay in the working directory of then
+    if not same or not (given or here):
         return not given if same is None else same
     # Other queries and another gallery may go with the same training images.
     file = folder / "metrics.json"
