@@ -95,6 +95,7 @@ def test_a_wrong_command_line_is_status_2_in_two_lines(line, message, capsys):
         ("train --recipe nothing", "Unknown recipe 'nothing'"),
         ("train --lr fast --k 1", "lr = 'fast'"),
         ("train --recipe demo --device warp", "no device 'warp'"),
+        ("train --recipe demo --k 9999999999", "of memory: lower p or k"),
         ("evaluate --query q.h5 --gallery g.h5", "no embedding file q.h5"),
         ("search --model m --gallery g --query q.jpg", "no image 'q.jpg'"),
         ("export --model nobody --out x.onnx", "no run 'nobody'"),

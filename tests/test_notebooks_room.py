@@ -201,6 +201,12 @@ def test_wrong_parameters_are_refused_before_anything_runs(folder, parameters, m
         run(["03", "04"], parameters)
 
 
+def test_too_few_open_files_are_refused_before_a_kernel_dies(folder, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (20, 1024))
+    with pytest.raises(OSError, match="ulimit -n 1024"):
+        run("03")
+
+
 def test_wrong_places_are_refused_before_anything_runs(folder):
     with pytest.raises(ValueError, match="would overwrite"):
         run("03", output=folder)

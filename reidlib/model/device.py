@@ -5,6 +5,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -35,6 +36,20 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         cause = str(error).split("\n")[0]
         raise ValueError(f"There is no device {name!r} ({cause}). Use 'auto' or 'cpu'.") from None
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Raise a ValueError if the images of one batch alone are more than this machine's memory."""
+    with suppress(AttributeError):  # Windows does not say
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # (P·K, 3, H, W) float32, before and after the augmentation
+        needed = 24 * recipe.p * recipe.k * recipe.height * recipe.width
+        if needed > there:
+            raise ValueError(
+                f"A batch of p = {recipe.p:,} times k = {recipe.k:,} images of {recipe.height}×"
+                f"{recipe.width} needs {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f} GB "
+                "of memory: lower p or k, or the size."
+            )
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

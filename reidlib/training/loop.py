@@ -29,7 +29,13 @@ from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.sampler import PKSampler
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
 from reidlib.look import board
-from reidlib.model.device import autocast, fast_at_bfloat16, pick_device, resolve_precision
+from reidlib.model.device import (
+    autocast,
+    check_memory,
+    fast_at_bfloat16,
+    pick_device,
+    resolve_precision,
+)
 from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.paths import outputs_dir
 from reidlib.progress import progress
@@ -88,6 +94,7 @@ def prepare(
         ValueError: data that does not suit the recipe.
     """
     target, tag = pick_device(device), str(tag)  # papermill turns a tag of digits into a number
+    check_memory(recipe)
     recipe = resolve_precision(located(recipe), target)
     if recipe.precision == "bfloat16" and fast_at_bfloat16(target) is False:
         tell('This processor emulates bfloat16, slowly: take precision = "float32" or "auto".')
@@ -173,7 +180,9 @@ def _run(plan: Plan, state: State, show_progress: bool) -> None:
             tell(f"The run that this one replaces is {kept} until a checkpoint is written.")
     with stop_signals() as asked, board.Board(folder, plan.recipe, plan.steps, state.step) as shown:
         journal = Journal(plan, state, shown)
-        _steps(plan, state, journal, asked, show_progress)
+        words = {"desc": folder.name, "unit": "step", "show": show_progress}
+        with progress(total=plan.steps, initial=state.step, **words) as bar:  # ends before an error
+            _steps(plan, state, journal, asked, bar)
         save_weights(folder / "weights.safetensors", state.model, plan.recipe)
         journal.write_manifest("finished")
 
@@ -247,10 +256,10 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
     # No checkpoint yet: killed before the first one. An absent one with an older one left is not that.
     if last.exists() or previous.exists():
         return load_checkpoint(last)
-    if weights and (grown or not finished):
+    if grown or (weights and not finished):
         raise ValueError(
             f"{folder} has no checkpoint.pt to go on from. Give another tag, and start from what it has "
-            f"learnt: weights={weights[0]}."
+            f"learnt, if that is there: weights={folder / 'weights.safetensors'}."
         )
     return None
 
@@ -267,9 +276,7 @@ def _start(plan: Plan, checkpoint: dict | None) -> State:
     return state
 
 
-def _steps(
-    plan: Plan, state: State, journal: Journal, asked: list[int], show_progress: bool
-) -> None:
+def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) -> None:
     """Train from the state's step to the last one."""
     recipe = plan.recipe
     options = {"mean": recipe.mean} if recipe.loss == "batch_all" else {}
@@ -278,8 +285,6 @@ def _steps(
     pixels = torch.from_numpy(plan.pixels)
     if pixels.nbytes < 4e9:  # they fit beside the network: no transfer in a step
         pixels = pixels.to(plan.device)
-    words = {"desc": plan.folder.name, "unit": "step", "show": show_progress}
-    bar = progress(total=plan.steps, initial=state.step, **words)
     started = time.monotonic() - state.seconds
     # Epoch after epoch, (P·K,) row numbers a step.
     batches = chain.from_iterable(repeat(state.sampler))
@@ -316,7 +321,6 @@ def _steps(
                 if asked[0] == signal.SIGINT
                 else SystemExit(128 + asked[0])
             )
-    bar.close()
 
 
 @contextmanager

@@ -165,6 +165,19 @@ def _fitting(values: dict, declared: dict[str, Parameter], notebook: str) -> dic
 # --- running
 
 
+def _check_open_files(least: int = 200) -> None:
+    """Raise an OSError where a kernel would die, since a process may open too few files."""
+    with suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < least:
+            raise OSError(
+                f"This shell lets a program open {soft} files, and a notebook's kernel needs more: "
+                "ulimit -n 1024."
+            )
+
+
 def find_notebook(name: str | Path) -> Path:
     """Return the path of a notebook: `"03_train"`, `"03"`, or a path.
 
@@ -231,6 +244,7 @@ def run(
     for path, copy in zip(paths, copies, strict=True):
         if path.resolve() == copy.resolve():
             raise ValueError(f"The executed copy would overwrite {path}: give another place.")
+    _check_open_files()
     results = {}
     for path, own, values, copy in zip(paths, declared, given, copies, strict=True):
         values = _fitting(results, own, path.stem) | values
