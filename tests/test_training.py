@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -316,8 +317,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_may_be_watched_otherwise(cap
     changes = QUICK | {"steps": 4, "log_every": 3, "checkpoint_every": 9, "evaluate_every": 5}
     with pytest.raises(ValueError, match="steps: 2 there, 4 now"):
         train(small(**changes), "on", device="cpu", show_progress=False, longer=False)
-    with in_each_step(lambda step: None):
-        assert fit("on", **changes) == folder
+    assert fit("on", **changes) == folder
     manifest, state = (
         runs.read_json(folder / "manifest.json"),
         load_checkpoint(folder / "checkpoint.pt"),
@@ -325,8 +325,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_may_be_watched_otherwise(cap
     assert manifest["step"] == state["step"] == 4 and manifest["went_on_after"] == [2]
     assert [row["step"] for row in state["history"]] == [1, 2, 3, 4]
     assert leaves(first) != leaves(state["model"]) == leaves(dict(load_model(folder).state_dict()))
-    commands = manifest["reproduce"].split(" && ")
-    assert ["--steps 2" in commands[0], "--steps 4" in commands[1]] == [True, True]
+    assert re.search("--steps 2 .* && .* --steps 4 ", manifest["reproduce"])
     assert runs.read_recipe(folder) == small(**changes)
     with pytest.raises(ValueError, match="went on after: .2. there, None now"):
         train(small(**changes), "on", device="cpu", show_progress=False, longer=False)
