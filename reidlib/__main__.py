@@ -194,7 +194,9 @@ def _count(text: str) -> int:
 
 
 def _true_or_false(text: str) -> bool:
-    return typed(text, bool)
+    with suppress(ValueError):
+        return typed(text, bool)
+    raise argparse.ArgumentTypeError("must be true or false")
 
 
 YES, NEEDED = {"action": "store_true"}, {"required": True}

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -241,6 +242,28 @@ def test_score_prints_what_it_wrote(model, trained, capsys):
     flipped = json.loads(out).pop("with_flips")
     assert flipped["mAP"] != scores["mAP"] and "with flips averaged" in err and "untrained" in err
     assert {name: json.loads(out)[name] for name in scores} == scores
+
+
+def test_other_ways_to_score_have_a_door_and_a_place_of_their_own(
+    model, trained, data_root, tmp_path, capsys
+):
+    shutil.copytree(data_root / "synthetic", tmp_path / "mine")
+    broken = min((tmp_path / "mine/query").iterdir())
+    broken.write_text("no picture")
+    metrics = (trained[0] / "metrics.json").read_bytes()
+    line = f"score {model} --no-baselines --dataset {tmp_path / 'mine'}".split()
+    assert main(line) == 1 and broken.name in capsys.readouterr().err
+    assert main([*line, "--unreadable", "skip"]) == 0
+    out, err = capsys.readouterr()
+    queries = len(load("synthetic").query)
+    assert json.loads(out)["queries"] == queries - 1 and "1 images cannot be read" in err
+    assert main(["score", model, "--no-baselines", "--exclude-same-camera", "false"]) == 0
+    assert "same camera stay in, as asked" in capsys.readouterr().err
+    assert json.loads((trained[0] / "same_camera/metrics.json").read_text())["queries"] == queries
+    assert (trained[0] / "metrics.json").read_bytes() == metrics
+    line = f"embed --model {model} --images {broken.parent} --out {tmp_path / 'e.h5'}".split()
+    assert main(line) == 1 and main([*line, "--unreadable", "skip"]) == 0
+    assert f"left out of the images: '{broken}'" in capsys.readouterr().err
 
 
 def test_embed_and_search_say_what_does_not_fit(model, data_root, tmp_path, capsys):
