@@ -151,6 +151,13 @@ def test_training_and_evaluation_leave_a_whole_run(chain):
     assert verified["chosen_on"] == "held-out identities"
 
 
+def test_no_figure_of_04_stops_it():
+    """Small data has figures that cannot be drawn; see `figures.optional`."""
+    cells = nbformat.read(ROOT / "notebooks" / "04_evaluate.ipynb", as_version=4).cells
+    drawn = [cell.source for cell in cells if "figures.show(" in cell.source]
+    assert len(drawn) == 5 and all("with figures.optional(" in source for source in drawn)
+
+
 @pytest.mark.slow
 def test_the_comparison_leaves_its_tables(chain):
     """All its rows, and what is made of them: see `test_compare` and `test_verdicts`."""

@@ -128,12 +128,13 @@ class OpenRun:
             embs, tables = zip(*map(read_embeddings, files), strict=True)
         except (OSError, ValueError):
             return None
-        columns, about = ["path", "pid", "camid"], self.about(precision)
+        columns, about = ["path", "pid", "camid"], self.about(precision).items()
         images = [
             table[columns].to_numpy().tolist() for table in (*tables, self.query, self.gallery)
         ]
-        theirs = images[:2] == images[2:] and all(table.attrs == about for table in tables)
-        return [*embs] if theirs else None
+        # Files of older versions have no digest: nobody can say whether they are whole.
+        theirs = all(about <= t.attrs.items() and "content_sha256" in t.attrs for t in tables)
+        return [*embs] if theirs and images[:2] == images[2:] else None
 
     def about(self, precision: str) -> dict[str, str]:
         """Return what embeddings of this run say of themselves."""
@@ -393,8 +394,10 @@ def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
     table = runs.read_table(file, numbers)
     metrics = runs.read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     rows = metrics.get("queries") if split == "test" else None
-    if split == "held_out":
-        last = metrics.get("held_out", {}).get("last", {})
+    if split == "held_out":  # while it trains, the table is ahead
+        manifest = folder / "manifest.json"
+        ended = manifest.exists() and runs.read_json(manifest).get("status") == "finished"
+        last = metrics.get("held_out", {}).get("last", {}) if ended else {}
         metrics = {key.removeprefix("held_out_"): value for key, value in last.items()}
     found = score_values(table).mean()
     known = {key: pd.to_numeric(metrics[key], errors="coerce") for key in SCORES if key in metrics}
@@ -403,6 +406,6 @@ def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
         what = f"has {len(table)} rows, not {rows}" if not differ else f"has another {differ[0]}"
         raise ValueError(
             f"{file} {what} than metrics.json beside it: it is cut short, altered or of other scores. "
-            f"Score the run again: python -m reidlib score {folder.name}"
+            + ("Score the run again." if split == "test" else "Restore it, or train the run again.")
         )
     return table
