@@ -11,9 +11,10 @@ NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate 05_c
 # cores, and no slower where none does.
 export OMP_WAIT_POLICY ?= passive
 
-# An environment that is broken, made half, or whose reidlib is that of another folder is not ready.
-$(shell $(PY) -Ic "import os, pip, reidlib as r; assert os.path.samefile(r.__path__[0], 'reidlib')" \
-  2>/dev/null || rm -f $(READY))
+# Ours, but broken, made half, or with the reidlib of another folder: it is not ready.
+OURS := grep -qsF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate
+$(shell $(OURS) && ! $(PY) -Ic "import os, pip, reidlib as r; \
+  assert os.path.samefile(r.__path__[0], 'reidlib')" 2>/dev/null && rm -f $(READY))
 
 .PHONY: here help demo example gallery bench recompute test quick setup lab tensorboard notebooks lint format clean
 
@@ -55,7 +56,7 @@ quick: setup    ## lint, unit tests, doctests and one kill-and-resume, in a minu
 setup: here $(READY) ## the environment alone, in .venv
 
 here:
-	@test ! -e $(VENV)/bin/activate || grep -qF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate || \
+	@test ! -e $(VENV)/bin/activate || $(OURS) || \
 	  { echo "$(VENV) was made in another folder and would run the code there: make clean removes it, make setup makes one for this folder."; exit 1; }
 
 $(READY): pyproject.toml constraints.txt | here

@@ -144,7 +144,7 @@ def test_make_notices_an_environment_that_is_not_ready(tmp_path, fault):
         (binaries / "python").chmod(0o755)
     line = ["make", "setup"] if fault == "copied" else ["make", "-n", "setup"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert not (tmp_path / ".venv/.ready").exists()
+    assert (tmp_path / ".venv/.ready").exists() == (fault == "copied")  # it may be the original's
     if fault == "copied":
         assert done.returncode and "make clean" in done.stdout and "Install" not in done.stdout
     else:
