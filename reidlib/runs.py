@@ -52,7 +52,7 @@ def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:
     >>> run_name("market1501", Recipe(margin="soft"), "seed1")
     'market1501_batchhard_softplus_seed1'
     """
-    # str: papermill turns a tag of digits into a number
+    # str: a tag of digits may come as a number
     name = "_".join(part for part in (dataset, recipe.variant, str(tag)) if part)
     if not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
         raise ValueError(

@@ -23,7 +23,7 @@ def test_names():
     recipe = make_recipe("plain", loss="batch_all", margin="soft")
     assert runs.run_name("market1501", recipe) == "market1501_batchall_softplus"
     assert runs.run_name("duke", recipe, "seed2") == "duke_batchall_softplus_seed2"
-    assert runs.run_name("duke", recipe, 7) == "duke_batchall_softplus_7"  # as papermill gives it
+    assert runs.run_name("duke", recipe, 7) == "duke_batchall_softplus_7"
     for tag in ("a/b", "../up", "a b"):
         with pytest.raises(ValueError, match="letters, digits.* in its tag"):
             runs.run_name("duke", recipe, tag)

@@ -93,7 +93,7 @@ def prepare(
     Raises:
         ValueError: data that does not suit the recipe.
     """
-    target, tag = pick_device(device), str(tag)  # papermill turns a tag of digits into a number
+    target, tag = pick_device(device), str(tag)  # which may come as a number
     check_memory(recipe)
     recipe = resolve_precision(located(recipe), target)
     if recipe.precision == "bfloat16" and fast_at_bfloat16(target) is False:
