@@ -223,9 +223,8 @@ def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with h5py.File(path, "r") as file:
             for key in [key for key in ("emb", "pid", "camid", "path") if key in {*file}]:
-                link, stored = file.get(key, getlink=True), None
-                if isinstance(link, h5py.HardLink):
-                    stored = file[key]
+                here = isinstance(file.get(key, getlink=True), h5py.HardLink)
+                stored = file[key] if here else None
                 if not isinstance(stored, h5py.Dataset) or stored.external or stored.is_virtual:
                     raise ValueError(f"{key!r} is no dataset that lies in this file")
                 content[key] = _checked(key, stored[()])
