@@ -19,12 +19,12 @@ from reidlib.data.tables import fingerprint, hold_out, load
 from reidlib.evaluation import scoring
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
-from reidlib.evaluation.scoring import PER_QUERY, open_run, read_per_query, score_run
+from reidlib.evaluation.scoring import PER_QUERY, open_run, score_run
 from reidlib.model.embed import embed, embed_views, read_embeddings
 from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.recipes import make_recipe
 from reidlib.training.loop import prepare
-from reidlib.workbook.scores import scores_text
+from reidlib.workbook.scores import read_per_query, scores_text
 
 RECIPE = make_recipe("demo", hidden=16, dim=8, width=48, hold_out=4)
 QUIET = {"show_progress": False, "device": "cpu"}

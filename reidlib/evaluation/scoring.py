@@ -20,7 +20,7 @@ from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
 from reidlib.evaluation.baselines import score_baselines
 from reidlib.evaluation.intervals import confidence_interval
-from reidlib.evaluation.metrics import SCORES, Evaluation, score_values
+from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.device import pick_device
 from reidlib.model.embed import embed_views, read_embeddings, write_embeddings
@@ -380,32 +380,3 @@ def _write(scored: Scored, before: dict, flip: bool, about: dict[str, str]) -> N
         manifest = runs.read_json(file) if file.exists() else {}
         manifest["scored"] = [*manifest.get("scored", []), entry]
         runs.write_json(fresh / "manifest.json", manifest)
-
-
-def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
-    """Read the per-query table of a run and split, after comparing its means with `metrics.json`.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is no such table, is cut short, or belongs to other scores.
-    """
-    file = folder / PER_QUERY[split]
-    numbers = ("query", "pid", "matches", "AP", "AP_market", "first_rank", "INP")
-    table = runs.read_table(file, numbers)
-    metrics = runs.read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
-    rows = metrics.get("queries") if split == "test" else None
-    if split == "held_out":  # while it trains, the table is ahead
-        manifest = folder / "manifest.json"
-        ended = manifest.exists() and runs.read_json(manifest).get("status") == "finished"
-        last = metrics.get("held_out", {}).get("last", {}) if ended else {}
-        metrics = {key.removeprefix("held_out_"): value for key, value in last.items()}
-    found = score_values(table).mean()
-    known = {key: pd.to_numeric(metrics[key], errors="coerce") for key in SCORES if key in metrics}
-    differ = [key for key, value in known.items() if not abs(found[key] - value) < 1e-9]
-    if differ or rows not in (None, len(table)):
-        what = f"has {len(table)} rows, not {rows}" if not differ else f"has another {differ[0]}"
-        raise ValueError(
-            f"{file} {what} than metrics.json beside it: it is cut short, altered or of other scores. "
-            + ("Score the run again." if split == "test" else "Restore it, or train the run again.")
-        )
-    return table

@@ -9,9 +9,9 @@ import pandas as pd
 
 from reidlib import runs
 from reidlib.evaluation.metrics import SCORES, score_values
-from reidlib.evaluation.scoring import read_per_query
 from reidlib.training import health
 from reidlib.workbook.compare import Made
+from reidlib.workbook.scores import read_per_query
 from reidlib.workbook.variants import VARIANTS, Key
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 
 from reidlib.evaluation.intervals import difference
 from reidlib.evaluation.metrics import SCORES, score_values
-from reidlib.evaluation.scoring import PER_QUERY, read_per_query
+from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.paths import outputs_dir
-from reidlib.runs import find_run, read_json, sha256
+from reidlib.runs import find_run, read_json, read_table, sha256
 
 EXPLAINED = (
     "Per cent; higher is better. mAP: mean average precision over all matches of a query;\n"
@@ -127,3 +127,32 @@ def _gains(folders: Sequence[Path], against: Path) -> tuple[pd.DataFrame, list[s
         raise ValueError("\n".join([nothing, *notes]))
     columns = ["gain", "95 % from", "to", "p"]
     return pd.DataFrame.from_dict(gains, "index", columns=columns), notes
+
+
+def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
+    """Read the per-query table of a run and split, after comparing its means with `metrics.json`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no such table, is cut short, or belongs to other scores.
+    """
+    file = folder / PER_QUERY[split]
+    numbers = ("query", "pid", "matches", "AP", "AP_market", "first_rank", "INP")
+    table = read_table(file, numbers)
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    rows = metrics.get("queries") if split == "test" else None
+    if split == "held_out":  # while it trains, the table is ahead
+        manifest = folder / "manifest.json"
+        ended = manifest.exists() and read_json(manifest).get("status") == "finished"
+        last = metrics.get("held_out", {}).get("last", {}) if ended else {}
+        metrics = {key.removeprefix("held_out_"): value for key, value in last.items()}
+    found = score_values(table).mean()
+    known = {key: pd.to_numeric(metrics[key], errors="coerce") for key in SCORES if key in metrics}
+    differ = [key for key, value in known.items() if not abs(found[key] - value) < 1e-9]
+    if differ or rows not in (None, len(table)):
+        what = f"has {len(table)} rows, not {rows}" if not differ else f"has another {differ[0]}"
+        raise ValueError(
+            f"{file} {what} than metrics.json beside it: it is cut short, altered or of other scores. "
+            + ("Score the run again." if split == "test" else "Restore it, or train the run again.")
+        )
+    return table
