@@ -193,7 +193,7 @@ def test_a_file_that_differs_is_never_written(run, ready, tmp_path, monkeypatch,
     monkeypatch.setattr(room, "load_model", other)
     (tmp_path / "old.onnx").write_text("good")
     for name in ("new.onnx", "old.onnx"):
-        with pytest.raises(RuntimeError, match="does not compute"):
+        with pytest.raises((RuntimeError, ValueError), match="does not compute|NaN or infinity"):
             export(run, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["old.onnx"]
     assert (tmp_path / "old.onnx").read_text() == "good"
