@@ -195,6 +195,7 @@ def test_train_prints_the_folder_alone(trained, model, capsys):
     assert (recipe["steps"], recipe["dim"], recipe["hold_out"]) == (2, 8, 0)
 
 
+@pytest.mark.slow
 def test_embed_evaluate_and_search(model, data_root, tmp_path, capsys):
     folder = data_root / "synthetic"
     for split, images in (("query", "query"), ("gallery", "bounding_box_test")):
@@ -244,6 +245,7 @@ def test_score_prints_what_it_wrote(model, trained, capsys):
     assert {name: json.loads(out)[name] for name in scores} == scores
 
 
+@pytest.mark.slow
 def test_other_ways_to_score_have_a_door_and_a_place_of_their_own(
     model, trained, data_root, tmp_path, capsys
 ):

@@ -107,6 +107,7 @@ def test_a_release(folder):
     assert left == {"embeddings_query.h5", "embeddings_gallery.h5"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["score_run", "model_card", "save_weights"])
 def test_a_release_that_fails_leaves_the_run_as_it_was(folder, monkeypatch, what):
     def fail(*_, **__):

@@ -137,6 +137,7 @@ def test_embeddings_are_read_again_by_whoever_opens_the_run(folder, embedded):
     assert len(embedded) == 2 and len(scorings_of(folder)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["weights", "precision", "flip", "rows", "pid", "data", "gone", "damaged"]
 )
@@ -181,6 +182,7 @@ def test_an_image_that_was_replaced_is_embedded_again(folder, elsewhere, embedde
     assert embedded and np.array_equal(emb[0], emb[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["data", "other gallery", "moved", "trained elsewhere", "bfloat16"]
 )
@@ -247,6 +249,7 @@ def test_flips_are_added_and_replace_nothing(folder):
     assert metrics_of(folder) == metrics, "what was known of these weights stays"
 
 
+@pytest.mark.slow
 def test_what_was_scored_of_other_weights_does_not_stay(folder):
     runs.write_json(folder / "metrics.json", {"held_out": {"mAP": 0.5}})
     score_run(folder, flip=True, **QUIET)
@@ -333,6 +336,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_rename_leaves_one_set(folder, monkeypatch):
     score_run(folder, baselines=False, **QUIET)
     old = metrics_of(folder)["weights_sha256"]
@@ -396,6 +400,7 @@ def test_people_in_training_and_test_stand_beside_every_score(folder, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage"),
     [

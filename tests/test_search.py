@@ -336,6 +336,7 @@ def test_search_of_one_picture_prints_csv_alone(shell, photos, capsys):
     assert "Warning" not in err
 
 
+@pytest.mark.slow
 def test_search_of_a_folder_writes_files(shell, photos, tmp_path, capsys):
     crop(50, (60, 80)).save(photos / "scene.png")
     (photos / "broken.png").write_bytes(b"")
