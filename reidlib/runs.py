@@ -86,13 +86,18 @@ def newest_run() -> Path:
     Raises:
         FileNotFoundError: no run has ended yet, and the example is not there.
     """
-    files = outputs_dir().glob("*/weights.safetensors")
+    files = in_runs("weights.safetensors")
     trained = [file for file in files if (file.parent / "checkpoint.pt").is_file()]
     example = outputs_dir() / EXAMPLE / "weights.safetensors"
     found = trained or ([example] if example.is_file() else [])
     if not found:
         raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
     return max(found, key=lambda file: file.stat().st_mtime).parent.resolve()
+
+
+def in_runs(name: str) -> list[Path]:
+    """Return this file of all runs under `outputs/` that have it, but of those that are set aside."""
+    return [file for file in sorted(outputs_dir().glob(f"*/{name}")) if "~" not in file.parent.name]
 
 
 def asides(run: Path) -> list[Path]:

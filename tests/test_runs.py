@@ -58,6 +58,7 @@ def test_the_newest_run_is_one_trained_here_or_the_example():
     assert runs.newest_run().name == runs.EXAMPLE
     add("new", 200, "checkpoint.pt")
     add("old", 100, "checkpoint.pt")
+    add("replaced~before1", 300, "checkpoint.pt")  # its successor has no weights yet
     assert runs.newest_run().name == "new"
 
 

@@ -183,15 +183,14 @@ def _nearest(row: Sought) -> str:
 
 def _finished() -> Iterator[tuple[Path, dict, str]]:
     """Yield the finished runs by name: folder, settings, and fingerprint of the training images."""
-    for file in sorted(outputs_dir().glob("*/manifest.json")):
+    for file in runs.in_runs("manifest.json"):
         try:
             manifest = runs.read_json(file)
             settings = _settings(runs.read_recipe(file.parent))
         except (ValueError, OSError):
             continue  # a broken run, or one of a version whose settings differ, is no row
-        # One that went on after its end is not what its settings say, one with a "~" is replaced now.
-        its_own = "~" not in file.parent.name and not manifest.get("went_on_after")
-        if manifest.get("status") == "finished" and its_own:
+        # One that went on after its end is not what its settings say.
+        if manifest.get("status") == "finished" and not manifest.get("went_on_after"):
             yield file.parent, settings, manifest.get("train_data")
 
 

@@ -9,7 +9,7 @@ from reidlib.evaluation.intervals import difference
 from reidlib.evaluation.metrics import SCORES, score_values
 from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.paths import outputs_dir
-from reidlib.runs import find_run, read_json, read_table, sha256
+from reidlib.runs import find_run, in_runs, read_json, read_table, sha256
 
 EXPLAINED = (
     "Per cent; higher is better. mAP: mean average precision over all matches of a query;\n"
@@ -37,8 +37,7 @@ def scores_text(
         FileNotFoundError: no such run, or no run at all.
         ValueError: no run can be read, or none was scored on the queries of `against`.
     """
-    every = (path.parent.name for path in outputs_dir().glob("*/config.json"))
-    runs = runs or sorted(name for name in every if "~" not in name)  # those that were set aside
+    runs = runs or [file.parent.name for file in in_runs("config.json")]
     if not runs:
         raise FileNotFoundError(
             f"There are no runs in {outputs_dir()} yet. Make one: "
