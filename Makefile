@@ -82,9 +82,10 @@ lint: setup     ## ruff on code and notebooks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-format: setup   ## ruff's formatter, and notebooks stripped of their outputs
+format: setup   ## ruff's formatter, and notebooks stripped of their outputs, their figures' code folded
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(PY) docs/fold.py notebooks/*.ipynb
 	$(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb
 
 clean:          ## remove the environment, caches and the built-in data; runs stay

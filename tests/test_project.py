@@ -1,8 +1,11 @@
 """What holds the project's files together: packages, lint, imports between rooms, no stray paths."""
 
 import ast
+import copy
 import doctest
+import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -212,3 +215,32 @@ def test_the_readme_names_every_notebook_and_page():
 def test_public_names_have_an_example(name):
     """The examples themselves run as doctests."""
     assert ">>>" in getattr(reidlib, name).__doc__
+
+
+FOLD = runpy.run_path(str(ROOT / "docs/fold.py"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_figures_and_sentences_are_folded_and_what_teaches_is_open(path):
+    notebook = json.loads(path.read_text())
+    assert FOLD["fold"](copy.deepcopy(notebook)) == notebook, "make format marks the cells"
+
+
+@pytest.mark.parametrize(
+    ("source", "folded"),
+    [
+        ("say('a sentence')", True),
+        ("figure = figures.curves(series)\nfigures.show(figure, 'alt')", True),
+        ("with figures.optional('it'):\n    figures.show(figure, 'alt')", True),
+        ("table.head(3)", True),
+        ("import numpy as np\ncheck_parameters(In)", True),
+        ("folder = train(plan)\nsay(folder)", False),
+        ("losses = [max(0, m + p - n) for p, n in triplets]", False),
+        ("def loop():\n    print(1)", False),
+        ("model.train()\nprint(model)", True),
+    ],
+)
+def test_what_is_folded(source, folded):
+    assert FOLD["folds"](source, []) == folded
+    assert not FOLD["folds"](source, ["parameters"])
+    assert FOLD["folds"]("a = 1\n" * 31, ["parameters"])
