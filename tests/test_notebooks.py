@@ -145,7 +145,7 @@ def test_training_and_evaluation_leave_a_whole_run(chain):
         assert metrics[key] == pytest.approx(value, abs=1e-12), key
     table = pd.read_csv(folder / "per_query.csv")
     assert table["AP"].mean() == pytest.approx(metrics["mAP"], abs=1e-12)
-    assert {*metrics["baselines"]} == {"untrained", "colour_histogram"}
+    assert {*metrics["baselines"]} == {"untrained", "colours_without_camera"}
     assert metrics["held_out"]["best"]["mAP"] > 0
     verified = runs.read_json(folder / "verification.json")
     assert verified["chosen_on"] == "held-out identities"

@@ -97,7 +97,7 @@ def test_the_scores_are_those_of_the_embeddings_that_it_wrote(folder):
     assert {*metrics["intervals"]} == {*SCORES}
     for name, (low, high) in metrics["intervals"].items():
         assert low <= metrics[name] <= high
-    assert {*metrics["baselines"]} == {"untrained", "colour_histogram"}
+    assert {*metrics["baselines"]} == {"untrained", "colours_without_camera"}
     assert metrics["baselines"]["untrained"] == expected.scores, "it was never trained"
     assert metrics["evaluated_on"] == "synthetic" and metrics["protocol"] == expected.protocol
     assert metrics["flip"] is False and "with_flips" not in metrics
@@ -117,7 +117,7 @@ def test_the_scores_are_those_of_the_embeddings_that_it_wrote(folder):
 def test_what_people_see(folder):
     scored = score_run(folder, flip=True, **QUIET)
     table = scored.table()
-    names = ["synthetic_mine", "with flips averaged", "untrained", "colour histogram"]
+    names = ["synthetic_mine", "with flips averaged", "untrained", "colours without camera"]
     assert list(table.index) == names and list(table.columns) == list(SCORES.values())
     assert table["mAP"].iloc[0] == pytest.approx(100 * scored.scores["mAP"])
     assert scored.evaluation.protocol in repr(scored) and not scored.notes
@@ -268,8 +268,23 @@ def test_a_run_whose_starting_weights_are_not_here_has_one_baseline(folder):
     recipe = RECIPE.model_copy(update={"weights": "somewhere.pth"})
     save_weights(folder / "weights.safetensors", load_model(folder), recipe)
     scored = score_run(folder, **QUIET)
-    assert {*scored.baselines} == {"colour_histogram"}
+    assert {*scored.baselines} == {"colours_without_camera"}
     assert len(scored.notes) == 1 and "somewhere.pth" in scored.notes[0]
+
+
+def test_what_a_pretrained_network_knows_is_scored_without_its_random_head(folder, tmp_path):
+    backbone = build_model(RECIPE.model_copy(update={"seed": 1})).backbone
+    torch.save(backbone.state_dict(), tmp_path / "b.pth")
+    recipe = RECIPE.model_copy(update={"weights": str(tmp_path / "b.pth")})
+    save_weights(folder / "weights.safetensors", load_model(folder), recipe)
+    scored = score_run(folder, **QUIET)
+    assert {*scored.baselines} == {"pretrained", "colours_without_camera"}
+    run, bare = scored.run, build_model(recipe.model_copy(update={"head": False}))
+    embs = [
+        embed(bare, p, recipe, show_progress=False) for p in (run.query_pixels, run.gallery_pixels)
+    ]
+    wanted = run.ranked(*embs).evaluate().scores
+    assert scored.baselines["pretrained"].scores == wanted
 
 
 # --- people held out

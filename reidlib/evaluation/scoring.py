@@ -238,7 +238,7 @@ class Scored:
     evaluation: Evaluation
     intervals: pd.DataFrame  # `value`, `low`, `high` of each score: 95 % over queries (bootstrap);
     # NaN where one query alone has a match
-    baselines: dict[str, Evaluation]  # `untrained`, `colour_histogram`
+    baselines: dict[str, Evaluation]  # by name: see `score_baselines`
     with_flips: Evaluation | None  # None if it was not asked for
     notes: tuple[str, ...]  # what could not be had, as sentences
 
@@ -297,7 +297,7 @@ def score_run(
         flip: also score the mean of each image's and its mirror image's embeddings, as `with_flips`.
             The scores themselves, and the embeddings on disk, are always those without.
         precision: `"float32"` gives the same scores everywhere; `"bfloat16"` is faster.
-        baselines: also score the untrained network and colour histograms. Without it, those that
+        baselines: also score what needs no training: `score_baselines`. Without it, those that
             were scored on the same images before stay in `metrics.json`.
         seed: of the bootstrap.
         opening: `unreadable` and `exclude_same_camera`, as in `open_run`.
