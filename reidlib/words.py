@@ -1,6 +1,7 @@
 """Words for people: long lists cut short, and sentences shown in a notebook."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from reidlib.progress import in_notebook
@@ -27,13 +28,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
+def typeset(text: str) -> str:
+    """Return numbers as people write them: a true minus sign, a space before %; `code` stays as it is.
+
+    >>> typeset("-0.5 of 10%, from 2-1 to `-1 %d 5%`, a-1.jpg, -1_c1.jpg")
+    '−0.5 of 10\xa0%, from 2-1 to `-1 %d 5%`, a-1.jpg, -1_c1.jpg'
+    """
+    parts = re.split(r"(`[^`]*`)", text)
+    for i in range(0, len(parts), 2):  # between code
+        parts[i] = re.sub(r"(?<![^\s(\[])-(?=\d[\d.,]*(?![\w.]))", "−", parts[i])
+        parts[i] = re.sub(r"(?<=\d) ?%(?!\w)", "\xa0%", parts[i])
+    return "".join(parts)
+
+
 def say(*paragraphs: str, bullets: bool = False) -> None:
     """Show sentences as Markdown in a notebook, and print them elsewhere.
 
     >>> say("The mAP is **61 %**.", bullets=True)
-    - The mAP is **61 %**.
+    - The mAP is **61\xa0%**.
     """
     text = "\n".join(f"- {p}" for p in paragraphs) if bullets else "\n\n".join(paragraphs)
+    text = typeset(text)
     if not in_notebook():
         print(text)
         return

@@ -13,9 +13,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 from reidlib.evaluation.retrieval import Retrieval
@@ -67,6 +68,55 @@ def test_marks_differ_in_more_than_colour():
     for field in ("colour", "sign", "line"):
         assert len({getattr(mark, field) for mark in (RIGHT, WRONG, EXCLUDED)}) == 3
     assert len(set(figures.PALETTE)) == len(figures.LINES) == 7
+    assert len(set(figures.MARKERS)) == 10
+    again = [{figures.MARKERS[i], figures.MARKERS[i + 7]} for i in range(3)]  # of the same colour
+    alike = [set("dD"), set("hHo8p"), set("Xx"), set("P+")]
+    assert not any(pair <= one for pair in again for one in alike)
+
+
+def contrast(a, b):
+    """WCAG's contrast of two colours, (3,) of 0 to 1."""
+    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in (a, b)]
+    dark, light = sorted(c @ [0.2126, 0.7152, 0.0722] for c in linear)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("colour", [*figures.PALETTE, EXCLUDED.colour])
+def test_inks_stand_out_in_light_and_in_dark(colour):
+    """3 to 1, as WCAG asks of what is no text; print is black. The filter's matrix is the browsers'."""
+    ink, hue = np.array(to_rgb(colour)), np.array([0.213, 0.715, 0.072])
+    invert = float(re.search(r"invert\(([\d.]+)\)", figures.DARK)[1])
+    turned = 2 * np.outer(np.ones(3), hue) - np.eye(3)  # hue-rotate(180deg) keeps grey as it is
+    on_dark = np.clip(turned @ (ink + invert * (1 - 2 * ink)), 0, 1)
+    assert contrast(ink, np.ones(3)) >= 3
+    assert contrast(on_dark, np.array(to_rgb("#111111"))) >= 3
+
+
+def drawings(history, photos):
+    """One of each kind of figure."""
+    number, pids = np.arange(40.0), np.arange(40) % 12
+    table = pd.DataFrame(np.arange(36.0).reshape(6, 6))
+    interval = pd.DataFrame({"value": [0.1], "low": [0], "high": [1]}, index=["a"])
+    per_query = pd.DataFrame({"camid": range(6), "AP": 0.5})
+    yield figures.curves({str(i): (number, number) for i in range(8)}, "x", "y")
+    yield figures.camera_bars(per_query)
+    yield figures.training_curves(history, make_recipe("demo"))
+    yield figures.side_by_side({str(i): history for i in range(4)})
+    yield figures.intervals({"a": interval, "b": interval, "c": interval})
+    yield figures.distance_histograms(number, number)
+    yield figures.heat_maps({"a": (table, "{:.1f}"), "b": (table, "{:.0f}")})
+    yield photographs.photo_grid(photos, ["c1 id 3"] * 12, columns=4)
+    yield photographs.photo_grid(photos, ["c1 id 3"] * 12, columns=12, row_titles=["a person"])
+    yield photographs.embedding_map(np.c_[number, -number], pids, photos[:1] * 40)
+
+
+def test_print_is_large_enough_where_a_page_shows_a_figure_800_pixels_wide(history, photos):
+    for figure in drawings(history, photos):
+        figure.draw_without_rendering()
+        written = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
+        points = min(t.get_fontsize() for t in written)
+        scale = min(1, 8 / figure.get_figwidth())
+        assert points / 72 * 100 * scale >= 9, [t.get_text() for t in written]
 
 
 def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
@@ -77,14 +127,14 @@ def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
     (bundle, raw) = shown.pop()
     page = json.loads(json.dumps(bundle))["text/html"]
     assert raw and 'alt="A &quot;grid&quot; of &lt;12&gt; &amp; more"' in page
-    assert page.startswith('<img src="data:image/jpeg;base64,/9j/') and page.count("<") == 1
+    assert 'src="data:image/jpeg;base64,/9j/' in page and page.count("<") == 1
     assert '"grid"' in bundle["text/plain"]
     figures.show(figures.curves({"a": ([1, 2], [1, 2])}, "x", "y"), "A line from 1 to 2.")
     page = shown.pop()[0]["text/html"]
     data = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", page)[1])
     with Image.open(io.BytesIO(data)) as image:
-        assert image.format == "PNG" and image.size == (900, 480)
-    assert 'width="600"' in page
+        assert image.format == "PNG" and image.size == (1350, 540)
+    assert 'width="900"' in page
     with pytest.raises(ValueError, match="alt text"):
         figures.show(photographs.photo_grid(photos), " ")
 
@@ -437,7 +487,9 @@ def test_embedding_map_highlights_the_largest_identities(photos):
 def test_heat_map_writes_each_number_in_its_cell():
     table = pd.DataFrame([[1, 2], [np.nan, 40]], index=["a", "b"], columns=["c", "d"])
     table.columns.name = "camera"
-    axes = figures.heat_map(table).axes[0]
+    first, axes = figures.heat_maps({"a": (-table / 2, "{:.1f}"), "b": (table, "{:.0f}")}).axes
+    assert {t.get_text() for t in first.texts} == {"−0.5", "−1.0", "−20.0"}
+    assert first.get_position().x1 < axes.get_position().x0
     cells = {(t.get_position(), t.get_text()) for t in axes.texts}
     assert cells == {((0, 0), "1"), ((1, 0), "2"), ((1, 1), "40")}
     assert [t.get_text() for t in axes.get_xticklabels()] == ["c", "d"]

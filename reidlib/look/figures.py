@@ -11,6 +11,7 @@ file. None goes through pyplot, so none is left open behind, and none shows up t
 import base64
 import html
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,13 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from reidlib.recipes import Recipe
+from reidlib.words import typeset
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first; the palest two
+# are darkened until they stand out from white, 3 to 1.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#BF8300", "#3D97CE", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "osD^vP*Xhd"
+MARKERS = "osD^vP*X<>"  # ten; those that share a colour differ in shape
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend that covers nothing
 
 
@@ -45,6 +48,16 @@ WRONG = Mark(PALETTE[1], "✗", "--")
 EXCLUDED = Mark("#6E6E6E", "–", ":")
 QUERY = Mark("#000000", "?", "-")
 PLAIN = Mark("#FFFFFF", "", "-")
+
+# No ink has enough contrast on white and on black. So figures are drawn on white, and where a page is
+# dark, in JupyterLab or the book, its browser turns the lightness of drawn ones around and keeps the
+# hues. Photographs stay as they are.
+DARK = """<style>
+body[data-jp-theme-light=false] img.drawn, html[data-theme=dark] img.drawn
+ {filter: invert(.93) hue-rotate(180deg)}
+html[data-theme=dark] div.cell_output .text_html:has(> img.drawn)
+ {background: none !important; padding: 0 !important}
+</style>"""
 
 
 def use_style() -> None:
@@ -69,6 +82,11 @@ class Table(Styler):
     def format(self, *args, **options) -> Styler:
         """Choose how cells are written, as a `Styler` does."""
         return super().format(*args, **options | {"escape": "html"})
+
+    def to_html(self, *args, **options) -> str:
+        """Return the table, its numbers as people write them."""
+        cells = r"(?<=>)[^<>]+(?=</t[dh]>)"
+        return re.sub(cells, lambda cell: typeset(cell[0]), super().to_html(*args, **options))
 
     def set_caption(self, caption: str) -> Styler:
         """Set the line over the table."""
@@ -103,12 +121,16 @@ def encode(figure: Figure, photo: bool = False, density: float = 1.5) -> bytes:
 
 
 def img(figure: Figure, alt: str, photo: bool = False) -> str:
-    """Return a figure as an `<img>` with its data inside, JPEG (photo) or PNG."""
+    """Return a figure as an `<img>` with its data inside, JPEG (photo) or PNG, right on dark pages too.
+
+    The class `dark-light` keeps the book's theme from changing it once more.
+    """
     data = base64.b64encode(encode(figure, photo)).decode()
     kind, width = "jpeg" if photo else "png", round(100 * figure.get_figwidth())
     return (
-        f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" width="{width}" '
-        f'style="max-width: 100%; height: auto">'
+        f'{"" if photo else DARK}<img class="dark-light{"" if photo else " drawn"}" '
+        f'src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" width="{width}" '
+        f'style="max-width: 100%; height: auto; border-radius: 4px">'
     )
 
 
@@ -150,8 +172,8 @@ def curves(
     x_label: str,
     y_label: str,
     title: str = "",
-    width: float = 6,
-    height: float = 3.2,
+    width: float = 9,
+    height: float = 3.6,
     y_limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw one line for each name, (x, y), each with a colour and a line style of its own."""
@@ -185,7 +207,7 @@ def cmc_curve(first_ranks: Mapping[str, Sequence[float]], up_to: int = 20) -> Fi
 def camera_bars(per_query: pd.DataFrame) -> Figure:
     """Draw the mAP of each camera's queries, from an evaluation's `per_query`."""
     mean = 100 * per_query.dropna(subset="AP").groupby("camid")["AP"].mean()
-    figure, axes = subplots(width=6, height=2.8)
+    figure, axes = subplots(height=2.8)
     axes.bar(["unknown" if camera < 0 else str(camera) for camera in mean.index], mean)
     axes.set(xlabel="camera of the query", ylabel="mAP, %", title="mAP by the query's camera")
     return figure
@@ -326,7 +348,7 @@ def distance_histograms(
             raise ValueError(f"there is no distance of {name}.")
     edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
     densities = [np.histogram(v, edges, density=True)[0] for v in values]
-    figure, axes = subplots(width=7, height=3)
+    figure, axes = subplots()
     for density, name, mark in zip(densities, names, (RIGHT, WRONG), strict=True):
         axes.stairs(density, edges, color=mark.colour, alpha=0.2, fill=True)
         axes.stairs(density, edges, color=mark.colour, ls=mark.line, lw=1.8, label=name)
@@ -341,18 +363,26 @@ def distance_histograms(
 
 def heat_map(table: pd.DataFrame, title: str = "", form: str = "{:.0f}") -> Figure:
     """Draw a table of numbers as colours, each number in its cell; NaN cells stay white."""
-    values = table.to_numpy(dtype=float)
-    rows, columns = values.shape
-    figure, axes = subplots(width=1.6 + 0.62 * columns, height=0.9 + 0.42 * rows)
-    least = min(0, np.nanmin(values))
-    axes.imshow(values, cmap="Blues", vmin=least, aspect="auto")
-    middle = (least + np.nanmax(values)) / 2  # of the scale
-    for (row, column), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "white" if value > middle else "black"
-            axes.text(column, row, form.format(value), ha="center", va="center", color=colour)
-    axes.set_xticks(range(columns), table.columns)
-    axes.set_yticks(range(rows), table.index)
-    axes.set(xlabel=table.columns.name, ylabel=table.index.name, title=title)
-    axes.grid(False)
+    return heat_maps({title: (table, form)})
+
+
+def heat_maps(tables: Mapping[str, tuple[pd.DataFrame, str]]) -> Figure:
+    """Draw tables with the same rows as heat maps beside each other: by title, each with its form."""
+    rows = max(len(table) for table, _ in tables.values())
+    figure, _ = subplots(1, len(tables), height=1.1 + 0.36 * rows)
+    for axes, (title, (table, form)) in zip(figure.axes, tables.items(), strict=True):
+        values = table.to_numpy(dtype=float)
+        least = min(0, np.nanmin(values))
+        axes.imshow(values, cmap="Blues", vmin=least, aspect="auto")
+        middle = (least + np.nanmax(values)) / 2  # of the scale
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "white" if value > middle else "black"
+                text = typeset(form.format(value))
+                axes.text(column, row, text, ha="center", va="center", color=colour)
+        axes.set_xticks(range(table.shape[1]), table.columns)
+        axes.set_yticks(range(table.shape[0]), table.index)
+        axes.set(xlabel=table.columns.name, ylabel=table.index.name, title=title)
+        axes.grid(False)
+        axes.label_outer()
     return figure

@@ -32,6 +32,7 @@ from reidlib.look.figures import EXCLUDED, MARKERS, PALETTE, PLAIN, QUERY, RIGHT
 
 # How the statuses of `Retrieval.ranked_lists` are drawn; all others are EXCLUDED.
 STATUS = {"match": RIGHT, "wrong": WRONG, "unknown": Mark("#444444", "", "-")}
+PAGE = 9  # inches across a page; shown 800 pixels wide, print of 8 points has 9 pixels
 WIDEST = 16  # inches of a ranked list; across a page of paper, turned, its small print has 5 points
 
 
@@ -71,7 +72,7 @@ def photo_grid(
     columns: int = 8,
     marks: Sequence[Mark] = (),
     row_titles: Sequence[str] = (),
-    height: float = 1.4,
+    height: float = 2,
     together: int = 1,
 ) -> Figure:
     """Draw photographs in rows, read like text.
@@ -82,7 +83,7 @@ def photo_grid(
         columns: photographs in a row.
         marks: N of `RIGHT`, `WRONG`, `EXCLUDED`, `QUERY`, `PLAIN`: frame, and sign before the title.
         row_titles: one line left of each row.
-        height: of a photograph, inches.
+        height: of a photograph, inches, or less where a row would be wider than a page.
         together: how many in a row belong together, such as pairs: a wider gap parts them from others.
 
     Raises:
@@ -97,11 +98,14 @@ def photo_grid(
         if len(values) not in (0, wanted):
             raise ValueError(f"photo_grid needs {wanted} {name}, not {len(values)}.")
     marks = marks or [PLAIN] * n
-    width = max(height * min(shape[1] / shape[0], 2) for shape in shapes)
+    aspect = max(min(shape[1] / shape[0], 2) for shape in shapes)
     lines = [f"{m.sign} {t}".strip() for m, t in zip(marks, titles or [""] * n, strict=True)]
     heads = [0.18 * any(lines[i : i + columns]) for i in range(0, n, columns)]
     gap, wider = 0.11, 0.25 * (together > 1)
     left = 0.1 + 0.075 * max(map(len, row_titles)) if row_titles else 0.0
+    room = PAGE - left - gap - (columns - 1) // together * wider
+    width = min(height * aspect, max(0.3, room / columns - gap))
+    height = width / aspect
     places = [left + gap + i * (width + gap) + i // together * wider for i in range(columns)]
     size = places[min(n, columns) - 1] + width + gap, gap + rows * (height + gap) + sum(heads)
     figure, axes = _sheet(*size)
@@ -112,7 +116,7 @@ def photo_grid(
             axes.text(0.08, y + height / 2, row_titles[row], va="center", size=9)
         if image is not None:
             colour = mark.colour if mark.sign else "black"
-            axes.text(x + width / 2, y - 0.04, lines[i], ha="center", size=7.5, color=colour)
+            axes.text(x + width / 2, y - 0.04, lines[i], ha="center", size=8, color=colour)
             _photo(axes, image, x, y, width, height, mark)
     return figure
 
