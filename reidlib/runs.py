@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXAMPLE = "synthetic_batchhard_softplus_example"  # the committed run on the built-in data
+COMPARED = "trained_for_comparison"  # in a manifest: a row that `workbook.compare` trained
 _READY = ".ready"  # in a run: files on their way to their places
 
 
@@ -81,18 +82,22 @@ def find_run(run: str | Path) -> Path:
 def newest_run() -> Path:
     """Return the folder of the run that was trained last here; before there is any, `EXAMPLE`.
 
-    Released runs do not count: they have no checkpoint, and their times mean nothing.
+    Released runs do not count: they have no checkpoint, and their times mean nothing. Nor do rows that
+    a comparison trained, some of them to fail: their manifests say what they are.
 
     Raises:
         FileNotFoundError: no run has ended yet, and the example is not there.
+        ValueError: a manifest of a newer run is broken.
     """
-    files = in_runs("weights.safetensors")
-    trained = [file for file in files if (file.parent / "checkpoint.pt").is_file()]
-    example = outputs_dir() / EXAMPLE / "weights.safetensors"
-    found = trained or ([example] if example.is_file() else [])
-    if not found:
-        raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first.")
-    return max(found, key=lambda file: file.stat().st_mtime).parent.resolve()
+    files = [f for f in in_runs("weights.safetensors") if f.with_name("checkpoint.pt").is_file()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        manifest = file.with_name("manifest.json")
+        if not (manifest.is_file() and read_json(manifest).get(COMPARED)):
+            return file.parent.resolve()
+    if (outputs_dir() / EXAMPLE / "weights.safetensors").is_file():
+        return (outputs_dir() / EXAMPLE).resolve()
+    rows = "; rows of a comparison you can open by name" if files else ""
+    raise FileNotFoundError(f"No trained run in {outputs_dir()} yet: run 03_train first{rows}.")
 
 
 def in_runs(name: str) -> list[Path]:

@@ -93,6 +93,7 @@ def test_each_row_is_trained_and_scored_once_and_found_again(fake, monkeypatch):
     assert fake.did() == [("train", A), ("score", A), ("train", SOFT), ("score", SOFT)]
     assert made["soft"] == made["soft again"] == Made(outputs_dir() / SOFT, "", True)
     assert list(made) == list(rows)
+    assert runs.read_json(made["soft"].folder / "manifest.json")[runs.COMPARED]
     # What is there needs no process, which would read the data anew.
     monkeypatch.setattr(compare, "make", lambda *_: pytest.fail("handed to a process"))
     assert done(rows)["hinge"] == Made(outputs_dir() / A, "", False) and not fake.did()

@@ -59,7 +59,15 @@ def test_the_newest_run_is_one_trained_here_or_the_example():
     add("new", 200, "checkpoint.pt")
     add("old", 100, "checkpoint.pt")
     add("replaced~before1", 300, "checkpoint.pt")  # its successor has no weights yet
+    add("row", 400, "checkpoint.pt")
+    runs.write_json(outputs_dir() / "row" / "manifest.json", {runs.COMPARED: True})
     assert runs.newest_run().name == "new"
+    for name in ("new", "old"):
+        (outputs_dir() / name / "checkpoint.pt").unlink()
+    assert runs.newest_run().name == runs.EXAMPLE
+    (outputs_dir() / runs.EXAMPLE / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="rows of a comparison you can open by name"):
+        runs.newest_run()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no file permissions like these")

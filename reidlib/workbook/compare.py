@@ -151,7 +151,9 @@ def _train(row: Sought, device: str) -> Path:
     while True:
         try:
             options = {"device": device, "show_progress": False, "longer": False}
-            return loop.train(row.recipe, row.tag, **options)
+            folder = loop.train(row.recipe, row.tag, **options)
+            runs.update_json(folder / "manifest.json", **{runs.COMPARED: True})
+            return folder
         except runs.Busy:
             # A comparison that was killed leaves its last trainings behind; they end by themselves.
             with runs.lock(row.folder, timeout=-1):
