@@ -127,7 +127,7 @@ def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
     (bundle, raw) = shown.pop()
     page = json.loads(json.dumps(bundle))["text/html"]
     assert raw and 'alt="A &quot;grid&quot; of &lt;12&gt; &amp; more"' in page
-    assert 'src="data:image/jpeg;base64,/9j/' in page and page.count("<") == 1
+    assert 'src="data:image/jpeg;base64,/9j/' in page and page.count("<img") == 1
     assert '"grid"' in bundle["text/plain"]
     figures.show(figures.curves({"a": ([1, 2], [1, 2])}, "x", "y"), "A line from 1 to 2.")
     page = shown.pop()[0]["text/html"]
@@ -261,7 +261,7 @@ def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
     words = texts(axes)
     assert words.count("Query 3, camera 1") == 2
     assert {"✓ 1", "✗ 2", "✗ 3", "query"} <= set(words)
-    assert {"c2 id 7\n0.250", "c4 id 9\n1.00", "c5 distractor\n12.3"} <= set(words)
+    assert {"c2 id 7\n0.250", "c4 id 9\n1.00", "distractor\nc5  12.3"} <= set(words)
     assert {"–\nsame\ncamera", "–\njunk\nsame\ncamera"} <= set(words)
     assert inside(figure)
     for nothing in ([], [row._replace(results=row.results.iloc[:0])]):
@@ -270,17 +270,18 @@ def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
 
 
 def test_ranked_lists_state_the_ap_of_what_they_list(row, said):
-    assert "AP 100.00% of 1 match, ranks: 1" in said(row.results)
+    assert "AP 100.00\xa0% of 1 match, ranks: 1" in said(row.results)
     last = row.results.iloc[[1, 1]].assign(rank=pd.array([5, 1200], dtype="Int64"))
     words = said(pd.concat([row.results, last], ignore_index=True))
     # (1/1 + 2/5 + 3/1200) / 3
-    assert "AP 46.75% of 3 matches, ranks: 1     missed here: 2, at 5, 1,200" in words
+    assert "AP 46.75\xa0% of 3 matches, ranks: 1     not shown: 2, at 5, 1,200" in words
     assert "✓ 5" not in words and "✓ 1200" not in words, "missed matches are not in the list"
     # A missed match whose rank happens to follow on is one that the list shows.
     words = said(pd.concat([row.results, last.iloc[:1].assign(rank=4)], ignore_index=True))
-    assert "AP 75.00% of 2 matches, ranks: 1, 4" in words and "✓ 4" in words
-    many = row.results.iloc[[1] * 9].assign(rank=pd.array(range(1, 10), dtype="Int64"))
-    assert "AP 100.00% of 9 matches, ranks: 1, 2, 3, 4, 5, 6, 7, 8, … 9" in said(many)
+    assert "AP 75.00\xa0% of 2 matches, ranks: 1, 4" in words and "✓ 4" in words
+    for n, listed in ((10, "8, 9, 10"), (11, "8, … 11")):  # never one alone is left out
+        many = row.results.iloc[[1] * n].assign(rank=pd.array(range(1, n + 1), dtype="Int64"))
+        assert f"AP 100.00\xa0% of {n} matches, ranks: 1, 2, 3, 4, 5, 6, 7, {listed}" in said(many)
     nothing = row.results.replace({"status": {"match": "wrong"}})
     assert "no match in the gallery: not scored" in said(nothing)
     unknown = row.results.replace({"status": {"match": "unknown", "wrong": "unknown"}})
@@ -295,7 +296,7 @@ def test_ranked_lists_state_no_ap_of_half_a_list(row, said):
         said(found.ranked_list(0, topk=2))
     for whole in ({"topk": 2, "show_missed": True}, {"topk": None}):
         words = said(found.ranked_list(0, **whole))
-        assert any(word.startswith("AP 50.00% of 2 matches") for word in words)
+        assert any(word.startswith("AP 50.00\xa0% of 2 matches") for word in words)
 
 
 def test_ranked_lists_count_a_run_and_leave_unknown_cameras_out(row, said):
@@ -310,16 +311,27 @@ def test_a_long_ranked_list_is_broken_into_lines(row):
     results = row.results.iloc[[0, *[4] * 40]].reset_index(drop=True)
     results["rank"] = pd.array([None, *range(1, 41)], dtype="Int64")
     figure = photographs.ranked_lists([row._replace(results=results), row])
-    assert figure.get_figwidth() <= photographs.WIDEST + 0.1 and inside(figure)
+    assert figure.get_figwidth() <= photographs.PAGE + 0.1 and inside(figure)
     places = [i.get_extent() for i in drawn_photos(figure.axes[0])[1:42]]  # without the query
     tops = sorted({place[3] for place in places[1:]})
-    assert len(tops) == 3 and max(place[2] for place in places) < figure.get_figheight()
+    assert len(tops) == 5 and max(place[2] for place in places) < figure.get_figheight()
     starts = [min(p[0] for p in places if p[2] == bottom) for bottom in {p[2] for p in places}]
     assert np.ptp(starts) < 0.1, "all lines start below each other"
     in_order = [(p[2], p[0]) for p in places]
     assert in_order == sorted(in_order), "read like text"
     words = texts(figure.axes[0])
     assert [word for word in words if word.startswith("✗")][:40] == [f"✗ {i}" for i in range(1, 41)]
+
+
+def test_a_list_of_known_length_fills_its_line_and_counts_what_is_not_shown(row):
+    results = row.results.iloc[[0, *[1] * 12]].reset_index(drop=True)
+    results["rank"] = pd.array([None, *range(1, 13)], dtype="Int64")
+    figure = photographs.ranked_lists([row._replace(results=results, topk=10)])
+    assert len(drawn_photos(figure.axes[0])) == 1 + photographs.COLUMNS and inside(figure)
+    (account,) = [word for word in texts(figure.axes[0]) if word.startswith("AP")]
+    assert account.endswith("6, 7, 8, 9     not shown: 3, at 10, 11, 12")
+    smallest = min(text.get_fontsize() for text in figure.axes[0].texts)
+    assert smallest / 72 * 800 / figure.get_figwidth() >= 9, "pixels, at 800 across"
 
 
 def test_results_of_nobody_known_carry_their_file_names(row):
@@ -344,15 +356,18 @@ def test_examples_are_the_best_the_median_and_the_worst_queries(row):
     examples = photographs.ranked_examples(found, lists=2, topk=3)
     assert [one.title for one in examples] == [
         *("best: identity 1, camera 1", "best: identity 2, camera 1"),
-        *("median: identity 4, camera 1", "median: identity 3, camera 1"),
+        "median: identity 3, camera 1",
         *("worst: identity 5, camera 1", "worst: identity 4, camera 1"),
     ]
-    assert [one.query for one in examples] == [paths[i] for i in (0, 1, 3, 2, 4, 3)]
-    assert [len(one.results) for one in examples] == [3, 3, 4, 3, 4, 4], "three, and what is missed"
+    assert [one.query for one in examples] == [paths[i] for i in (0, 1, 2, 4, 3)]
+    assert [len(one.results) for one in examples] == [3, 3, 3, 4, 4], "three, and what is missed"
     assert photographs.ranked_lists(examples)
-    assert len(photographs.ranked_examples(found, lists=9)) == 15, "there are five to choose from"
+    assert len(photographs.ranked_examples(found, lists=9)) == 5, "there are five to choose from"
     bare = [table.drop(columns="camid") for table in (query, gallery)]
     unknown = Retrieval.from_distances(distances, bare[0].assign(pid=0), bare[1])
+    twice = (table.assign(pid=table["pid"].replace(2, 1)) for table in (query, gallery))
+    best, other, *_ = photographs.ranked_examples(Retrieval.from_distances(distances, *twice), 2)
+    assert (best.title, other.title) == ("best: identity 1, camera 1", "best: identity 3, camera 1")
     assert photographs.ranked_row(unknown, 5).title == "somebody unknown"
     assert photographs.ranked_row(found, 5, "lost").title == "lost: identity 6, camera 3"
 

@@ -55,7 +55,7 @@ PLAIN = Mark("#FFFFFF", "", "-")
 DARK = """<style>
 body[data-jp-theme-light=false] img.drawn, html[data-theme=dark] img.drawn
  {filter: invert(.93) hue-rotate(180deg)}
-html[data-theme=dark] div.cell_output .text_html:has(> img.drawn)
+html[data-theme=dark] div.cell_output :is(img.dark-light, .text_html:has(> img.dark-light))
  {background: none !important; padding: 0 !important}
 </style>"""
 
@@ -128,7 +128,7 @@ def img(figure: Figure, alt: str, photo: bool = False) -> str:
     data = base64.b64encode(encode(figure, photo)).decode()
     kind, width = "jpeg" if photo else "png", round(100 * figure.get_figwidth())
     return (
-        f'{"" if photo else DARK}<img class="dark-light{"" if photo else " drawn"}" '
+        f'{DARK}<img class="dark-light{"" if photo else " drawn"}" '
         f'src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" width="{width}" '
         f'style="max-width: 100%; height: auto; border-radius: 4px">'
     )
@@ -374,10 +374,10 @@ def heat_maps(tables: Mapping[str, tuple[pd.DataFrame, str]]) -> Figure:
         values = table.to_numpy(dtype=float)
         least = min(0, np.nanmin(values))
         axes.imshow(values, cmap="Blues", vmin=least, aspect="auto")
-        middle = (least + np.nanmax(values)) / 2  # of the scale
+        dark = 0.3 * least + 0.7 * np.nanmax(values)  # from here on white has more contrast
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
-                colour = "white" if value > middle else "black"
+                colour = "white" if value > dark else "black"
                 text = typeset(form.format(value))
                 axes.text(column, row, text, ha="center", va="center", color=colour)
         axes.set_xticks(range(table.shape[1]), table.columns)
