@@ -261,7 +261,7 @@ def test_ranked_lists_mark_each_result_by_frame_sign_and_words(row, photos):
     words = texts(axes)
     assert words.count("Query 3, camera 1") == 2
     assert {"✓ 1", "✗ 2", "✗ 3", "query"} <= set(words)
-    assert {"c2 id 7\n0.250", "c4 id 9\n1.00", "distractor\nc5  12.3"} <= set(words)
+    assert {"c2 id 7\n0.250", "c4 id 9\n1.00", "distractor\nc5 12.3"} <= set(words)
     assert {"–\nsame\ncamera", "–\njunk\nsame\ncamera"} <= set(words)
     assert inside(figure)
     for nothing in ([], [row._replace(results=row.results.iloc[:0])]):

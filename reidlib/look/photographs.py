@@ -29,11 +29,12 @@ from reidlib.data.pixels import read_image
 from reidlib.evaluation.metrics import average_precision
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look.figures import EXCLUDED, MARKERS, PALETTE, PLAIN, QUERY, RIGHT, WRONG, Mark
+from reidlib.words import typeset
 
 # How the statuses of `Retrieval.ranked_lists` are drawn; all others are EXCLUDED.
 STATUS = {"match": RIGHT, "wrong": WRONG, "unknown": Mark("#444444", "", "-")}
 PAGE = 9  # inches across a page; shown 800 pixels wide, print of 8 points has 9 pixels
-WIDEST = 16  # inches of a ranked list; across a page of paper, turned, its small print has 5 points
+COLUMNS = 10  # places in a line of a ranked list
 
 
 def _sheet(width: float, height: float) -> tuple[Figure, Axes]:
@@ -128,12 +129,14 @@ class RankedRow(NamedTuple):
     """One query and what the gallery answered, for `ranked_lists`.
 
     `title` stands over the row, `query` is the path of its image, and `results` what
-    `Retrieval.ranked_list` returned with `show_missed=True`: its AP is computed from it.
+    `Retrieval.ranked_list` returned with `show_missed=True`: its AP is computed from it. Where `topk`
+    is known no more lines are drawn than that many images take.
     """
 
     title: str
     query: str
     results: pd.DataFrame
+    topk: int | None = None
 
 
 def ranked_row(
@@ -150,37 +153,41 @@ def ranked_row(
     who = retrieval.query.iloc[query]
     title = f"identity {who['pid']}" if who["pid"] > 0 else "somebody unknown"
     title += f", camera {who['camid']}" if who.get("camid", -1) >= 0 else ""
-    return RankedRow(f"{before}: {title}" if before else title, who["path"], results)
+    return RankedRow(f"{before}: {title}" if before else title, who["path"], results, topk)
 
 
 def ranked_examples(retrieval: Retrieval, lists: int = 3, topk: int = 10) -> list[RankedRow]:
-    """Return the best, the median and the worst queries by AP, `lists` of each, for `ranked_lists`.
+    """Return the best, the median and the worst queries by AP, for `ranked_lists`.
 
-    Queries without a match have no AP and are left out.
+    Up to `lists` of each, none twice, and as far as can be of different people. Queries without a match
+    have no AP and are left out.
 
     Raises:
         ValueError: the retrieval cannot be scored.
     """
     by_ap = retrieval.evaluate().per_query.dropna(subset="AP").sort_values("AP", kind="stable")
-    queries = by_ap["query"].to_numpy()
-    middle = queries[max(0, (len(queries) - lists) // 2) :]
-    groups = {"best": queries[::-1], "median": middle, "worst": queries}
-    asked = [(query, name) for name, group in groups.items() for query in group[:lists]]
+    lists, chosen = min(lists, math.ceil(len(by_ap) / 2)), {}
+    middle = by_ap[max(0, (len(by_ap) - lists) // 2) :]
+    for name, group in {"best": by_ap[::-1], "worst": by_ap, "median": middle}.items():
+        free = group[~group["query"].isin(chosen)]
+        by_person = pd.concat([free.drop_duplicates("pid"), free])
+        chosen |= dict.fromkeys(by_person["query"].unique()[:lists], name)
+    asked = [(q, name) for name in ("best", "median", "worst") for q in chosen if chosen[q] == name]
     return [ranked_row(retrieval, query, name, topk) for query, name in asked]
 
 
 # Inches: between images; titles of a row; what stands over and under the images of a line.
-GAP, HEAD, RANK, FOOT = 0.08, 0.48, 0.2, 0.36
+GAP, HEAD, RANK, FOOT = 0.06, 0.48, 0.2, 0.36
 
 
-def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
+def ranked_lists(rows: Sequence[RankedRow], height: float = 1.27) -> Figure:
     """Draw ranked lists, one a row: the query, then the gallery from the nearest on.
 
     ✓ and a full frame: the same identity; ✗ and a dashed frame: another one, under it whose. Images
     that the protocol leaves out stand in their place, pale and smaller, with the reason; where
     several follow each other the nearest is drawn and all are counted. Under each title stand the
-    list's AP and the ranks of all matches, those beyond the list too. A list wider than `WIDEST` is
-    broken into lines. `height` is that of an image, in inches.
+    list's AP and the ranks of all matches, those that are not drawn too. A line has `COLUMNS` places,
+    as wide as a page. `height` is that of an image, in inches.
 
     Raises:
         ValueError: no rows, a list without results, or one made without `show_missed=True`.
@@ -191,25 +198,29 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.5) -> Figure:
     left = width + 4 * GAP  # where results start
     figure, axes = _sheet(1, 1)
     axes.text(GAP, 0.17, _legend(rows), size=8.5, va="center", color="#444444")
-    top, right = 0.3, 8.5 - 2 * GAP  # under the legend, and where it ends
+    top, right = 0.3, PAGE - 2 * GAP  # under the legend, and where it ends
     for row in rows:
+        tiles = [*_tiles(row.results)]
+        if row.topk:
+            tiles = tiles[: COLUMNS * math.ceil(row.topk / COLUMNS)]
+        last = max((rank for *_, rank in tiles if rank), default=0)
         axes.text(GAP, top + 0.17, row.title, size=10, va="center", weight="bold")
-        axes.text(GAP, top + 0.36, _account(row.results), size=8.5, va="center")
+        axes.text(GAP, top + 0.36, _account(row.results, last), size=8.5, va="center")
         x, y = left, top + HEAD + RANK  # of the next photograph
         bar = [y]
         _photo(axes, read_image(row.query), GAP, y, width, height, QUERY)
         axes.text(GAP + width / 2, y - 0.05, "query", size=8.5, ha="center")
-        for path, mark, over, under in _tiles(row.results):
+        for place, (path, mark, over, under, _) in enumerate(tiles):
             scale = 0.62 / width if mark == EXCLUDED else 1
             w, h = scale * width, scale * height
-            if x > left and x + w + GAP > WIDEST:
+            if place and place % COLUMNS == 0:
                 x, y = left, y + height + FOOT + RANK
             foot = y + height
             _photo(axes, read_image(path), x, foot - h, w, h, mark)
-            size, weight = (7, "normal") if mark == EXCLUDED else (8.5, "bold")
+            size, weight = (8, "normal") if mark == EXCLUDED else (8.5, "bold")
             text = {"x": x + w / 2, "ha": "center", "color": mark.colour}
             axes.text(y=foot - h - 0.05, s=over, va="bottom", size=size, weight=weight, **text)
-            axes.text(y=foot + 0.04, s=under, va="top", size=7.5, **text)
+            axes.text(y=foot + 0.04, s=under, va="top", size=8, **text)
             right = max(right, x + w)
             x += w + GAP
         axes.plot([left - 1.5 * GAP] * 2, [*bar, y + height], "-", color="#BBBBBB", lw=1)
@@ -224,12 +235,12 @@ def _legend(rows: Sequence[RankedRow]) -> str:
         f"{RIGHT.sign} full frame: same person",
         f"{WRONG.sign} dashed frame: somebody else",
     ]
-    under = "c: camera, id: identity, last line: distance"
+    under = "c: camera, id: identity, last: distance"
     if all((row.results["status"] == "unknown").any() for row in rows):
         judged = []
         if all((row.results[["pid", "camid"]] < 0).all(axis=None) for row in rows):
             under = "under each: its file, its distance"
-    return (5 * " ").join([*judged, f"{EXCLUDED.sign} pale: left out of the ranking", under])
+    return (4 * " ").join([*judged, f"{EXCLUDED.sign} pale: left out of the ranking", under])
 
 
 def _missed(results: pd.DataFrame) -> pd.Series:
@@ -237,8 +248,11 @@ def _missed(results: pd.DataFrame) -> pd.Series:
     return results["rank"].notna() & (results["rank"] != results["rank"].notna().cumsum())
 
 
-def _account(results: pd.DataFrame) -> str:
-    """Return a list's AP and what it is made of, the ranks of its matches; "" without labels."""
+def _account(results: pd.DataFrame, last: int) -> str:
+    """Return a list's AP and what it is made of, the ranks of its matches; "" without labels.
+
+    `last` is the last rank that is drawn.
+    """
     if (results["status"] == "unknown").any():
         return ""
     if not results.attrs.get("all_matches", True):
@@ -249,21 +263,23 @@ def _account(results: pd.DataFrame) -> str:
     ranks = results.loc[is_match, "rank"].to_numpy(np.int64)
     if len(ranks) == 0:
         return "no match in the gallery: not scored"
-    missed = _missed(results)[is_match].to_numpy()
+    missed = _missed(results)[is_match].to_numpy() | (ranks > last)
     of = "1 match" if len(ranks) == 1 else f"{len(ranks)} matches"
     text = f"AP {average_precision(ranks)[0]:.2%} of {of}, ranks: {_listed(ranks[~missed])}"
     if missed.any():
-        text += f"     missed here: {missed.sum()}, at {_listed(ranks[missed])}"
-    return text
+        text += f"     not shown: {missed.sum()}, at {_listed(ranks[missed])}"
+    return typeset(text)
 
 
 def _listed(ranks: np.ndarray) -> str:
-    more = f", … {ranks[-1]:,}" if len(ranks) > 8 else ""
-    return ", ".join(f"{rank:,}" for rank in ranks[:8]) + more or "none"
+    named = [f"{rank:,}" for rank in ranks]
+    if len(named) > 10:  # else one alone would be left out
+        named[8:-1] = ["…"]
+    return ", ".join(named).replace("…,", "…") or "none"
 
 
-def _tiles(results: pd.DataFrame) -> Iterator[tuple[str, Mark, str, str]]:
-    """Give for each image of a ranked list its path, its mark, and the words over and under it.
+def _tiles(results: pd.DataFrame) -> Iterator[tuple[str, Mark, str, str, int]]:
+    """Give for each image of a ranked list its path, mark, words over and under it, and rank or 0.
 
     Of a run of excluded images it is the nearest, over which all are counted.
     """
@@ -276,17 +292,19 @@ def _tiles(results: pd.DataFrame) -> Iterator[tuple[str, Mark, str, str]]:
         over = [EXCLUDED.sign]
         for reason, n in Counter(result.status for result in run).items():
             over.append(reason.replace(" ", "\n") + (f" ×{n}" if n > 1 else ""))
-        yield run[0].path, EXCLUDED, "\n".join(over), _camera(run[0])
+        yield run[0].path, EXCLUDED, "\n".join(over), _camera(run[0]), 0
 
 
-def _ranked(result: Any) -> tuple[str, Mark, str, str]:
+def _ranked(result: Any) -> tuple[str, Mark, str, str, int]:
     mark = STATUS[result.status]
-    who = f"id {result.pid}" if result.pid > 0 else ("" if result.pid else "distractor")
+    who = f"id {result.pid}" if result.pid > 0 else ""
     of = f"{_camera(result)}{who}".strip()
     if not of and result.status == "unknown":  # all that there is to know it by
         of = one_line(Path(result.path).name, 13)
     under = f"{of}\n{result.distance:#.3g}".strip()
-    return result.path, mark, f"{mark.sign} {result.rank}".strip(), under
+    if result.pid == 0:  # a camera beside so long a word would not fit
+        under = f"distractor\n{_camera(result)}{result.distance:#.3g}"
+    return result.path, mark, f"{mark.sign} {result.rank}".strip(), under, result.rank
 
 
 def _camera(result: Any) -> str:
