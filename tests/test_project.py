@@ -65,12 +65,12 @@ def test_lint():
 
 # The floor, then the rooms, each with its files: a file imports only files that stand before it.
 ROOMS = {
-    "": "paths progress words typed recipes runs",
+    "": "paths progress words typed recipes records runs",
     "data": "files people synthetic tables pixels check augment sampler",
     "model": "depthwise network weights device embed",
     "evaluation": "distances metrics ranks sides retrieval intervals baselines rerank pairs verify "
     "scoring thresholds",
-    "look": "figures photographs search suspects copies maps why pages embedding_map lists "
+    "look": "figures live photographs search suspects copies maps why pages embedding_map lists "
     "browser board",
     "training": "losses checkpoint watched checks health journal loop",
     "workbook": "export headless notebooks scores release workers compare variants results "

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,11 +19,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reidlib import load_model, runs
+from reidlib.look import live
 from reidlib.model.device import resolve_precision
 from reidlib.model.weights import build_model
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import make_recipe
-from reidlib.training import loop
+from reidlib.training import journal, loop
 from reidlib.training.checkpoint import load_checkpoint
 from reidlib.training.journal import TrainingFailed
 from reidlib.training.loop import train
@@ -136,7 +138,7 @@ def test_negative_control_a_forgotten_state_shows(whole, lost, monkeypatch):
 # Trains in a process of its own that sends itself a signal in the middle of a step.
 CHILD = """
 import os, sys
-from reidlib.training import loop
+from reidlib.training import journal, loop
 from reidlib.recipes import Recipe
 loss, calls = loop.LOSSES["batch_hard"], []
 def signalled(*args, **options):
@@ -177,6 +179,35 @@ def test_asked_to_stop_it_ends_the_step_and_killed_it_does_not(whole, number, st
         "stopped" if stopped else "running"
     )
     assert final_state(fit("signal")) == final_state(whole)
+
+
+@pytest.mark.parametrize("hold_out", [0, 3])
+def test_a_notebook_sees_curves_that_grow_and_one_sentence_when_stopped(
+    monkeypatch, capsys, hold_out
+):
+    shown = []
+    for room in (live, journal):
+        monkeypatch.setattr(room, "in_notebook", lambda: True)
+    monkeypatch.setattr(live, "Place", lambda: SimpleNamespace(show=shown.append))
+    plan = loop.prepare(small(hold_out=hold_out), device="cpu", show_progress=False)
+
+    def interrupt(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with in_each_step(interrupt), pytest.raises(KeyboardInterrupt) as stopped:
+        train(plan)
+    (said,) = stopped.value._render_traceback_()
+    assert said == "Stopped after step 3 of 12; run it again to go on."
+    assert said not in capsys.readouterr().err
+    alts = [content["text/plain"] for content in shown]
+    assert "step 1 of 12" in alts[0] and "step 3 of 12" in alts[-1] and len(alts) < 4
+    history = pd.DataFrame(
+        {"step": [1, 2], "loss": [1.0, 0.5], "held_out_mAP": [float("nan"), 0.6]}
+    )
+    panels = live.growth(history, plan.recipe, 12).axes
+    seen = [[*panel.lines[0].get_ydata()] for panel in panels]
+    assert seen == [[1.0, 0.5], [60.0]][: 2 if hold_out else 1]
 
 
 @pytest.mark.slow

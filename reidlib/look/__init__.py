@@ -1,6 +1,7 @@
 """All that a person looks at.
 
 figures        curves, bars, histograms; how a figure reaches a notebook or a file
+live           a training seen while it runs
 photographs    photo grids, ranked lists, a map of embeddings, what a network looks at
 search         who in these pictures looks like this person?
 suspects       copies of a photograph, and labels that may be wrong

@@ -3,9 +3,10 @@
 import math
 import shlex
 import shutil
+import signal
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -14,8 +15,10 @@ from reidlib import runs
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.look.board import Board
+from reidlib.look.live import Live
 from reidlib.model.device import device_name
 from reidlib.model.embed import embed
+from reidlib.progress import in_notebook
 from reidlib.recipes import Recipe
 from reidlib.training import health
 from reidlib.training.checkpoint import State, save_checkpoint
@@ -26,6 +29,13 @@ from reidlib.training.watched import fresh_layers
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on: the loss or a weight is not finite."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and has; a notebook shows its sentence without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 def tell(text: str) -> None:
@@ -40,10 +50,11 @@ class Journal:
         plan: what is trained, see `loop.Plan`.
         state: what the steps change; the history is written into it.
         board: the run's TensorBoard.
+        live: what a notebook shows while it runs.
     """
 
-    def __init__(self, plan: Any, state: State, board: Board):
-        self.plan, self.state, self.board = plan, state, board
+    def __init__(self, plan: Any, state: State, board: Board, live: Live):
+        self.plan, self.state, self.board, self.live = plan, state, board, live
         self.folder, self.recipe = plan.folder, plan.recipe
         images = plan.table["pid"].value_counts()
         self._counts = {"identities": len(images), "short": int((images < plan.recipe.k).sum())}
@@ -68,11 +79,15 @@ class Journal:
         """Log, score and save what is due after the state's step."""
         step, recipe = self.state.step, self.recipe
         last = step == self.plan.steps
-        if step % recipe.log_every == 0 or last or step == 1:
+        logged = step % recipe.log_every == 0 or last or step == 1
+        scored = self.plan.held_out and (step % recipe.evaluate_every == 0 or last)
+        if logged:
             self._log(result, lr)
-        if self.plan.held_out and (step % recipe.evaluate_every == 0 or last):
+        if scored:
             self._score_held_out()
-            self._since = time.monotonic()
+        if logged or scored or stopping:
+            self.live.draw(self.state.history, ended=last or stopping)
+            self._since = time.monotonic()  # the next speed is that of steps alone
         if step % recipe.checkpoint_every == 0 or last or stopping:
             self._checkpoint()
             if not stopping:  # whoever stops at once may not have meant to replace a run
@@ -143,6 +158,14 @@ class Journal:
         save_checkpoint(self.folder / "checkpoint.pt", self.state.state_dict())
         table = pd.DataFrame(self.state.history)
         runs.write_text(self.folder / "history.csv", table.to_csv(index=False))
+
+    def stop(self, number: int) -> NoReturn:
+        """Write down that a signal has stopped it, and leave as the signal would have it."""
+        self.write_manifest("stopped")
+        said = f"Stopped after step {self.state.step} of {self.plan.steps}; run it again to go on."
+        if not in_notebook():
+            tell(said)
+        raise Stopped(said) if number == signal.SIGINT else SystemExit(128 + number)
 
     def fail(self, what: str) -> None:
         """Write down that the loss or a weight is not finite, and raise TrainingFailed."""

@@ -29,6 +29,7 @@ from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.sampler import PKSampler
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
 from reidlib.look import board
+from reidlib.look.live import Live
 from reidlib.model.device import (
     autocast,
     check_memory,
@@ -179,8 +180,8 @@ def _run(plan: Plan, state: State, show_progress: bool) -> None:
         for kept in runs.asides(folder):
             tell(f"The run that this one replaces is {kept} until a checkpoint is written.")
     with stop_signals() as asked, board.Board(folder, plan.recipe, plan.steps, state.step) as shown:
-        journal = Journal(plan, state, shown)
-        words = {"desc": folder.name, "unit": "step", "show": show_progress}
+        journal = Journal(plan, state, shown, Live(plan.recipe, plan.steps, show_progress))
+        words = {"desc": "train", "unit": "step", "show": show_progress}
         with progress(total=plan.steps, initial=state.step, **words) as bar:  # ends before an error
             _steps(plan, state, journal, asked, bar)
         save_weights(folder / "weights.safetensors", state.model, plan.recipe)
@@ -312,15 +313,7 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
         bar.set_postfix_str(f"loss {state.history[-1]['loss']:.3f}", refresh=False)
         if stopping and state.step < plan.steps:
             bar.close()
-            journal.write_manifest("stopped")
-            message = f"Stopped after step {state.step} of {plan.steps}; run it again to go on."
-            tell(message)
-            # As the signal would have it.
-            raise (
-                KeyboardInterrupt(message)
-                if asked[0] == signal.SIGINT
-                else SystemExit(128 + asked[0])
-            )
+            journal.stop(asked[0])
 
 
 @contextmanager
