@@ -463,6 +463,7 @@ def test_bars_of_each_camera_are_means_of_its_queries():
     in_words = figures.hardest_camera(per_query)
     assert "camera 1 are hardest (30.0% mAP over 2 queries), those of camera 2 easiest" in in_words
     assert "cannot be compared" in figures.hardest_camera(per_query[:2])
+    assert "the same mAP, 100.0%" in figures.hardest_camera(per_query.assign(AP=1.0))
 
 
 def test_distance_histograms_are_densities_and_name_their_overlap():

@@ -260,12 +260,41 @@ class Scored:
     def spread_in_words(self) -> str:
         """Say how far the mAP would move with other queries."""
         half = 50 * (self.intervals.loc["mAP", "high"] - self.intervals.loc["mAP", "low"])
-        if np.isnan(half):
-            return "One query alone cannot say how far the mAP would move with others."
+        if not half > 0:  # NaN, of one query
+            which = "One query alone" if np.isnan(half) else "Queries that all have the same AP"
+            return f"{which} cannot say how far the mAP would move with others."
         return (
-            f"With other queries from the same cameras the mAP would move by about ±{half:.1f} points, so "
-            "a smaller difference says little: compare runs on the same queries."
+            f"With other queries from the same cameras the mAP would move by about ±{half:.1f} points. "
+            "Another run on these same queries is compared pair by pair, and there less says more: see "
+            "`05_compare_margins`."
         )
+
+    def distances_in_words(self, matches: np.ndarray, others: np.ndarray) -> str:
+        """Say where strangers stand beside matches: of `Retrieval.distance_sample`."""
+        nearer = float((others <= np.median(matches)).mean())  # all of a collapsed network
+        ranked = int((self.run.gallery["pid"] != -1).sum())  # junk is in no ranking
+        said = (
+            f"Matches have a median distance of {np.median(matches):.2f}, non-matches "
+            f"{np.median(others):.2f}. "
+        )
+        if nearer == 0:
+            return f"{said}None of {len(others):,} strangers drawn is as near as the median match."
+        said += f"{100 * nearer:.3g}% of the strangers are as near or nearer: of {ranked:,} ranked images "
+        if nearer > 0.3:
+            return f"{said}that is no left tail. Distance hardly tells who is who."
+        if nearer * ranked < 1:
+            return f"{said}less than one on average, so errors are with the farther matches."
+        return (
+            f"{said}about {nearer * ranked:.0f}, on average, in front of every second match. A small share "
+            "of many strangers is enough: retrieval is decided in their left tail."
+        )
+
+    def lists_in_words(self, topk: int) -> str:
+        """Say how many lists are perfect, and in how many none of the first `topk` is right."""
+        scored = self.evaluation.per_query.dropna(subset="AP")
+        perfect, missed = (scored["AP"] == 1).sum(), (scored["first_rank"] > topk).sum()
+        said = f"Perfect lists: {perfect:,} of {len(scored):,} queries; no match among the first {topk}: "
+        return f"{said}{missed:,}."
 
     def __repr__(self) -> str:
         """The table, then the protocol."""

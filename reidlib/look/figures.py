@@ -219,6 +219,8 @@ def hardest_camera(per_query: pd.DataFrame) -> str:
     if len(by_camera) < 2:
         return "One camera is known, or none, so cameras cannot be compared here."
     hard, *_, easy = by_camera.sort_values("mean").itertuples()
+    if hard.mean == easy.mean:
+        return f"Queries of every camera have the same mAP, {hard.mean:.1%}."
     return (
         f"Queries of camera {hard.Index} are hardest ({hard.mean:.1%} mAP over {hard.size} queries), "
         f"those of camera {easy.Index} easiest ({easy.mean:.1%} mAP over {easy.size} queries)."
