@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from reidlib.data.tables import load
@@ -89,8 +90,8 @@ class Threshold(NamedTuple):
         """Say what was chosen, how, and what it gives on the very people it was chosen on."""
         raised = (
             f"**Not at the FMR that was asked for.** {self.pairs:,} impostor pairs put only "
-            f"{self.asked * self.pairs:.1f} false matches behind an FMR of {self.asked:g}. The "
-            f"threshold is chosen at {self.rate:.2g} instead, where there are {MIN_FALSE_MATCHES}. "
+            f"{self.asked * self.pairs:.1f} false matches behind an FMR of {per_cent(self.asked)}. The "
+            f"threshold is chosen at {per_cent(self.rate)} instead, where there are {MIN_FALSE_MATCHES}. "
             "Hold out more identities to choose at a lower one."
         )
         chosen = (
@@ -101,6 +102,15 @@ class Threshold(NamedTuple):
             "pairs of people."
         ).format(**self.there)
         return [raised, chosen] if self.rate > self.asked else [chosen]
+
+
+def per_cent(rate: float) -> str:
+    """Return a rate with two digits, however small.
+
+    >>> per_cent(0.01), per_cent(0.00001), per_cent(0.123)
+    ('1%', '0.001%', '12%')
+    """
+    return f"{np.format_float_positional(100 * rate, 2, fractional=False, trim='-')}%"
 
 
 def check_rate(fmr: float) -> None:
@@ -173,14 +183,44 @@ def try_threshold(threshold: Threshold, pairs: Pairs, *, draws: int = 500, seed:
     return Trial(found, least.loc["FMR"], most.loc["FMR"])
 
 
+def pairs_in_words(pairs: Pairs) -> str:
+    """Say of how many people the impostor pairs are, and why people are drawn again and not pairs."""
+    people, strangers = pairs.identities, pairs.distractors
+    each = pairs.impostors / (people * (people - 1) / 2 + people * strangers)
+    copies = (
+        f" That is {each:.1f} for each two who meet, near copies of each other."
+        if each > 1.5
+        else ""
+    )
+    return (
+        f"There are {pairs.impostors:,} impostor pairs, but of only {people:,} people and {strangers:,} "
+        f"distractors.{copies} So the intervals below draw people, not pairs."
+    )
+
+
+def overlap_in_words(area: float, equal: float, strangers: float) -> str:
+    """Say how well distances part two kinds of pairs: AUC, equal error rate, strangers of a query."""
+    said = (
+        f"A genuine pair is nearer than an impostor pair in {area:.2%} of all cases (the area under the "
+        f"ROC curve). There is one threshold where both errors are equal: {equal:.2%} of the genuine pairs "
+        f"are refused, and {equal:.2%} of the impostor pairs accepted. This is the equal error rate."
+    )
+    if equal * strangers < 1:
+        return f"{said} For a query here that is less than one stranger accepted."
+    return (
+        f"{said} For a query here, which meets {strangers:,.0f} strangers, that is about "
+        f"{equal * strangers:,.0f} of them accepted. So a useful threshold lies farther to the left."
+    )
+
+
 def measurable_in_words(pairs: Pairs, at: pd.DataFrame) -> str:
     """Say which false-match rates have a number, given the rows of `true_match_rate`."""
     none = at["TMR"].isna()
     thin = ~none & (at["false_matches"] < MIN_FALSE_MATCHES)
-    none, thin = (", ".join(f"{f:g}" for f in at.index[rows]) for rows in (none, thin))
+    none, thin = (", ".join(map(per_cent, at.index[rows])) for rows in (none, thin))
     said = (
-        f"The curve of the test people lies on {pairs.impostors:,} impostor pairs, so it ends on "
-        f"the left at {1 / pairs.impostors:.3g}: no smaller rate can be measured."
+        f"The curve of the test people ends on the left at one false match in {pairs.impostors:,} "
+        "impostor pairs: no smaller rate can be measured."
     )
     if none:
         said += f" Rates of {none} are below that, and have no number here."
@@ -208,13 +248,33 @@ def camera_rates_in_words(cameras: pd.DataFrame) -> str:
     said = (
         f"From camera {worst['pair']} the threshold finds {worst['TMR']:.1%} of "
         f"{worst['genuine']:,} genuine pairs, from {best['pair']} {best['TMR']:.1%} of "
-        f"{best['genuine']:,}. The FMR goes from {least['FMR']:.3%} ({least['pair']}) to "
-        f"{most['FMR']:.3%} ({most['pair']}). Strangers seen by one camera are accepted at "
-        f"{inside:.3%}, strangers seen by two at {across:.3%}"
+        f"{best['genuine']:,}."
     )
-    if across and inside > 1.25 * across:
-        return f"{said}, {across / inside:.0%} of that: a shared background and light would do so."
+    if not most["FMR"] > 0:
+        return f"{said} It accepts no stranger, in any pair of cameras."
+    said += (
+        f" The FMR goes from {least['FMR']:.3%} ({least['pair']}) to {most['FMR']:.3%} "
+        f"({most['pair']}). Strangers seen by one camera are accepted at {inside:.3%}, strangers seen "
+        f"by two at {across:.3%}"
+    )
+    if inside > 1.25 * across:
+        return f"{said}: a shared background and light may make strangers look alike."
     return f"{said}: here a shared camera hardly makes strangers look more alike."
+
+
+def extremes_in_words(pairs: Pairs, threshold: float) -> str:
+    """Say what to look for in the nearest pairs of strangers, and in the pairs that are refused."""
+    far = pairs.genuine["distance"]
+    nearest, refused = pairs.impostor["distance"].iloc[0], (far > threshold).sum()
+    nearer = f"nearer than {(far > nearest).mean():.2%} of all genuine pairs: a wrong label?"
+    return (
+        f"The number over a query is the distance; the threshold is {threshold:.2f}. The nearest "
+        f"strangers are {nearest:.2f} apart, "
+        + (nearer if (far > nearest).any() else "farther than every genuine pair.")
+        + (f" {refused:,} genuine pairs are refused; doubt the farthest, too." if refused else "")
+        + " Ask of each pair what its two images share, or do not: clothes, bag, pose, light, "
+        "background, or the cut of the picture."
+    )
 
 
 def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed: float) -> str:
@@ -222,7 +282,7 @@ def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed:
     strangers, genuine = pairs.impostors / queries, len(pairs.genuine) / queries
     right = match_probability(genuine / (genuine + strangers), tmr, fmr)
     said = (
-        f"A query of this test split meets {strangers:,.0f} strangers, so expect "
+        f"A query here meets {strangers:,.0f} strangers, so expect "
         f"{fmr * strangers:,.1f} false alarms; {alarmed:.1%} of the queries have at least one. "
         "Top-1 and mAP never show that: in their **closed set** the person is always there."
     )
