@@ -400,7 +400,7 @@ def test_the_curves_in_words_are_those_of_the_history(margin):
 
 def test_takeaways_say_what_the_run_shows():
     seen = Watched(history(), make_recipe("demo"))
-    assert "did not collapse" in seen.takeaways([])[1] and "nothing" in seen.takeaways([])[2]
+    assert "has learnt" in seen.takeaways([])[1] and "nothing" in seen.takeaways([])[2]
     assert "found: diverging, too easy" in seen.takeaways(["diverging", "too easy"])[2]
     flat = Watched(history(negative_p50=1.0, positive_p50=1.0), make_recipe("demo"))
     assert "hardly learnt" in flat.takeaways([])[1]

@@ -122,4 +122,5 @@ def summary(findings: Sequence[Finding]) -> str:
     if not findings:
         return f"**The health report has no finding.** Checked: {', '.join(named())}."
     found = f"**{len(findings)} of {len(CHECKS)} checks found something.**"
-    return f"{found} Begin with **{findings[0].name}**: what stands below it may come from it."
+    below = ": what stands below it may come from it" if len(findings) > 1 else ""
+    return f"{found} Begin with **{findings[0].name}**{below}."

@@ -12,6 +12,8 @@ from reidlib.recipes import Recipe
 
 # A trend needs this many logged rows; with fewer, Kendall's test cannot reach 1 % in half of them.
 MIN_ROWS = 10
+# Findings beside which nothing good can be said of a network.
+BROKEN = ("diverging", "collapsed", "near collapse", "not learning")
 
 
 def last_quarter(rows: pd.DataFrame | pd.Series):
@@ -41,11 +43,17 @@ class Watched(NamedTuple):
         return last_quarter(self.history)
 
     @property
-    def loss(self) -> pd.Series:
-        """The mean loss over all triplets: that over active ones may rise while a network learns."""
-        recipe, loss = self.recipe, self.history["loss"]
+    def over_active(self) -> bool:
+        """Whether the logged loss is a mean over active triplets: it may rise while a network learns."""
+        recipe = self.recipe
         hinged = recipe.loss == "batch_all" and recipe.margin != "soft"
-        return loss * self.history["active"] if hinged and recipe.mean == "active" else loss
+        return hinged and recipe.mean == "active"
+
+    @property
+    def loss(self) -> pd.Series:
+        """The mean loss over all triplets."""
+        rows = self.history
+        return rows["loss"] * rows["active"] if self.over_active else rows["loss"]
 
     @property
     def loss_at_end(self) -> float:
@@ -81,14 +89,19 @@ class Watched(NamedTuple):
     def curves_in_words(self) -> list[str]:
         """Say what the loss, the active share, the distances and the norm did, a sentence each."""
         start, end = self.start, self.end
+        loss = f"**Loss** {start['loss']:.3f} → {end['loss']:.3f}"
+        if self.over_active:
+            loss += (
+                ", a mean over active triplets alone, which may rise while fewer and fewer are active; "
+                f"over all of them it went {self.loss.iloc[0]:.3f} → {self.loss_at_end:.3f}"
+            )
         return [
-            f"**Loss** {self.loss.iloc[0]:.3f} → {self.loss_at_end:.3f}. A collapsed network would sit "
-            f"at {self.recipe.collapsed_loss:.3f}, the dashed line.",
-            f"**Active triplets** {start['active']:.0%} → {end['active']:.0%}. Near 0 %, nothing is left "
-            "to learn from these batches; at 100 % for long, nothing is being learnt.",
+            f"{loss}. A collapsed network would sit at {self.recipe.collapsed_loss:.3f}, the dashed line.",
+            f"**Active triplets** {start['active']:.0%} → {end['active']:.0%}. Near 0%, these batches have "
+            "little left to teach; at 100% for long, the network is not learning.",
             f"**Distances**: strangers were {self.apart(start):.2f} times as far as the same person, and "
             f"are now {self.apart(end):.1f} times as far (medians).",
-            f"**Norm** {start['norm']:.2f} → {end['norm']:.2f}. A growing one buys loss with scale.",
+            f"**Norm** {start['norm']:.2f} → {end['norm']:.2f}. If it grows, the loss falls by scale alone.",
         ]
 
     def held_out_in_words(self) -> str:
@@ -104,11 +117,14 @@ class Watched(NamedTuple):
     def takeaways(self, findings: Sequence[str]) -> list[str]:
         """Return what to remember of a training, given the names of its health findings."""
         apart = self.apart(self.end)
-        verdict = "the network did not collapse" if apart > 1.1 else "it has hardly learnt"
+        broken = [name for name in findings if name in BROKEN]
+        verdict = "it has learnt to tell them apart" if apart > 1.1 else "it has hardly learnt"
+        if broken:
+            verdict = f"but first read what the health report says of **{broken[0]}**"
         return [
-            f"The loss went from {self.loss.iloc[0]:.2f} to {self.loss_at_end:.2f}. By itself that would "
-            f"not tell learning from collapse ({self.recipe.collapsed_loss:.2f}).",
-            f"A stranger ends {apart:.2f} times as far as the same person: {verdict}.",
+            f"The loss went from {self.start['loss']:.2f} to {self.end['loss']:.2f}. By itself that does not "
+            f"tell learning from collapse, which has a loss of {self.recipe.collapsed_loss:.2f}.",
+            f"For this network a stranger is now {apart:.2f} times as far as the same person: {verdict}.",
             f"The health report found: {', '.join(findings) or 'nothing'}.",
             self.held_out_in_words(),
         ]
