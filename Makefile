@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-NOTEBOOKS := 00_explore_data 01_pk_batching 02_network 03_train 04_evaluate 05_compare_margins \
-	10_rerank_and_tta 11_speed 12_search 13_same_person 14_why_wrong
+NOTEBOOKS := $(basename $(notdir $(sort $(wildcard notebooks/[0-9]*.ipynb))))
 
 # Threads that wait sleep instead of spinning: several times faster where other programs share the
 # cores, and no slower where none does.
@@ -16,7 +15,7 @@ OURS := grep -qsF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate
 $(shell $(OURS) && ! $(PY) -Ic "import os, pip, reidlib as r; \
   assert os.path.samefile(r.__path__[0], 'reidlib')" 2>/dev/null && rm -f $(READY))
 
-.PHONY: here help demo example gallery bench recompute test quick setup lab tensorboard notebooks lint format clean
+.PHONY: here help demo example gallery book pages bench recompute test quick setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +33,23 @@ gallery: setup  ## the README's pictures again, after `make demo`
 	$(PY) -m reidlib run 04_evaluate 10_rerank_and_tta 13_same_person 14_why_wrong \
 	  -p run synthetic_batchhard_softplus_demo -p lists 1
 	$(PY) docs/gallery.py synthetic_batchhard_softplus_demo
+
+BOOK := REID_OUTPUTS="$(CURDIR)/book/runs" $(PY)
+book: setup $(VENV)/.book ## the notebooks, run on the built-in data, as a site: book/site/index.html
+	rm -rf book docs/notebooks
+	$(BOOK) -m reidlib run $(filter 0%,$(NOTEBOOKS)) --output docs/notebooks \
+	  -p seeds 1 -p margins False -p ladder False
+	$(BOOK) -m reidlib run $(filter-out 0%,$(NOTEBOOKS)) --output docs/notebooks \
+	  -p run synthetic_batchhard_softplus -p queries 300 -p gallery_size 1000 -p batch 32
+	@$(MAKE) --no-print-directory pages
+
+pages: setup $(VENV)/.book ## the book again, of notebooks that `make book` ran
+	$(BOOK) docs/book.py
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going docs book/site
+
+$(VENV)/.book: pyproject.toml constraints.txt | $(READY)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book]"
+	@touch $@
 
 bench: setup $(VENV)/peers/.ready ## each part of the library beside its peers, as ratios
 	$(PY) benchmarks/run.py
@@ -88,5 +104,5 @@ format: setup   ## ruff's formatter, and notebooks stripped of their outputs, th
 	$(PY) docs/fold.py notebooks/*.ipynb
 	$(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb
 
-clean:          ## remove the environment, caches and the built-in data; runs stay
-	rm -rf $(VENV) data/synthetic data/.cache .pytest_cache .ruff_cache *.egg-info
+clean:          ## remove the environment, caches, the book and the built-in data; runs stay
+	rm -rf $(VENV) book docs/notebooks data/synthetic data/.cache .pytest_cache .ruff_cache *.egg-info

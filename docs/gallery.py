@@ -4,10 +4,7 @@ A figure is found by the beginning of its alt text. The page of ranked lists is 
 headless Chromium; without one its old picture stays.
 """
 
-import base64
-import html
 import io
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+from book import figures
 from PIL import Image
 
 from reidlib.paths import ROOT, outputs_dir
@@ -31,14 +29,8 @@ FIGURES = {  # file: (notebook, beginning of the alt text, width in pixels)
 def figure(notebook: str, alt: str) -> Image.Image:
     """The first figure of an executed notebook whose alt text begins so."""
     executed = nbformat.read(outputs_dir() / "notebooks" / f"{notebook}.ipynb", as_version=4)
-    text = "".join(
-        str(output.get("data", {}).get("text/html", ""))
-        for cell in executed.cells
-        for output in cell.get("outputs", [])
-    )
-    found = re.findall(r'<img src="data:image/\w+;base64,([^"]+)" alt="([^"]*)"', text)
-    data = next(data for data, words in found if html.unescape(words).startswith(alt))
-    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    data = next(data for data, words in figures(executed) if words.startswith(alt))
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def photograph(page: Path, out: Path) -> None:

@@ -27,6 +27,7 @@ DECLARED = {
     for text in [*PROJECT["project"]["dependencies"], *EXTRAS["export"], *EXTRAS["test"]]
     if (requirement := Requirement(text)).name != "reidlib"
 }
+BOOK = {canonicalize_name((r := Requirement(text)).name): r for text in EXTRAS["book"]}
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 
 
@@ -52,7 +53,7 @@ def test_conda_and_pip_ask_for_the_same():
 def test_every_package_is_pinned_inside_its_range():
     text = (ROOT / "constraints.txt").read_text()
     pins = {canonicalize_name(n): v for n, v in re.findall(r"(?m)^([\w.-]+)==(\S+)$", text)}
-    for name, requirement in DECLARED.items():
+    for name, requirement in (DECLARED | BOOK).items():
         assert pins[name] in requirement.specifier, name
 
 
@@ -205,10 +206,22 @@ def test_the_pages_name_what_there_is(page):
         assert (ROOT / file).exists(), file
 
 
-def test_the_readme_names_every_notebook_and_page():
+def test_the_readme_names_every_notebook_and_the_book_has_every_page():
     text = (ROOT / "README.md").read_text()
-    for file in [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "docs").glob("*.md")]:
-        assert file.name.removesuffix(".ipynb") in text, file.name
+    for file in (ROOT / "notebooks").glob("*.ipynb"):
+        assert file.stem in text, file.name
+    contents = (ROOT / "docs/index.md").read_text()  # `notebooks/0*` and `1*` are all of them
+    for file in (ROOT / "docs").glob("*.md"):
+        assert re.search(rf"^{file.stem}$", contents, re.M) or file.stem == "index", file.name
+
+
+def test_a_workflow_runs_what_is_here():
+    """It cannot be run here: so its steps are targets of the Makefile, or modules."""
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        for line in [step["run"] for job in jobs for step in job["steps"] if "run" in step]:
+            assert line in [f"make {t}" for t in targets] or line.startswith("python -m "), line
 
 
 @pytest.mark.parametrize("name", reidlib.__all__)

@@ -1,0 +1,109 @@
+"""Make the notebooks that `make book` ran ready for Sphinx: `python docs/book.py`.
+
+They are in `docs/notebooks`. Beside them come a picture of each and a card with it for the first
+page, a page of times, and in `pages` the ranked-list browser, since a book has no widgets.
+"""
+
+import base64
+import html
+import io
+import os
+import platform
+import re
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+import nbformat
+import torch
+from PIL import Image, ImageOps
+
+from reidlib.paths import ROOT, outputs_dir
+from reidlib.workbook.headless import RESULT
+
+PLACE = ROOT / "docs" / "notebooks"
+IMAGE = re.compile(r'<img\b[^>]*\bsrc="data:image/\w+;base64,([^"]+)" alt="([^"]*)"')
+QUESTION = re.compile(r"# (.+)\n\n\*\*Question:\*\* ((?:.+\n)+)")
+BROWSER = (
+    '<iframe src="../{0}" title="The ranked-list browser" width="100%" height="900"></iframe>'
+    '<p><a href="../{0}">The ranked-list browser as a page of its own</a></p>'
+)
+CARD = """:::{{grid-item-card}} {title}
+:link: /notebooks/{stem}
+:link-type: doc
+:img-top: /notebooks/{stem}.jpg
+:img-alt: {alt}
+
+{question}:::
+
+"""
+TIMES = """# How long it took
+
+The notebooks of this book ran on {day:%d %B %Y}, on {cores} cores of a {machine}, with Python {python} and
+torch {torch}, in {minutes:.0f} minutes.
+
+| notebook | seconds |
+|---|---|
+"""
+
+
+def figures(notebook: nbformat.NotebookNode) -> list[tuple[bytes, str]]:
+    """Every figure that a notebook shows, (file, alt text); before others that of a cell tagged `cover`."""
+    cells = [cell for cell in notebook.cells if cell.get("outputs")]
+    cells.sort(key=lambda cell: "cover" not in cell.metadata.get("tags", []))
+    shown = [o.get("data", {}).get("text/html", "") for cell in cells for o in cell.outputs]
+    found = IMAGE.findall("".join(shown))
+    return [(base64.b64decode(data), html.unescape(alt)) for data, alt in found]
+
+
+def seconds(notebook: nbformat.NotebookNode) -> float:
+    """How long a notebook's cells ran, together."""
+    clocks = [cell.metadata.get("execution", {}) for cell in notebook.cells]
+    begin, end = "iopub.execute_input", "shell.execute_reply"
+    spans = [[datetime.fromisoformat(c[key]) for key in (begin, end)] for c in clocks if end in c]
+    return sum((stop - start).total_seconds() for start, stop in spans)
+
+
+def for_a_book(notebook: nbformat.NotebookNode, browser: Path | None) -> None:
+    """Put the page of the browser where the notebook has its widget; drop what only chains read."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if RESULT not in o.get("data", {})]
+            if browser and "Browser(" in cell.source:
+                frame = {"text/html": BROWSER.format(browser.name)}
+                cell.outputs = [nbformat.v4.new_output("display_data", frame)]
+
+
+def main(place: Path = PLACE) -> None:
+    """Ready all that ran."""
+    shutil.rmtree(place / "pages", ignore_errors=True)
+    (place / "pages").mkdir()
+    pages = sorted(outputs_dir().glob("*/ranked_lists.html"), key=os.path.getmtime)
+    for page in pages[-1:]:
+        shutil.copy(page, place / "pages")
+    took, cards = {}, {"0": "", "1": ""}
+    for path in sorted(place.glob("*.ipynb")):
+        text = path.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", "")
+        notebook = nbformat.reads(text, as_version=4)
+        for_a_book(notebook, pages[-1] if pages else None)
+        nbformat.write(notebook, path)
+        data, alt = figures(notebook)[0]
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        ImageOps.fit(picture, (480, 300), centering=(0, 0)).save(
+            path.with_suffix(".jpg"), quality=80
+        )
+        title, question = QUESTION.match(notebook.cells[0].source).groups()
+        question = question[0].upper() + question[1:]
+        cards[path.stem[0]] += CARD.format(title=title, stem=path.stem, alt=alt, question=question)
+        took[path.stem] = seconds(notebook)
+    for part, text in cards.items():
+        (place / f"cards_{part}.txt").write_text(text, encoding="utf-8")
+    about = dict(day=datetime.now(), cores=os.cpu_count(), machine=platform.machine())
+    about |= dict(python=platform.python_version(), torch=torch.__version__)
+    rows = [f"| [{stem}]({stem}.ipynb) | {time:.0f} |\n" for stem, time in took.items()]
+    text = TIMES.format(**about, minutes=sum(took.values()) / 60) + "".join(rows)
+    (place / "times.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
