@@ -185,9 +185,13 @@ def test_no_image_of_real_people_and_no_path_of_a_machine_is_committed():
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_pages_examples_run(page, monkeypatch):
+def test_the_pages_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(
+        "REID_DATA", str(tmp_path)
+    )  # the built-in data as it is, not the tests' small one
     monkeypatch.setenv("REID_OUTPUTS", str(ROOT / "outputs"))
     failed, attempted = doctest.testfile(str(page), module_relative=False)
     assert not failed
