@@ -584,13 +584,16 @@ def test_queries_are_touched_by_suspects_of_theirs_and_of_their_strangers():
     causes["stranger"] = pd.array([1, 2, pd.NA, 0], "Int64")
     table = pd.concat([causes[["path", "pid"]], gallery], ignore_index=True)
     # b is the stranger of q0
-    found = pd.DataFrame([{"kind": "mirrored", "pid": 2, "path": "b", "other_path": "q3"}])
+    found = {"kind": "mirrored", "pid": 2, "other_pid": 4, "path": "b", "other_path": "q3"}
+    found = pd.DataFrame([found])
     assert suspects.touched(causes, gallery, found, table).tolist() == [True, False, False, True]
     # one that may be two people: all its images, named or not
-    two = found.assign(kind="two people in one pid?", path="x", other_path="x", pid=5)
+    two = found.assign(kind="two people in one pid?", path="x", other_path="x", pid=5, other_pid=5)
     assert suspects.touched(causes, gallery, two, table).tolist() == [False, False, True, False]
-    other = two.assign(kind="one person in two pids?")
-    assert not suspects.touched(causes, gallery, other, table).any()
+    # two that may be one: all images of both; q3 is of 4
+    one = two.assign(kind="one person in two pids?", other_pid=4)
+    assert suspects.touched(causes, gallery, one, table).tolist() == [False, False, True, True]
+    assert not suspects.touched(causes, gallery, one.assign(kind="no distractor?"), table).any()
 
 
 def test_recall_of_planted():
@@ -753,10 +756,14 @@ def causes_of(wrong, right):
 
 @pytest.mark.parametrize(
     ("wrong", "right", "wanted"),
-    [(20, 20, "**hat** (hat): 100% of the wrong"), (0, 9, "No evidence"), (9, 0, "No evidence")],
+    [
+        (20, 20, "**hat** (hat): 100% of the wrong"),
+        (5, 9, "No evidence"),
+        (9, 0, "nothing to compare"),
+    ],
 )
 def test_lifts_in_words(wrong, right, wanted):
-    table = causes_of(wrong, right)
+    table = causes_of(wrong, right).assign(**({"hat": False} if wrong == 5 else {}))
     said = why.lifts_in_words(why.base_rates(table, ["hat"]), table)
     assert wanted in said
     assert ("stay unexplained" in said) == ("**hat**" in said)
@@ -768,16 +775,16 @@ def test_cameras_and_confusions_in_words():
     assert "From camera 1 to camera 2, 50% of 4 matches" in why.cameras_in_words(pairs)
     assert "cannot be compared" in why.cameras_in_words(pairs[:1])
     row = {"pid": 3, "other_pid": 7, "intrusions": 5, "queries": 2, "mutual": True}
-    said = why.confusions_in_words(pd.DataFrame([row, row | {"intrusions": 1}]))
-    assert "Identities 3 and 7" in said and "both ways" in said and "from 1 of 2 pairs" in said
+    said = why.confusions_in_words(pd.DataFrame([row, *[row | {"intrusions": 1}] * 2]))
+    assert "Identities 3 and 7" in said and "both ways" in said and "from 1 of 3 pairs" in said
     assert "No list has" in why.confusions_in_words(pd.DataFrame([row])[:0])
 
 
 @pytest.mark.parametrize(
     ("swings", "wrong", "wanted"),
     [
-        ([0, 2], 5, "In 1 of these 2"),
-        ([0, 0], 5, "In none of these 2"),
+        ([0, 2], 5, "In 1 of the 2"),
+        ([0, 0], 5, "In none of the 2"),
         ([2, 2], 0, "No query is wrong"),
     ],
 )
@@ -789,11 +796,15 @@ def test_suspects_in_words():
     copies = pd.DataFrame({"harm": ["none", "two identities"]})
     said = duplicates_in_words(copies, 1000)
     assert said.startswith("2 pairs of copies among 1,000 images, 1 of")
+    assert "No photograph is twice" in duplicates_in_words(copies[:0], 1000)
+    assert "others" not in duplicates_in_words(copies[1:], 1000)
     trial = {"planted": 20, "recall": 0.5, "right_pid": 0.9, "others": 3}
     assert "50% were found, 90% of these" in suspects.trust_in_words(trial, 4)
     assert "the true identity" not in suspects.trust_in_words(trial | {"recall": 0.0}, 4)
     rates = pd.Series({"wrong": 3, "share_wrong": 0.3, "share_right": 0.1, "low": 1.5})
     assert "The data may be at fault" in suspects.blame_in_words(rates, 10, 20)
     for low in (1.0, np.nan):
-        assert "do not explain" in suspects.blame_in_words(rates.replace(1.5, low), 10, 20)
+        assert "may be chance" in suspects.blame_in_words(rates.replace(1.5, low), 10, 20)
+        fewer = rates.replace(1.5, low).replace(0.1, 0.4)
+        assert "do not explain" in suspects.blame_in_words(fewer, 10, 20)
     assert "nothing to compare" in suspects.blame_in_words(rates, 20, 20)

@@ -398,3 +398,15 @@ def overlay(image: np.ndarray, values: np.ndarray, most: float) -> np.ndarray:
     grey = image.mean(axis=2, keepdims=True)
     drawn = grey * (1 - strength) + np.where(scaled > 0, above, below) * strength
     return drawn.round().astype(np.uint8)
+
+
+def colour_key(figure: Figure, below: str, above: str) -> None:
+    """Write under a `photo_grid` what the blue and the orange of `overlay` mean."""
+    width, height = figure.get_size_inches()
+    (axes,) = figure.axes
+    _resize(axes, width, height + 0.35)
+    ramp = overlay(np.full((1, 101, 3), 128, np.uint8), np.linspace(-1, 1, 101)[None], 1)
+    x, y = width / 2, height + 0.15
+    axes.imshow(ramp, extent=(x - 1, x + 1, y + 0.08, y - 0.08), aspect="auto")
+    axes.text(x - 1.1, y, below, ha="right", va="center", size=8)
+    axes.text(x + 1.1, y, above, ha="left", va="center", size=8)

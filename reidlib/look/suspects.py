@@ -16,7 +16,7 @@ from reidlib.evaluation.distances import between, nearest, ratio
 SUSPECT_COLUMNS = ["kind", "score", "image", "path", "pid", "camid"]
 SUSPECT_COLUMNS += ["other", "other_path", "other_pid", "other_camid", "suggested_pid", "evidence"]
 
-TWO_PEOPLE = "two people in one pid?"
+TWO_PEOPLE, ONE_PERSON = "two people in one pid?", "one person in two pids?"
 LEAST = 1.5  # the smallest score of a wrong label: its own are half as far again as others
 LEAST_TWO, LEAST_ONE = 1.5, 0.95  # the smallest of two people in one pid, and of one in two
 NEIGHBOURS = 50  # how many nearest images are looked at for other identities
@@ -181,7 +181,7 @@ def _one_person(emb, groups, centres) -> Iterator[tuple]:
             )
             # the second identity would be called by the name of the first
             at = _middle(emb, rows[b]), _middle(emb, rows[a])
-            yield "one person in two pids?", score, *at, evidence, ids[a]
+            yield ONE_PERSON, score, *at, evidence, ids[a]
 
 
 def _people(pids: np.ndarray) -> dict[int, np.ndarray]:
@@ -309,11 +309,11 @@ def touched(
 ) -> np.ndarray:
     """Return which queries are suspects, or have a suspect as their nearest stranger: (Q,) booleans.
 
-    Of an identity that may be two people every image is suspect, not only the two that are named.
+    Of identities that may be two people, or one, every image is suspect, not only those in the middle.
     `causes` is what `why.causes` said of the gallery, and `table` what the suspects were found in.
     """
-    two = found.loc[found["kind"] == TWO_PEOPLE, "pid"]
-    named = {*found["path"], *found["other_path"], *table.loc[table["pid"].isin(two), "path"]}
+    whole = found.loc[found["kind"].isin([TWO_PEOPLE, ONE_PERSON]), ["pid", "other_pid"]].stack()
+    named = {*found["path"], *found["other_path"], *table.loc[table["pid"].isin(whole), "path"]}
     strangers = gallery["path"].reset_index(drop=True).reindex(causes["stranger"].astype(float))
     return (causes["path"].isin(named) | strangers.isin(named).to_numpy()).to_numpy()
 
@@ -326,8 +326,9 @@ def trust_in_words(trial: dict[str, float], named: int) -> str:
     right = f", {trial['right_pid']:.0%} of these with the true identity" if trial["recall"] else ""
     return (
         f"Of {trial['planted']:.0f} wrong labels planted at random, {trial['recall']:.0%} were "
-        f"found{right}. How many other images were named each time: {trial['others']:.0f}. In the "
-        f"data as they are: {named}. Each of those has a wrong label, or is hard for the network."
+        f"found{right}; each time it named {trial['others']:.0f} more. In the data as they are it "
+        f"names {named or 'no'} images"
+        + (", each with a wrong label, or hard for the network." if named else ".")
     )
 
 
@@ -339,11 +340,13 @@ def blame_in_words(rates: pd.Series, wrong: int, scorable: int) -> str:
     """
     if not 0 < wrong < scorable:
         return "All queries are wrong, or none is: there is nothing to compare suspects with."
-    verdict = "That is not surely more often: these suspects do not explain the failures."
+    verdict = "That is not more often: these suspects do not explain the failures."
     if rates["low"] > 1:
         verdict = (
             "The data may be at fault; but pictures that are hard for the network look so, too."
         )
+    elif rates["share_wrong"] > rates["share_right"]:
+        verdict = "With so few people that may be chance: look at these suspects before you decide."
     return (
         f"In {rates['wrong']:.0f} of {wrong:,} wrong queries ({rates['share_wrong']:.0%}) the query or its "
         f"nearest stranger is a suspect, and in {rates['share_right']:.0%} of the right ones. {verdict}"

@@ -254,11 +254,18 @@ def confusions(retrieval: Retrieval) -> pd.DataFrame:
 # --- in words
 
 
+def plain(name: str) -> str:
+    """Return the name of a column, or of a cause, as people read it."""
+    return name.replace("_", " ")
+
+
 def lifts_in_words(rates: pd.DataFrame, causes: pd.DataFrame) -> str:
     """Say which of the evidence that some query shows is more frequent among wrong ones."""
     scorable = causes[causes["matches"] > 0]
     wrong = scorable[scorable["wrong"]]
     proven = rates[rates["low"] > 1].sort_values("lift", ascending=False)
+    if not 0 < len(wrong) < len(scorable):
+        return "All queries are wrong, or none is: there is nothing to compare evidence with."
     if not len(proven):
         return (
             f"No evidence is surely more frequent among the {len(wrong):,} wrong queries than among the "
@@ -266,10 +273,10 @@ def lifts_in_words(rates: pd.DataFrame, causes: pd.DataFrame) -> str:
         )
     first = proven.iloc[0]
     return (
-        f"Wrong queries show {len(proven)} of {len(rates)} kinds of evidence more often than right "
-        f"ones. The strongest is **{first.name}** ({EVIDENCE.get(first.name, first.name)}): "
+        f"Wrong queries show {len(proven)} of {len(rates)} kinds of evidence surely more often than right "
+        f"ones. The strongest is **{plain(first.name)}** ({EVIDENCE.get(first.name, first.name)}): "
         f"{first['share_wrong']:.0%} of the wrong queries show it and {first['share_right']:.0%} of the "
-        f"right ones, a lift of {first['lift']:.1f} [{first['low']:.1f}, {first['high']:.1f}]. "
+        f"right ones, a lift of {first['lift']:.1f} ({first['low']:.1f} to {first['high']:.1f}). "
         f"{(wrong['cause'] == 'unexplained').sum():,} of {len(wrong):,} wrong queries stay unexplained."
     )
 
@@ -279,10 +286,12 @@ def cameras_in_words(by_camera: pd.DataFrame) -> str:
     if len(by_camera) < 2:
         return "Cameras are unknown, or there is one pair alone, so they cannot be compared."
     hard, easy = by_camera.loc[by_camera["behind"].agg(["idxmax", "idxmin"])].itertuples()
+    if hard.behind == easy.behind:
+        return f"In every pair of cameras {hard.behind:.0%} of the matches stand behind a stranger."
     return (
-        f"From camera {hard.camid} to camera {hard.match_camid}, {hard.behind:.0%} of {hard.matches} "
+        f"From camera {hard.camid} to camera {hard.match_camid}, {hard.behind:.0%} of {hard.matches:,} "
         f"matches stand behind a stranger; from {easy.camid} to {easy.match_camid}, {easy.behind:.0%} "
-        f"of {easy.matches}."
+        f"of {easy.matches:,}."
     )
 
 
@@ -292,11 +301,13 @@ def confusions_in_words(confused: pd.DataFrame) -> str:
         return "No list has a stranger where a match should stand."
     row, counts = confused.iloc[0], confused["intrusions"]
     half = 1 + int((counts.cumsum() < counts.sum() / 2).sum())
-    return (
+    said = (
         f"Identities {row['pid']} and {row['other_pid']} are mixed up most: {row['intrusions']} "
-        f"intrusions in {row['queries']} lists, {'both ways' if row['mutual'] else 'one way'}. "
-        f"Half of all {counts.sum():,} intrusions come from {half:,} of {len(confused):,} pairs."
+        f"intrusions in {row['queries']} lists, {'both ways' if row['mutual'] else 'one way'}."
     )
+    if len(counts) < 3:
+        return said
+    return f"{said} Half of all {counts.sum():,} intrusions come from {half:,} of {len(confused):,} pairs."
 
 
 def places_in_words(gaps: np.ndarray, swings: np.ndarray, wrong: int) -> str:
@@ -305,7 +316,7 @@ def places_in_words(gaps: np.ndarray, swings: np.ndarray, wrong: int) -> str:
     if not wrong:
         return "No query is wrong, so these are the least sure ones."
     return (
-        f"In {(swings > gaps).sum() or 'none'} of these {len(gaps)} queries one small place, hidden, is "
+        f"In {(swings > gaps).sum() or 'none'} of the {len(gaps)} worst queries one small place, hidden, is "
         "worth more than the whole gap between stranger and match. Where none is, the mistake is spread "
         "over the picture."
     )
