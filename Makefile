@@ -87,9 +87,9 @@ $(READY): pyproject.toml constraints.txt | here
 lab: setup      ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
-tensorboard: setup ## all runs side by side
+tensorboard: setup ## the four, the example and your runs side by side
 	$(PY) -m tensorboard.main --samples_per_plugin images=100 \
-	  --logdir "$$($(PY) -c 'from reidlib.paths import outputs_dir; print(outputs_dir())')"
+	  --logdir "$$($(PY) -c 'from reidlib.look.board import overview; print(overview())')"
 
 notebooks: setup ## every notebook headless, with the small parameters of the tests
 	$(PY) -m reidlib run $(NOTEBOOKS) $$(cat tests/small_parameters.txt)

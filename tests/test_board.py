@@ -1,6 +1,7 @@
 """What TensorBoard shows: read from its files, from its own server, and in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import board
 from reidlib.model.embed import embed
 from reidlib.model.weights import load_model
-from reidlib.paths import ROOT
+from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import make_recipe
 from reidlib.training import loop
 from reidlib.workbook import release
@@ -210,6 +211,25 @@ def test_an_evaluation_replaces_the_one_before(outputs, growing, tmp_path):
     assert server.metrics(run)["test/mAP"] == pytest.approx(again.scores["mAP"])
 
 
+def test_an_overview_has_the_four_first_and_no_more_runs_than_are_shown(tmp_path):
+    outputs = outputs_dir()
+    names = [f"market1501_{name}" for name in (*board.FOUR, "batchhard_best")]
+    own = [f"mine_{i:02}" for i in range(20)]
+    for age, name in enumerate([*names, runs.EXAMPLE, *own]):
+        (outputs / name).mkdir(parents=True)
+        if name in own:
+            (outputs / name / "checkpoint.pt").touch()
+        os.utime(outputs / name, (age, age))
+    folder = board.overview()
+    wanted = [*board.FOUR, *own[-12:], runs.EXAMPLE]
+    assert sorted(link.name for link in folder.iterdir()) == wanted and len(wanted) == board.MOST
+    assert (folder / "batchhard").resolve() == (outputs / "market1501_batchhard").resolve()
+    (outputs / "new").mkdir()
+    assert {link.name for link in board.overview(outputs / "new").iterdir()} == (
+        {*wanted, "new"} - {"mine_08"}
+    )
+
+
 # --- settings
 
 
@@ -217,7 +237,7 @@ def test_settings_as_columns():
     places = {"dataset": "/somewhere/my people", "weights": "/private/nets/r8.pth"}
     chosen = board.hyperparameters(make_recipe("demo", margin=0.5, **places), 123)
     expected = {"margin": "0.5", "dataset": "my people", "weights": "r8.pth", "size": "64×32"}
-    expected |= {"steps": 123, "flip": True, "lr": 1e-3, "seed": 0}
+    expected |= {"steps": 123, "flip": True, "lr": "1e-3", "seed": "0"}
     assert expected.items() <= chosen.items()
     assert not {"mean", "log_every", "checkpoint_every", "evaluate_every", "epochs"} & {*chosen}
     assert not any("/" in str(value) for value in chosen.values())
@@ -235,7 +255,7 @@ def test_one_row_a_run_with_its_settings_and_scores(outputs, tensorboard):
     columns = server.hparams("experiment", {"includeMetrics": True})
     types = {c["name"]: c["type"].removeprefix("DATA_TYPE_") for c in columns["hparamInfos"]}
     assert sorted([*types][:5]) == sorted(board.COMPARED) and {"size", "backbone"} < {*types}
-    assert {"margin": "STRING", "lr": "FLOAT64", "flip": "BOOL"}.items() <= types.items()
+    assert {"margin": "STRING", "lr": "STRING", "flip": "BOOL"}.items() <= types.items()
     tags = [m["name"]["tag"] for m in columns["metricInfos"]]
     assert tags == [*board.SCORE_TAGS] and {f"test/{key}" for key in SCORES} < {*tags}
     assert tags[:5] == ["test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss"]
@@ -416,7 +436,9 @@ def test_seen_in_a_browser(outputs, tensorboard, chromium):
 
         return until(there, 60)
 
-    texts = seen("hparams", "Trial ID", "margin", "test/mAP", HARD, SOFT, "0.2", "soft")
+    texts = seen(
+        "hparams", "Trial ID", "margin", "mAP test", "learning rate", HARD, SOFT, "0.2", "soft"
+    )
     for name in (HARD, SOFT):
         score = outputs[1][name][1].scores["mAP"]
         assert f"{score:.5g}"[:5] in " ".join(texts)

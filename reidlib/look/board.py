@@ -1,8 +1,9 @@
 """What TensorBoard shows of a run: curves, settings with scores, and ranked lists.
 
 `tensorboard --logdir outputs` shows the numbers under the run's name, and pictures of people under
-`<run>/pictures`. A run's own event files must never hold a picture: they are given away with its
-weights (see `workbook.release`), and the people of data sets such as Market-1501 may not be.
+`<run>/pictures`; `make tensorboard` shows an `overview`. A run's own event files must never hold a
+picture: they are given away with its weights (see `workbook.release`), and the people of data sets such
+as Market-1501 may not be.
 
     events.out.tfevents.*                scalars, histograms and settings of the training
     events.out.tfevents.*.test           scores of the last evaluation, which it replaces
@@ -16,7 +17,7 @@ import io
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
@@ -31,6 +32,7 @@ from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look.figures import encode
 from reidlib.look.photographs import ranked_lists, ranked_row
+from reidlib.paths import cache_dir, outputs_dir
 from reidlib.recipes import WATCHING, Recipe
 
 PICTURES = "pictures"
@@ -40,8 +42,12 @@ PICTURES = "pictures"
 COMPARED = ("loss", "margin", "mean", "lr", "seed")
 FIRST = ("test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss")
 SCORE_TAGS = [*dict.fromkeys([*FIRST, *(f"test/{key}" for key in SCORES)])]
+COLUMNS = {"lr": "learning rate", "p": "people a batch", "k": "images of each", "mean": "mean over"}
 # What a run does beside its computation, or what another column says better.
 NO_COLUMN = {*WATCHING, "unreadable", "hold_out", "height", "width", "epochs"}
+# An overview has these, released on Market-1501, and at most so many runs in all, each with pictures: of
+# more than 40 TensorBoard shows none until some are ticked.
+FOUR, MOST = ("batchall", "batchall_softplus", "batchhard", "batchhard_softplus"), 17
 
 
 class Board(SummaryWriter):
@@ -54,6 +60,9 @@ class Board(SummaryWriter):
         # Points from this step on are from before a kill, and will come again. Also on a new run:
         # the first such mark that TensorBoard reads purges nothing.
         self._folder, self._next = folder, step + 1
+        if (cache_dir() / "tensorboard").is_dir():  # whoever looks at it sees a new run
+            with suppress(OSError):
+                overview(folder)
         super().__init__(str(folder), purge_step=self._next)
         add_hyperparameters(self, recipe, steps)
 
@@ -65,6 +74,26 @@ class Board(SummaryWriter):
             pictures = SummaryWriter(str(self._folder / PICTURES), purge_step=self._next)
             self.all_writers[PICTURES] = pictures.file_writer
         self.all_writers[PICTURES].add_summary(_summary(name, retrieval, evaluation), step)
+
+
+def overview(*running: Path) -> Path:
+    """Return a folder of links for TensorBoard: the four, the example, and the newest runs of one's own.
+
+    The four are first, without their data set's name. `running` have no checkpoint yet.
+    """
+    own = {file.parent for file in runs.in_runs("checkpoint.pt")} | {*running}
+    newest = sorted(own, key=lambda run: run.stat().st_mtime)[-(MOST - len(FOUR) - 1) :]
+    shown = {name: outputs_dir() / f"market1501_{name}" for name in FOUR}
+    shown |= {run.name: run for run in (outputs_dir() / runs.EXAMPLE, *newest)}
+    folder = cache_dir() / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    for link in folder.iterdir():
+        if link.readlink() != shown.get(link.name):
+            link.unlink(missing_ok=True)
+    for name, run in shown.items():
+        with suppress(FileExistsError):
+            (folder / name).symlink_to(run, target_is_directory=True)
+    return folder
 
 
 def erase(folder: Path) -> None:
@@ -103,6 +132,10 @@ def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") 
         for key, score in scores.items():
             if not key.startswith("queries"):
                 writer.add_scalar(f"{tag}/{key}", score, manifest["step"])
+        if name == "test" and (folder / "metrics.json").is_file():
+            kept = runs.read_json(folder / "metrics.json").get("baselines", {})
+            for baseline, its in kept.items():
+                writer.add_scalar(f"{tag}/mAP of {baseline}", its["mAP"], manifest["step"])
 
 
 @contextmanager
@@ -125,14 +158,16 @@ def hyperparameters(recipe: Recipe, steps: int) -> dict[str, str | float | bool]
     have it.
 
     >>> chosen = hyperparameters(Recipe(weights="/data/weights/r50.pth", margin=0.2), 100)
-    >>> [chosen[key] for key in ("margin", "size", "weights", "steps")]
-    ['0.2', '256×128', 'r50.pth', 100]
+    >>> [chosen[key] for key in ("margin", "size", "weights", "steps", "lr", "seed")]
+    ['0.2', '256×128', 'r50.pth', 100, '3e-4', '0']
     """
     hidden = NO_COLUMN if recipe.loss == "batch_all" else NO_COLUMN | {"mean"}
     return recipe.model_dump(exclude=hidden) | {
         "dataset": Path(recipe.dataset).name,
         "weights": Path(recipe.weights).name,
         "margin": str(recipe.margin),
+        "lr": re.sub(r"\.?0*e-0*", "e-", f"{recipe.lr:e}"),
+        "seed": str(recipe.seed),
         "size": f"{recipe.height}×{recipe.width}",
         "steps": steps,
     }
@@ -150,9 +185,12 @@ def add_hyperparameters(writer: SummaryWriter, recipe: Recipe, steps: int) -> No
     kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
     for name, value in (chosen | {"mean": recipe.mean}).items():
         kind = kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64)
-        columns.hparam_infos.add(name=name, type=kind, differs=name in COMPARED)
+        named = {"name": name, "display_name": COLUMNS.get(name, name.replace("_", " "))}
+        columns.hparam_infos.add(**named, type=kind, differs=name in COMPARED)
     for tag in SCORE_TAGS:
-        columns.metric_infos.add(name=api_pb2.MetricName(tag=tag))
+        where, _, key = tag.rpartition("/")
+        named = {"display_name": f"{SCORES.get(key, key)} {where.replace('_', '-')}".strip()}
+        columns.metric_infos.add(name=api_pb2.MetricName(tag=tag), **named)
     about = metadata.create_summary_metadata(HParamsPluginData(experiment=columns))
     options = {"metadata": about, "tensor": metadata.NULL_TENSOR}
     columns = Summary.Value(tag=metadata.EXPERIMENT_TAG, **options)
