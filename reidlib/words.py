@@ -28,6 +28,37 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
+def span(values: Iterable[int]) -> str:
+    """Return from where to where counts go; 0 without any.
+
+    >>> span([3, 5, 4]), span([2, 2]), span([])
+    ('3 to 5', '2', '0')
+    """
+    low, *_, high = sorted([*values] * 2) or (0, 0)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def if_cameras(cameras: Iterable[int], said: str) -> str:
+    """Return what is said of cameras; of one alone, or of none that is known (-1), that it cannot be said.
+
+    >>> if_cameras([-1, -1], "They differ."), if_cameras([1, 2], "They differ.")
+    ('One camera is known, or none, so cameras cannot be compared here.', 'They differ.')
+    """
+    several = len({camera for camera in cameras if camera >= 0}) > 1
+    return said if several else "One camera is known, or none, so cameras cannot be compared here."
+
+
+def pace(ratio: float) -> str:
+    """Return how long one of two works takes: `ratio` is its time over the other's.
+
+    >>> pace(0.5), pace(1.03), pace(1.4)
+    ('is 2.0 times as fast', 'takes about as long', 'takes 1.4 times as long')
+    """
+    if 0.9 < ratio < 1.1:  # what other work on a machine does
+        return "takes about as long"
+    return f"is {1 / ratio:.1f} times as fast" if ratio < 1 else f"takes {ratio:.1f} times as long"
+
+
 def typeset(text: str) -> str:
     """Return numbers as people write them: a true minus sign, a space before %; `code` stays as it is.
 

@@ -25,7 +25,8 @@ class Live:
         began = time.monotonic()
         if self._place is None or (began < self._due and not ended):
             return
-        alt = f"Loss and held-out mAP, up to step {history[-1]['step']:,} of {self.steps:,}"
+        alt = f"How the loss went, up to step {history[-1]['step']:,} of {self.steps:,}"
+        alt += ", and the held-out mAP" if self.recipe.hold_out else ""
         image = img(growth(pd.DataFrame(history), self.recipe, self.steps), alt)
         self._place.show({"text/html": image, "text/plain": f"[Figure: {alt}]"})
         self._due = time.monotonic() + min(10, max(2, 30 * (time.monotonic() - began)))
@@ -34,7 +35,7 @@ class Live:
 def growth(history: pd.DataFrame, recipe: Recipe, steps: int):
     """Draw the loss of a training under way, and the held-out mAP, if anybody is held out."""
     columns = ["loss", "held_out_mAP"][: 2 if recipe.hold_out else 1]
-    figure, _ = subplots(1, len(columns), width=10, height=2.2)
+    figure, _ = subplots(1, len(columns), height=2.2)
     for panel, column in zip(figure.axes, columns, strict=True):
         rows = history.reindex(columns=["step", column]).dropna()
         panel.plot(rows["step"], rows[column] * (100 if "mAP" in column else 1), marker="o", ms=3)

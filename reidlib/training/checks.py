@@ -91,7 +91,8 @@ def too_few_identities(run: Watched) -> Sentences:
     p, k, identities, short = run.recipe.p, run.recipe.k, run.identities, run.short
     advice = []
     if identities < MIN_BATCHES_OF_IDENTITIES * p:
-        advice.append(f"p={max(2, identities // 4)}, or more identities.")
+        fewer = max(2, identities // 4)
+        advice.append(f"p={fewer}, or more identities." if fewer < p else "More identities.")
     if short > MAX_SHORT_IDENTITIES * identities:
         advice.append("A smaller k, or leave out people with few images.")
     if advice:
