@@ -211,7 +211,7 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.27) -> Figure:
         _photo(axes, read_image(row.query), GAP, y, width, height, QUERY)
         axes.text(GAP + width / 2, y - 0.05, "query", size=8.5, ha="center")
         for place, (path, mark, over, under, _) in enumerate(tiles):
-            scale = 0.62 / width if mark == EXCLUDED else 1
+            scale = 0.52 / width if mark == EXCLUDED else 1  # two reasons fit over it
             w, h = scale * width, scale * height
             if place and place % COLUMNS == 0:
                 x, y = left, y + height + FOOT + RANK
