@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ from reidlib.progress import progress
 from reidlib.recipes import WATCHING, Recipe, located
 from reidlib.training.checkpoint import State, load_checkpoint
 from reidlib.training.journal import Journal, tell
-from reidlib.training.losses import LOSSES
+from reidlib.training.losses import LOSSES, TripletLoss
 
 Resume = Literal["auto", "previous", "never", "restart"]
 
@@ -72,6 +73,12 @@ class Plan:
         """Return the augmentation as it is before the first batch."""
         r = self.recipe
         return Augmentation((r.height, r.width), r.enlarge, r.flip, r.erasing, r.normalise, r.seed)
+
+    def loss(self) -> Callable[..., TripletLoss]:
+        """Return the recipe's loss, of embeddings (N, D) and their pids (N,)."""
+        r = self.recipe
+        options = {"mean": r.mean} if r.loss == "batch_all" else {}
+        return partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
 
 
 def prepare(
@@ -280,8 +287,7 @@ def _start(plan: Plan, checkpoint: dict | None) -> State:
 def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) -> None:
     """Train from the state's step to the last one."""
     recipe = plan.recipe
-    options = {"mean": recipe.mean} if recipe.loss == "batch_all" else {}
-    loss = partial(LOSSES[recipe.loss], margin=recipe.margin, squared=recipe.squared, **options)
+    loss = plan.loss()
     pids = torch.tensor(plan.table["pid"].to_numpy(), device=plan.device)
     pixels = torch.from_numpy(plan.pixels)
     if pixels.nbytes < 4e9:  # they fit beside the network: no transfer in a step
