@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -156,6 +157,24 @@ def test_no_figure_of_04_stops_it():
     cells = nbformat.read(ROOT / "notebooks" / "04_evaluate.ipynb", as_version=4).cells
     drawn = [cell.source for cell in cells if "figures.show(" in cell.source]
     assert len(drawn) == 5 and all("with figures.optional(" in source for source in drawn)
+
+
+@pytest.mark.slow
+def test_data_of_three_people_without_cameras_are_told_as_they_are(tmp_path, data_root):
+    """Each picture of the built-in data in its person's folder, which says no camera."""
+    for split, people in (("bounding_box_train", 3), ("query", 2), ("bounding_box_test", 2)):
+        files = sorted((data_root / "synthetic" / split).glob("0*[1-9]_c*"))
+        for name in sorted({file.name[:4] for file in files})[:people]:
+            folder = tmp_path / "few" / split.removeprefix("bounding_box_") / name
+            folder.mkdir(parents=True)
+            for file in [file for file in files if file.name.startswith(name)][:4]:
+                shutil.copy(file, folder / file.name[5:])
+    line = ["reidlib", "run", "00", "01", "-p", "dataset", str(tmp_path / "few"), "-p", "p", "2"]
+    done = execute(line, tmp_path, tmp_path / "outputs", data_root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for path in (tmp_path / "outputs" / "notebooks").iterdir():
+        said = "\n".join(texts(nbformat.read(path, as_version=4)))
+        assert not re.search(r"\bnan\b|camera [−-]1|, 0 to 0", said), said
 
 
 @pytest.mark.slow

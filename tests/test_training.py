@@ -210,6 +210,18 @@ def test_a_notebook_sees_curves_that_grow_and_one_sentence_when_stopped(
     assert seen == [[1.0, 0.5], [60.0]][: 2 if hold_out else 1]
 
 
+def test_the_first_batch_of_a_plan_is_the_first_that_is_trained_on():
+    """03 shows its loss before training, and the curve begins there."""
+    plan = loop.prepare(small(steps=1, hold_out=0), device="cpu", show_progress=False)
+    rows = next(iter(plan.sampler()))
+    images = plan.augmentation()(torch.from_numpy(plan.pixels[rows]))
+    pids = torch.tensor(plan.table["pid"].to_numpy()[rows])
+    with torch.no_grad():
+        before = plan.loss()(build_model(plan.recipe).train()(images), pids)
+    logged = pd.read_csv(train(plan, show_progress=False) / "history.csv")["loss"]
+    assert [before.loss.item()] == pytest.approx([*logged], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_tensorboard_shows_no_step_twice_after_a_resume(whole):
     killed(whole)
