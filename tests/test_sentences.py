@@ -13,11 +13,14 @@ import pandas as pd
 import pytest
 
 from reidlib import runs
+from reidlib.evaluation import thresholds, verify
 from reidlib.evaluation.baselines import gain_in_words
-from reidlib.evaluation.intervals import confidence_interval
+from reidlib.evaluation.intervals import confidence_interval, gains_in_words
+from reidlib.evaluation.pairs import pair_distances
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.scoring import Scored
-from reidlib.look import figures
+from reidlib.look import figures, suspects, why
+from reidlib.look.search import lists_in_words, nearness_in_words
 from reidlib.paths import ROOT
 from reidlib.recipes import make_recipe
 from reidlib.training import health
@@ -183,7 +186,7 @@ def test_scores_are_said_as_they_are(shape):
     scored = scored_of(shape)
     queries = scored.evaluation.per_query.dropna(subset="AP")
     perfect, missed = (queries["AP"] == 1).sum(), (queries["first_rank"] > 10).sum()
-    lists = [int(n) for n, _ in re.findall(r"(\d+)( |\.)", scored.lists_in_words(10))]
+    lists = [int(n) for n in re.findall(r"\d+", scored.lists_in_words(10))]
     assert lists == [perfect, len(queries), 10, missed]
     equal = queries["AP"].nunique() == 1
     assert ("all have the same AP cannot say" in scored.spread_in_words()) == equal
@@ -214,3 +217,79 @@ def test_what_05_says_of_the_released_runs():
     assert shown.index[0] == "batch-hard soft" and "colours without camera" in shown.index
     said = results.table_in_words(table)
     assert numbers(said)[1] == pytest.approx(table["mAP"].max(), abs=0.06)
+
+
+# --- the tools: 10 to 14
+
+
+@pytest.mark.parametrize("name", ["batchall", "batchhard_softplus", "batchhard_softplus_best"])
+def test_gains_are_sure_only_where_their_interval_is(name):
+    runs_of = (ROOT / "outputs" / f"market1501_{n}" for n in (name, "batchhard_softplus"))
+    table, other = (pd.read_csv(folder / "per_query.csv") for folder in runs_of)
+    found = 100 * confidence_interval(table, versus=other, by="pid").loc[["mAP", "top1"]]
+    parts = gains_in_words(found).split("; ")
+    for key, row in found.iterrows():
+        kind = "gains" if row["low"] > 0 else "losses" if row["high"] < 0 else "too close"
+        assert f"{key} ({row['value']:+.1f})" in next(part for part in parts if kind in part)
+
+
+def test_what_13_says_of_pairs(shape):
+    pairs = pair_distances(shape)
+    far, near = pairs.genuine["distance"], pairs.impostor["distance"]
+    strangers = pairs.impostors / len(shape.query)
+    area, equal = verify.auc(pairs), verify.equal_error_rate(pairs)
+    said = thresholds.overlap_in_words(area, equal, strangers)
+    assert numbers(said)[0] == pytest.approx(area, abs=6e-5)
+    assert ("less than one stranger" in said) == (equal * strangers < 1)
+    people = len(shape.query["pid"].unique())
+    each = pairs.impostors / (people * (people - 1) / 2)
+    assert numbers(thresholds.pairs_in_words(pairs))[3] == pytest.approx(each, abs=0.06)
+    for value in (0.0, near.iloc[len(near) // 2], np.inf):
+        said = thresholds.extremes_in_words(pairs, value)
+        assert ("farther than every" in said) == (near.iloc[0] >= far.max())
+        assert ("are refused" in said) == (far > value).any()
+        rates = verify.camera_rates(pairs, value)
+        said = thresholds.camera_rates_in_words(rates)
+        if len(rates) < 2:
+            assert "cannot be compared" in said
+            continue
+        assert ("accepts no stranger" in said) == (near.iloc[0] > value)
+        within = rates[rates["query_camid"] == rates["gallery_camid"]]
+        across = rates.drop(within.index)
+        inside, outside = (r["FMR"] @ r["impostor"] / r["impostor"].sum() for r in (within, across))
+        assert ("may make strangers look alike" in said) == (inside > 1.25 * outside)
+
+
+def test_what_14_says_of_failures(shape):
+    causes = why.causes(shape)
+    scorable, rates = causes[causes["matches"] > 0], why.base_rates(causes)
+    wrong, right = scorable["wrong"].sum(), (~scorable["wrong"]).sum()
+    said = why.lifts_in_words(rates, causes)
+    assert ("nothing to compare" in said) == (min(wrong, right) == 0)
+    assert ("surely more often" in said) == (min(wrong, right) > 0 and (rates["low"] > 1).any())
+    by_camera = why.camera_pairs(shape)
+    said = why.cameras_in_words(by_camera)
+    if len(by_camera) > 1:
+        assert ("every pair" in said) == (by_camera["behind"].nunique() == 1)
+    confused = why.confusions(shape)
+    assert ("No list" in why.confusions_in_words(confused)) == (not len(confused))
+    assert ("No query is wrong" in why.places_in_words(np.ones(2), np.zeros(2), wrong)) == (
+        not wrong
+    )
+    suspected = np.zeros(len(causes), bool)
+    for some in (suspected, causes["wrong"] & (causes["query"] % 2 == 0), ~suspected):
+        rates = why.base_rates(causes.assign(suspect=some), ["suspect"]).iloc[0]
+        said = suspects.blame_in_words(rates, wrong, len(scorable))
+        acquits = "do not explain" in said
+        assert not (acquits and rates["share_wrong"] > rates["share_right"]), said
+        assert ("nothing to compare" in said) == (min(wrong, right) == 0)
+
+
+@pytest.mark.parametrize("itself", [0, 2])
+def test_what_12_says_of_lists(itself):
+    status = ["query itself"] * itself + ["unknown"] * (6 - itself)
+    found = pd.DataFrame({"query": [0, 1, 2] * 2, "status": status})
+    said = lists_in_words(found, 2, drawn=5)
+    assert "3 of 3 lists" in said and ("very file of 2" in said) == bool(itself)
+    first, second, others = np.array([0.0, 0.0]), np.array([1.0, 3.0]), np.array([5.0])
+    assert "is 0.00 in" in nearness_in_words(first, second, others)

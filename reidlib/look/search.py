@@ -192,6 +192,18 @@ def search_csv(found: pd.DataFrame) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def lists_in_words(found: pd.DataFrame, topk: int, drawn: int) -> str:
+    """Say what the first lists of what `search` returned show."""
+    queries, itself = found["query"].nunique(), (found["status"] == "query itself").sum()
+    said = (
+        f"Each row shows a query, then the {topk} nearest images of the gallery from left to right, with "
+        f"their distance. {min(drawn, queries):,} of {queries:,} lists are drawn. "
+    )
+    if itself:
+        said += f"The gallery holds the very file of {itself:,} of the queries. "
+    return f"{said}No frame says who is right: the model does not know it either."
+
+
 def nearness(
     retrieval: Retrieval, found: pd.DataFrame, queries: int = 50, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -213,10 +225,9 @@ def nearness_in_words(first: np.ndarray, second: np.ndarray, others: np.ndarray)
     """Say what `nearness` returned."""
     if not len(second):
         return "The gallery has one image for each query, so there is nothing to compare it with."
-    gap = float(np.median(second / np.maximum(first[: len(second)], 1e-12)))
     return (
-        f"At rank 1 the distance is {np.median(first):.3g} in the median of {len(first)} queries, "
-        f"at rank 2 {gap:.2f} times that, and {np.median(others):.3g} for the gallery as a whole. "
+        f"At rank 1 the distance is {np.median(first):.2f} in the median of {len(first)} queries, at rank 2 "
+        f"{np.median(second):.2f}, and {np.median(others):.2f} for all others of the gallery. "
         "A first image that is hardly nearer than the second was picked from many that look alike. "
         "One that stands alone is either the person, or a near copy of the same picture."
     )
@@ -240,9 +251,11 @@ def uncovered(found: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
 def uncovered_in_words(table: pd.DataFrame) -> str:
     """Say what `uncovered` returned."""
     right, camera = table["same person"].sum(), table["same camera"].sum()
-    better = ", so **it looks better than the scores of 04_evaluate, and is not**" if camera else ""
+    said = f"{right} of {len(table)} first images show the same person"
+    if not camera:
+        return f"{said}, none of them from the query's own camera."
     return (
-        f"{right} of {len(table)} first images show the same person; {camera} of these come from "
-        "the query's own camera. The evaluation leaves such images out: they are nearly the same "
-        f"picture. A search without labels cannot{better}."
+        f"{said}; {camera} of these come from the query's own camera. The evaluation leaves such images "
+        "out: they are nearly the same picture. A search without labels cannot, so **it looks better "
+        "than the scores of 04_evaluate, and is not**."
     )
