@@ -111,11 +111,12 @@ def test_claims_are_the_differences_in_points_corrected_together():
     _, spread, pairs = judged(found)
     sides = [results.tables_of(found, name) for name in (HARD, ALL)]
     slow = difference(*sides, spread=spread)
-    row = pairs.loc[f"{ALL} − {HARD}"]
-    said = f"{HARD} beats {ALL} by {100 * slow.value:.1f} points (p = {row['holm']:.2g})"
+    row = pairs.loc[f"{HARD} − {ALL}"]
+    assert pairs["value"].is_monotonic_decreasing and (pairs["value"] > 0).all()
+    said = f"{HARD} beats {ALL} by {100 * slow.value:.1f} points (p {verdicts.chance(row['holm'])})"
     assert said in next(verdicts.pairs_in_words(pairs))
     assert (row["higher"], row["lower"]) == (HARD, ALL)
-    wanted = [-100 * slow.value, -100 * slow.high, -100 * slow.low, slow.p]
+    wanted = [100 * slow.value, 100 * slow.low, 100 * slow.high, slow.p]
     assert list(row[["value", "low", "high", "p"]]) == pytest.approx(wanted)
     assert list(row[["people", "seeds"]]) == pytest.approx([100 * slow.people, 100 * slow.seeds])
     assert list(pairs["holm"]) == list(holm(pairs["p"]))
@@ -125,11 +126,29 @@ def test_claims_are_the_differences_in_points_corrected_together():
     assert list(once["p"]) == [slow.p, difference(*sides).p] and slow.p != difference(*sides).p
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_claims_for_people_have_plain_headings_and_no_empty_column(seeds):
+    _, _, pairs = judged(rows_of(WINNER, seeds))
+    pairs.loc[pairs.index[0], "low"] = -0.04
+    shown = verdicts.for_people(pairs)
+    assert ("error: seeds" in shown) == (seeds > 1) and not shown.isna().any(axis=None)
+    assert {"difference", "from", "to", "holds"} < {*shown} and "higher" not in shown
+    assert str(shown["from"].iloc[0]) == "0.0" and {*shown["holds"]} <= {"✓", "–"}
+
+
+def test_what_needs_no_training_stands_under_the_rows():
+    table = results.for_people(
+        results.summary(rows_of(WINNER)), {"a_b": dict.fromkeys(SCORES, 0.125)}
+    )
+    assert list(table.index) == [HARD, "batch-hard 0.2", ALL, "batch-all 0.2", "random soft", "a b"]
+    assert list(table.loc["a b", ["seeds", "mAP", "health"]]) == ["–", "12.5", "–"]
+
+
 def test_the_highest_may_be_told_apart_from_some_only():
     table, _, pairs = judged(rows_of(WINNER | {"batch-hard 0.2": 0.6}))
     best, other = sorted((HARD, "batch-hard 0.2"), key=table["mAP"].get, reverse=True)
     assert verdicts.conclusion(pairs, table).startswith(
-        f"{best} has the highest mAP. It beats batch-all 0.2, {ALL}, random soft, "
+        f"{best} has the highest mAP. It beats random soft, batch-all 0.2, {ALL}, "
         f"and is not told apart from {other}."
     )
 
@@ -201,11 +220,12 @@ def test_margins_are_chosen_on_held_out_people():
     chosen, top = table["batch_hard", "test"][["1.0", "0.5"]]
     assert f"Held-out people choose 1.0, with {chosen:.1f} % on the test split; 0.5" in hard
     assert f"would have given {top - chosen:.1f} points more" in hard and "tune on the test" in hard
-    assert hard.endswith("Beyond luck, worse than 1.0: none; better: 0.5.")
+    assert hard.endswith("Beyond luck, all claimed together, worse than 1.0: none; better: 0.5.")
     # On held-out people alone there is one column, and nothing is chosen on it for the test split.
     table, (_, hard) = margins(found, "held_out")
     assert {where for _, where in table.columns} == {"held_out"}
-    assert "The highest is 0.5. Beyond luck, worse than 0.5: 0.1, 0.2, 1.0, soft; better: n" in hard
+    said = "The highest is 0.5. Beyond luck, all claimed together, worse than 0.5: 0.1, 0.2, 1.0"
+    assert hard.partition(": ")[2] == f"{said}, soft; better: none."
     # A loss of which one margin alone is there has no curve.
     table, _ = margins(rows_of({n: 0.5 for n in LEVEL if "hard" in n or n == ALL}), "test")
     assert {*table.columns} == {("batch_hard", "test")}

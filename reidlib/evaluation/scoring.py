@@ -265,8 +265,8 @@ class Scored:
             return f"{which} cannot say how far the mAP would move with others."
         return (
             f"With other queries from the same cameras the mAP would move by about ±{half:.1f} points. "
-            "Another run on these same queries is compared pair by pair, and there less says more: see "
-            "`05_compare_margins`."
+            "On these same queries two runs are told apart at smaller differences, pair by pair: "
+            "`05_compare_margins` does it."
         )
 
     def distances_in_words(self, matches: np.ndarray, others: np.ndarray) -> str:

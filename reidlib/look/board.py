@@ -84,7 +84,7 @@ def overview(*running: Path) -> Path:
     own = {file.parent for file in runs.in_runs("checkpoint.pt")} | {*running}
     newest = sorted(own, key=lambda run: run.stat().st_mtime)[-(MOST - len(FOUR) - 1) :]
     shown = {name: outputs_dir() / f"market1501_{name}" for name in FOUR}
-    shown |= {run.name: run for run in (outputs_dir() / runs.EXAMPLE, *newest)}
+    shown |= {"example": outputs_dir() / runs.EXAMPLE} | {run.name: run for run in newest}
     folder = cache_dir() / "tensorboard"
     folder.mkdir(parents=True, exist_ok=True)
     for link in folder.iterdir():

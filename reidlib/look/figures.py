@@ -312,15 +312,15 @@ def _over_steps(panel: Axes, history: pd.DataFrame, column: str) -> None:
     elif column.startswith("held_out_"):  # a fraction, at some steps only
         scored = history.dropna(subset=column)
         line = {"marker": MARKERS[len(panel.lines)], "label": column.removeprefix("held_out_")}
-        panel.plot(scored["step"], 100 * scored[column], **line)
+        panel.plot(scored["step"], 100 * scored[column], **line, clip_on=False)
     else:
         panel.plot(history["step"], history[column], **dots)
 
 
-def intervals(panels: Mapping[str, pd.DataFrame]) -> Figure:
-    """Draw differences with their intervals: the tables `value`, `low`, `high` by what is under them.
+def intervals(panels: Mapping[str, pd.DataFrame], zero: bool = True) -> Figure:
+    """Draw numbers with their intervals: the tables `value`, `low`, `high` by what is under them.
 
-    All tables have the same rows; the first is at the top.
+    All tables have the same rows; the first is at the top. `zero` draws a line there, for differences.
     """
     names = next(iter(panels.values())).index
     place = np.arange(len(names))[::-1]
@@ -328,7 +328,8 @@ def intervals(panels: Mapping[str, pd.DataFrame]) -> Figure:
     for i, (panel, (words, table)) in enumerate(zip(figure.axes, panels.items(), strict=True)):
         ends = [table["value"] - table["low"], table["high"] - table["value"]]
         panel.errorbar(table["value"], place, xerr=ends, fmt="o", capsize=4, color=PALETTE[i % 7])
-        panel.axvline(0, color="black", lw=1)
+        if zero:
+            panel.axvline(0, color="black", lw=1)
         panel.set(xlabel=words, yticks=place, yticklabels=[] if i else names)
         panel.margins(y=0.1)
     return figure

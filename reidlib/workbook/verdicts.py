@@ -20,12 +20,16 @@ from reidlib.evaluation.intervals import (
     seed_spread,
 )
 from reidlib.evaluation.metrics import score_values
-from reidlib.workbook.results import Runs, compared, highest, tables_of
+from reidlib.workbook.results import Runs, compared, highest, summary, tables_of
 from reidlib.workbook.variants import BASE, MARGINS, PLAIN, Gain
 
 # A run that went wrong has a spread of its own, which says nothing of the others.
 BROKEN = {"diverging", "collapsed", "near collapse", "not learning"}
 SURE = 0.05
+# Claims as tables for people head them.
+HEADINGS = {"value": "difference", "low": "from", "high": "to", "people": "error: people"}
+HEADINGS |= {"seeds": "error: seeds", "p": "p alone", "holm": "p of all", "holds": "holds"}
+HEADINGS |= {"mAP": "mAP with it", "what": "what it is, or how its lack shows"}
 
 
 def intervals(found: Runs) -> pd.DataFrame:
@@ -97,16 +101,36 @@ def luck(table: pd.DataFrame) -> str:
     return "other people " + ("and another seed" if known else "(not another seed)")
 
 
+def chance(p: float) -> str:
+    """Return a p-value with what stands before it: `= 0.012`, or `< 0.001`."""
+    return "< 0.001" if p < 0.0005 else f"= {p:.3f}"
+
+
+def for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """Return claims under plain headings, in whole tenths of points, without what is unknown."""
+    points = ["value", "low", "high", "people", "seeds", *(["mAP"] if "mAP" in table else [])]
+    table = table.assign(**table[points].round(1) + 0.0)  # + 0.0: there is no -0.0
+    table["holds"] = np.where(table["holds"], "✓", "–")
+    for p in ("p", "holm"):
+        table[p] = [chance(value).removeprefix("= ") for value in table[p]]
+    known = [key for key in HEADINGS if key in table and table[key].notna().any()]
+    return table[known].rename(columns=HEADINGS)
+
+
 # --- pairs of variants
 
 
 def pairs_of(found: Runs, spread: Spread) -> pd.DataFrame:
-    """Compare all variants with each other: `claims`, with the columns `higher` and `lower`."""
-    tables = {name: tables_of(found, name) for name in compared(found)}
+    """Compare all variants with each other: `claims`, with the columns `higher` and `lower`.
+
+    The higher stands first, and the largest difference on top.
+    """
+    best_first = summary(found)["mAP"].sort_values(ascending=False, kind="stable").index
+    tables = {name: tables_of(found, name) for name in best_first}
     pairs = list(itertools.combinations(tables, 2))
     table = claims({f"{a} − {b}": (tables[a], tables[b]) for a, b in pairs}, spread)
-    ordered = [(a, b) if v > 0 else (b, a) for (a, b), v in zip(pairs, table["value"], strict=True)]
-    return table.assign(higher=[a for a, _ in ordered], lower=[b for _, b in ordered])
+    table = table.assign(higher=[a for a, _ in pairs], lower=[b for _, b in pairs])
+    return table.sort_values("value", ascending=False, kind="stable")
 
 
 def pairs_in_words(pairs: pd.DataFrame) -> Iterator[str]:
@@ -114,7 +138,7 @@ def pairs_in_words(pairs: pd.DataFrame) -> Iterator[str]:
 
     def beats(table: pd.DataFrame) -> str:
         return "; ".join(
-            f"{d.higher} beats {d.lower} by {abs(d.value):.1f} points (p = {d.holm:.2g})"
+            f"{d.higher} beats {d.lower} by {abs(d.value):.1f} points (p {chance(d.holm)})"
             for d in table.itertuples()
         )
 
@@ -203,8 +227,8 @@ def margins_in_words(
         real = others["value"][others["holds"]]
         worse, better = (", ".join(its.index) or "none" for its in (real[real < 0], real[real > 0]))
         yield (
-            f"**{loss.replace('_', '-')}**: {said}. Beyond luck, worse than {chosen}: {worse}; "
-            f"better: {better}."
+            f"**{loss.replace('_', '-')}**: {said}. Beyond luck, all claimed together, worse than {chosen}: "
+            f"{worse}; better: {better}."
         )
 
 
