@@ -4,11 +4,12 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from reidlib.recipes import Recipe
@@ -122,3 +123,16 @@ def race(
                 wait()
                 times[name].append(perf_counter() - start)
     return {name: of_one[1:] for name, of_one in times.items()}
+
+
+def beside(one: Sequence[float], other: Sequence[float], name: str) -> str:
+    """Say how long a contender of `race` takes beside another, whose `name` is given, round by round.
+
+    >>> beside([2.0, 3.0, 4.5], [1.0, 1.0, 1.5], "b"), beside([1.0, 2.0], [1.1, 1.9], "b")
+    ('3.0 times as long as b (2.0 to 3.0)', 'about as long as b (0.9 to 1.1 times)')
+    """
+    ratios = np.divide(one, other)
+    low, high = ratios.min(), ratios.max()
+    if low <= 1 <= high:
+        return f"about as long as {name} ({low:,.1f} to {high:,.1f} times)"
+    return f"{np.median(ratios):,.1f} times as long as {name} ({low:,.1f} to {high:,.1f})"
