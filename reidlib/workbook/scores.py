@@ -13,7 +13,7 @@ from reidlib.runs import find_run, in_runs, read_json, read_table, sha256
 
 EXPLAINED = (
     "Per cent; higher is better. mAP: mean average precision over all matches of a query;\n"
-    "topk: share of queries with a match among the k nearest; mINP: how early the last comes."
+    "top-k: share of queries with a match among the k nearest; mINP: how early the last comes."
 )
 GAINS = (
     "mAP over that of {}, points, paired over the people of the queries. It is about\nthese very "
@@ -55,7 +55,7 @@ def scores_text(
     if not tables:
         raise ValueError("\n".join(notes))
     table = pd.concat(tables)
-    parts = [table.to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
+    parts = [table.rename(columns=SCORES).to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
     if against is not None:
         other = find_run(against)
         gains, said = _gains(folders, other)
