@@ -336,7 +336,7 @@ def test_scores_is_a_table_in_per_cent(tmp_path, capsys):
     run_folder(tmp_path, "c_run")
     assert main(["scores"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == "mAP mAP (Market) top-1 top-2 top-5 top-10 mINP".split()
+    assert " ".join(lines[0].split()) == "mAP mAP (Market) top-1 top-2 top-5 top-10 mINP"
     assert lines[1].split() == ["a_run", "50.00", "48.75", "62.50", "-", "-", "-", "25.00"]
     assert lines[2].split() == ["b_run", *"-------"] and lines[3].split()[0] == "c_run"
     text = "\n".join(lines)

@@ -54,8 +54,8 @@ def scores_text(
             notes.append(f"{folder.name}: passed over. {error}")
     if not tables:
         raise ValueError("\n".join(notes))
-    table = pd.concat(tables)
-    parts = [table.rename(columns=SCORES).to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
+    table = pd.concat(tables).rename(columns=SCORES)
+    parts = [table.to_string(float_format="{:.2f}".format, na_rep="-"), EXPLAINED]
     if against is not None:
         other = find_run(against)
         gains, said = _gains(folders, other)
