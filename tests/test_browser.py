@@ -20,10 +20,13 @@ import pytest
 from PIL import Image
 
 from conftest import complaints, until
+from reidlib.data.corrections import correct
+from reidlib.data.tables import fingerprint, load
 from reidlib.evaluation.metrics import average_precision
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.look import figures, lists, photographs
-from reidlib.look.browser import Browser, ranked_list_page
+from reidlib.look import browser, figures, lists, photographs
+from reidlib.look.browser import MORE, Browser, ranked_list_page, with_why
+from reidlib.look.maps import Sides
 from reidlib.paths import ROOT
 
 TOPK = 6
@@ -136,8 +139,9 @@ def test_every_list_of_a_page_is_the_evaluators_and_its_ap_follows_from_it(runs,
         for key, records in data["lists"].items():
             record, row = records[r], int(key[1:])
             asked, at = (one, row) if key[0] == "q" else (one.ask([row]), 0)
-            # All matches are there, and all that ranks, or would rank, up to the last of the first six.
-            expected = shown(asked, at)
+            # All matches are there, and all that ranks, or would rank, up to the last of the first six,
+            # of a query up to three times as many.
+            expected = shown(asked, at, topk=TOPK if key[0] == "g" else MORE * TOPK)
             assert record["rows"] == expected["gallery"].tolist()
             assert record["ranks"] == expected["rank"].fillna(0).tolist()
             assert [status_of[code] for code in record["status"]] == expected["status"].tolist()
@@ -159,7 +163,7 @@ def test_every_list_of_a_page_is_the_evaluators_and_its_ap_follows_from_it(runs,
 def test_nothing_in_a_name_becomes_markup(tables, runs):
     title = "<script>alert(1)</script> & \u2028"
     page = ranked_list_page(runs, topk=TOPK, title=title)
-    assert page.count("<script") == page.count("</script>") == 3
+    assert page.count("<script") == page.count("</script>") == 4
     assert "onerror" in page and "<img" not in page and "<b>" not in page
     assert "\u2028" not in page.split("</title>")[1]
     data = inside(page)
@@ -187,13 +191,16 @@ def test_the_network_is_out_of_reach(page):
     assert not re.search(r"https?://|<link|@import|\burl\(['\"h]", page)
 
 
-def test_thumbnails_are_there_once_small_and_keep_their_proportions(tables, page):
+def test_thumbnails_are_there_once_small_and_keep_their_proportions(tables, page, monkeypatch):
     photos, data = inside(page, "photos"), inside(page)
     assert {*photos} == {f"q{row}" for row in range(11)} | {*data["images"]}
     assert read(photos["q1"]).format == "WEBP" and read(photos["q1"]).size == (16, 32)
     rng = np.random.default_rng(0)
     large = save_image(Path(tables[0]["path"][0]).parent.parent / "large.png", rng, (400, 800))
     query = tables[0].assign(path=large)
+    photos = inside(ranked_list_page(retrieval((query, tables[1])), topk=1), "photos")
+    assert read(photos["q0"]).size == (128, 256)
+    monkeypatch.setattr(browser, "FEW", 20)  # a page of more keeps them small
     photos = inside(ranked_list_page(retrieval((query, tables[1])), topk=1), "photos")
     assert read(photos["q0"]).size == (56, 112)
 
@@ -272,7 +279,7 @@ def test_nobody_known_gives_lists_without_right_or_wrong(tables):
     assert "Not scored: nobody is known in these pictures" in data["about"]["runs"][0]["scores"]
     for (record,) in data["lists"].values():
         assert {*record["status"]} <= {*"ui"} and record["ap"] is None
-    assert all(record["status"] == "uuu" for (record,) in [data["lists"]["q0"]])
+    assert all(record["status"] == "u" * 9 for (record,) in [data["lists"]["q0"]])
 
 
 def test_distances_alone_cannot_be_followed(tables, runs):
@@ -291,10 +298,10 @@ def test_distances_alone_cannot_be_followed(tables, runs):
 
 def test_the_widget_answers_like_the_page(runs, page):
     widget = Browser(runs, topk=TOPK, live=False)
-    ask = lambda what, *keys: widget.answer({"id": "1", "ask": what, "keys": [*keys]})
+    ask = lambda what, *keys, **more: widget.answer({"id": 1, "ask": what, "keys": [*keys], **more})
     data = inside(page)
     for key in ("q4", "g7", "g46"):
-        answer = ask("lists", key)["answer"]
+        answer = ask("lists", key, topk=TOPK if key[0] == "g" else MORE * TOPK)["answer"]
         assert answer["lists"] == {key: data["lists"][key]}
         assert answer["images"].items() <= data["images"].items()
         assert key[0] == "q" or key in answer["images"]
@@ -327,6 +334,54 @@ def test_the_selection_is_a_table(runs):
         ["<b>better</b> & 2", "query", 0, better[4]],
         ["plain", "gallery", 9, mine[1]],
     ]
+
+
+def test_what_is_noted_is_a_table_that_corrects_the_data(runs, tables, tmp_path):
+    widget = Browser(runs, topk=TOPK, live=False)
+    assert [*widget.tags.columns] == ["path", "action", "pid", "tag", "note"] and widget.tags.empty
+    drop = {"action": "drop", "tag": "blurred", "path": "query/x.png"}
+    widget.tagged = {"q1": drop, "g4": {"action": "relabel", "pid": "40"}, "g5": {"note": "why?"}}
+    assert widget.tags["path"].tolist() == [tables[0]["path"][1], *tables[1]["path"][[4, 5]]]
+    widget.tags.to_csv(tmp_path / "corrections.csv", index=False)
+    sides = lambda: dict(zip(("query", "gallery"), tables, strict=True))
+    fixed = correct(tmp_path, sides(), notes := [])
+    assert "1 images left out, 1 relabelled" in notes[0] and len(fixed["query"]) == 10
+    assert fixed["gallery"]["pid"][4] == 40 and tables[1]["pid"][4] != 40
+    for text, message in (
+        ("nowhere.png,drop,", "has 0 such"),
+        (f"{widget.tags['path'][0]},rename,3", "the action is drop, or relabel"),
+        (f"{widget.tags['path'][0]},relabel,bob", "to pid 'bob'"),
+    ):
+        (tmp_path / "corrections.csv").write_text("path,action,pid\n" + text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            correct(tmp_path, sides(), [])
+    (tmp_path / "corrections.csv").write_text("file\na.png", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no CSV with path, action, pid"):
+        correct(tmp_path, sides(), [])
+
+
+def test_a_correction_beside_the_data_is_another_data_set(data_root, tmp_path):
+    root = shutil.copytree(data_root / "synthetic", tmp_path / "mine")
+    before = load(root)
+    name = Path(before.train["path"][0]).relative_to(root).as_posix()
+    (root / "corrections.csv").write_text(f"path,action,pid\n{name},drop,\n", encoding="utf-8")
+    after = load(root)
+    assert len(after.train) == len(before.train) - 1 and fingerprint(after) != fingerprint(before)
+    assert "corrections.csv: 1 images left out, 0 relabelled." in after.notes
+
+
+def test_what_is_known_of_failures_comes_into_a_page_later(runs, page):
+    rows = Sides(np.array([3]), np.array([5]), np.array([9]))
+    causes = pd.DataFrame({"query": [0, 3], "cause": ["", "odd_picture"]})
+    nine = [np.full((8, 4, 3), i * 20, np.uint8) for i in range(9)]
+    why = browser.why_wrong(causes, ["q3", "g5"], rows, nine)
+    assert why["causes"] == {"q3": "odd_picture"} and [*why["maps"]] == ["q3 g5", "q3 g9"]
+    shade = [[np.asarray(read(photo)).mean() for photo in both] for both in why["maps"].values()]
+    np.testing.assert_allclose(shade, [[40, 100], [120, 160]], atol=4)
+    later = with_why(page, why)
+    assert inside(page, "why") == {} and inside(later, "why") == why
+    assert inside(later) == inside(page)
+    assert browser.listed_in(later) == {*inside(page)["lists"]}
 
 
 def test_without_a_front_end_there_is_a_picture_and_no_widget(runs, tables, tmp_path):
@@ -417,7 +472,7 @@ def opened(chromium, runs, tmp_path):
     yield open_page
     assert complaints(chromium) == []
     assert chromium.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert chromium.execute_script("return document.querySelectorAll('script').length") == 3
+    assert chromium.execute_script("return document.querySelectorAll('script').length") == 4
 
 
 def rows_of(table):
@@ -517,7 +572,154 @@ def test_filters_and_a_result_that_becomes_the_query(opened, runs, tables):
     assert page.results() == rows_of(asked) and (asked["status"] == "match").any()
     page.checked_ap()
     page.one(".back").click()
-    assert page.results() == whole and page.key() == "q0"
+    until(lambda: page.results() == whole and page.key() == "q0")
+
+
+def test_queries_are_filtered_by_what_is_known_of_them(opened, runs, tables, chromium):
+    per_query = runs["plain"].evaluate().per_query
+    wrong = [f"q{row}" for row in np.flatnonzero(per_query["first_rank"] > 1)]
+    first = [runs["plain"].ranked_list(i, topk=1, show_excluded=False) for i in range(11)]
+    near = tables[1]["camid"][[found["gallery"].iloc[0] for found in first]].to_numpy()
+    page = opened(runs["plain"], why={"causes": {wrong[0]: "own_camera", wrong[1]: "odd_picture"}})
+    page.choose("order", "order of the query table")
+    assert 2 < len(wrong) < 10
+    for name, text, expected in (
+        ("rank-1", "wrong", wrong),
+        ("rank-1", "right", [f"q{row}" for row in np.flatnonzero(per_query["first_rank"] == 1)]),
+        ("near-camera", "camera 2", [f"q{row}" for row in np.flatnonzero(near == 2)]),
+        ("cause", "odd_picture", [wrong[1]]),
+    ):
+        page.choose(name, text)
+        assert page.picked() == expected, name
+        page.choose(name, "all")
+    low, high = per_query["AP"].quantile([0.3, 0.8])
+    for name, value in (("low", low), ("high", high)):
+        page.one(f"input[name={name}]").send_keys(f"{100 * value:.1f}\t")
+    within = (per_query["AP"] > low) & (per_query["AP"] < high)
+    assert page.picked() == [f"q{row}" for row in np.flatnonzero(within)]
+    # On a phone the filters fold.
+    shown = lambda: [fold.get_attribute("open") for fold in page.all(".fold")]
+    assert shown() == ["true", "true"]
+    try:
+        chromium.set_window_size(500, 900)
+        until(lambda: shown() == [None, None])
+    finally:
+        chromium.set_window_size(1300, 1000)
+    page = opened(retrieval([table.assign(camid=-1) for table in tables]))
+    assert not page.all("select[name$=camera]"), "a menu of no cameras"
+
+
+def test_back_previous_next_and_a_link_to_a_query(opened, runs, chromium):
+    from selenium.webdriver.common.keys import Keys
+
+    page = opened(runs["plain"])
+    order = page.picked()
+    page.pick(3)
+    page.pick(7)
+    chromium.back()
+    until(lambda: page.key() == "q3" and "q3" in chromium.current_url)
+    chromium.forward()
+    until(lambda: page.key() == "q7")
+    page.one(".back").click()
+    until(lambda: page.key() == "q3")
+    at = order.index("q3")
+    page.all(".step")[1].click()
+    assert page.key() == order[at + 1]
+    page.press("pp")
+    until(lambda: page.key() == order[at - 1])
+    page.one("input[name=search]").send_keys("n")
+    assert page.key() == order[at - 1], "what is typed is no key"
+    page.one("input[name=search]").send_keys(Keys.BACKSPACE)
+    assert page.key() == order[at - 1] and len(page.picked()) == 11
+    page.driver.execute_script("document.querySelectorAll('summary')[1].click()")
+    assert "previous query" in page.text("dl")
+    page.one("input[name=letters]").click()
+    page.press("n")
+    assert page.key() == order[at - 1], "single letters are off"
+    # A link draws the strip as far as its query, and brings it into sight.
+    chromium.get(chromium.current_url.split("#")[0] + f"#{order[-2]}")
+    chromium.refresh()
+    until(lambda: page.all(".strip [aria-current]"))
+    strip, marked = page.one(".strip").rect, page.one(".strip [aria-current]").rect
+    assert page.key() == order[-2]
+    assert (
+        strip["y"] <= marked["y"] and marked["y"] + marked["height"] <= strip["y"] + strip["height"]
+    )
+
+
+def test_more_results(opened, runs):
+    page, one = opened(runs["plain"]), runs["plain"]
+    page.pick(0)
+    page.one(".more").click()
+    until(lambda: len(page.results()) > TOPK + 4)
+    assert page.results() == rows_of(shown(one, 0, topk=2 * TOPK)) and page.focused() in page.all(
+        ".photo"
+    )
+    assert page.checked_ap() == pytest.approx(100 * one.evaluate().per_query["AP"][0], abs=0.0051)
+    page.one(".more").click()
+    until(lambda: page.results() == rows_of(shown(one, 0, topk=3 * TOPK)))
+    assert not page.all(".more"), "the page holds no more"
+
+
+def test_a_larger_view_with_what_was_looked_at(opened, runs, chromium):
+    from selenium.webdriver.common.keys import Keys
+
+    first, match = (
+        next(r for r in shown(runs["plain"], 0).itertuples() if r.status == status)
+        for status in ("wrong", "match")
+    )
+    pixel = "UklGRiQAAABXRUJQVlA4IBgAAAAwAQCdASoBAAEAAgA0JaQAA3AA/vuUAAA="
+    why = {"maps": {f"q0 g{first.gallery}": [pixel, pixel]}, "map": ["q0"]}
+    page = opened(runs["plain"], why=why)
+    page.pick(0)
+    assert page.one(".asked a").get_attribute("href").endswith("embedding_map.html#q0")
+    at = [row for _, _, row in page.results()].index(first.gallery)
+    page.all(".enlarge")[at].click()
+    figures_of = lambda: [title.text for title in page.all("dialog figure b")]
+    expected = ["query", f"✗ result, rank {first.rank}", f"✓ nearest match, rank {match.rank}"]
+    assert figures_of() == expected and Path(first.path).name[:2] in page.all("figure")[1].text
+    assert all(control.accessible_name for control in page.all("dialog :is(button, input, select)"))
+    drawn = lambda: [pixel in image.get_attribute("src") for image in page.all("dialog img")]
+    assert drawn() == [True, True, False] and page.all("dialog img")[0].rect["height"] > 300
+    page.one("input[name=overlay]").click()
+    assert drawn() == [False] * 3
+    page.press(Keys.ARROW_RIGHT)
+    assert f"result {at + 2} of" in page.text("dialog h2")
+    page.press(Keys.ESCAPE)
+    assert not page.one("dialog").is_displayed() and page.focused() == page.all(".enlarge")[at]
+
+
+def test_tags_stay_and_correct_the_data(opened, runs, chromium, tmp_path, tables):
+    from selenium.webdriver.support.ui import Select
+
+    page = opened(runs["plain"])
+    page.pick(3)
+    page.one(".asked summary").click()
+    page.one(".asked input[name=tag]").send_keys("blurred\t")
+    Select(page.one(".asked select[name=action]")).select_by_value("drop")
+    assert page.text(".asked .mark") == page.text("[data-key=q3] .mark") == "⚑ drop, blurred"
+    row = page.results()[0][2]
+    page.one(".enlarge").click()
+    Select(page.one("dialog select[name=action]")).select_by_value("relabel")
+    page.one("dialog input[name=pid]").send_keys("12\t")
+    chromium.refresh()
+    until(lambda: page.all(".statement"))
+    assert page.text("[data-key=q3] .mark") == "⚑ drop, blurred", "the browser keeps it"
+    options = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    chromium.execute_cdp_cmd("Browser.setDownloadBehavior", options)
+    page.one(".save-tags").click()
+    file = tmp_path / "corrections.csv"
+    until(lambda: file.exists() and file.stat().st_size)
+    root = Path(tables[0]["path"][0]).parent.parent
+    sides = {"query": tables[0].copy(), "gallery": tables[1].copy()}
+    shutil.copy(file, root)
+    notes = []
+    fixed = correct(root, sides, notes)
+    (root / "corrections.csv").unlink()
+    assert notes == ["corrections.csv: 1 images left out, 1 relabelled."]
+    assert len(fixed["query"]) == 10 and tables[0]["path"][3] not in [*fixed["query"]["path"]]
+    assert fixed["gallery"]["pid"][row] == 12
+    assert (fixed["gallery"]["pid"] != tables[1]["pid"]).sum() <= 1
 
 
 def test_a_file_with_some_of_the_queries_says_so(opened, runs):
@@ -578,7 +780,7 @@ def test_by_keyboard_alone(opened, runs, chromium):
     until(lambda: chromium.current_url.endswith(f"#g{row}"))
     assert page.focused().tag_name == "h2" and page.focused().text.startswith("Query: ")
     page.press(Keys.BACKSPACE)
-    assert page.key() == order[1] and page.focused().tag_name == "h2"
+    until(lambda: page.key() == order[1] and page.focused().tag_name == "h2")
 
 
 def test_two_runs_side_by_side(opened, runs, chromium):
@@ -688,7 +890,7 @@ def test_all_can_be_read_and_has_a_name(opened, runs, chromium, theme):
     scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
     page = opened(runs)
-    page.one("summary").click()
+    chromium.execute_script("document.querySelectorAll('details').forEach(d => (d.open = true))")
     found = chromium.execute_script(CONTRAST)
     assert len(found) > 100
     assert [pair for pair in found if pair[1] < 4.5] == []
@@ -696,8 +898,9 @@ def test_all_can_be_read_and_has_a_name(opened, runs, chromium, theme):
         "return getComputedStyle(document.querySelector('.ranked-lists')).backgroundColor"
     )
     assert (dark == "rgb(22, 24, 27)") == (theme == "dark")
-    for control in page.all("button, input, select"):
-        assert control.accessible_name.strip(), control.get_attribute("outerHTML")
+    for control in page.all("button:not([hidden]), input, select"):
+        inside = control.find_elements("xpath", "ancestor::dialog")
+        assert inside or control.accessible_name.strip(), control.get_attribute("outerHTML")
     assert all(image.get_attribute("alt") for image in page.all("img"))
     assert [h.tag_name for h in page.all("h1, h2, h3, h4")][:3] == ["h1", "h2", "h3"]
     assert page.one("nav").accessible_name and page.one("main").accessible_name

@@ -1,6 +1,7 @@
 // The ranked-list browser, in a page that holds its lists (`fromPage`) and in a notebook, where it asks
-// Python for them (`fromKernel`). `start` puts it together of a picker (browser_picker.js) and lists
-// (browser_lists.js); Python joins the files. Data become text nodes and attributes, never markup.
+// Python for them (`fromKernel`). `start` puts it together of a picker (browser_picker.js), lists
+// (browser_lists.js), a larger view and tags (browser_larger.js); Python joins the files. Data become
+// text nodes and attributes, never markup.
 
 const STATUS = {
   m: { status: "match", kind: "right", sign: "✓", word: "right" },
@@ -11,13 +12,27 @@ const STATUS = {
   i: { status: "query itself", kind: "excluded", sign: "–", word: "query itself" },
 };
 const COLUMNS = "run asked query query_path rank gallery path pid camid distance status".split(" ");
+const TAGS = "path action pid tag note".split(" "); // what `reidlib.data.corrections` reads, and more
 const PAGE = 60; // queries that the picker draws at a time
+const KEYS = [
+  ["arrows, Home, End", "move in the list that has the focus"],
+  ["Enter", "the result in focus becomes the query"],
+  ["Tab", "from a result to its larger view, and to its tick"],
+  ["N, P", "next and previous query, in the chosen order"],
+  ["Z", "larger view, of the result in focus; there arrows go on, and Esc closes"],
+  ["Backspace", "back to the query that was in view before"],
+];
 
 // --- where lists and photographs come from
 
-function fromPage(data, photos) {
+function fromPage(data, photos, why) {
+  const kept = `reidlib tags ${data.about.id}`;
   return {
     about: data.about,
+    why,
+    most: (key) => (sideOf(key) === "query" ? data.about.most : data.about.topk),
+    tags: () => JSON.parse(localStorage.getItem(kept) ?? "{}"),
+    keep: (tags) => localStorage.setItem(kept, JSON.stringify(tags)),
     has: (key) => key in data.lists,
     lists: async (key) => data.lists[key],
     image: (key) => data.images[key],
@@ -42,11 +57,11 @@ function fromKernel(model, about, late) {
   };
   model.on("msg:custom", listen);
 
-  const ask = (what, keys) =>
+  const ask = (what, keys, topk = null) =>
     new Promise((resolve, reject) => {
       const id = Math.random().toString(36).slice(2); // several views of one widget share its messages
       waiting.set(id, { resolve, reject, timer: setTimeout(() => late(true), 5000) });
-      model.send({ id, ask: what, keys });
+      model.send({ id, ask: what, keys, topk });
     });
 
   const fetchPhotos = () => {
@@ -61,9 +76,16 @@ function fromKernel(model, about, late) {
 
   return {
     about,
+    why: about.why,
+    most: () => about.most,
+    tags: () => ({ ...model.get("tagged") }),
+    keep: (tags) => {
+      model.set("tagged", { ...tags });
+      model.save_changes();
+    },
     has: (key) => sideOf(key) === "query" || about.follows,
-    lists: async (key) => {
-      const answer = await ask("lists", [key]);
+    lists: async (key, topk) => {
+      const answer = await ask("lists", [key], topk);
       Object.assign(images, answer.images);
       return answer.lists[key];
     },
@@ -122,17 +144,32 @@ function luck(i, seed) {
   return (hash ^ (hash >>> 16)) >>> 0;
 }
 
-function csv(rows) {
+function saveCsv(file, columns, rows) {
   const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const cells = (row) => COLUMNS.map((name) => quoted(String(row[name] ?? "")));
-  return [COLUMNS, ...rows.map(cells)].map((line) => line.join(",") + "\n").join("");
+  const cells = (row) => columns.map((name) => quoted(String(row[name] ?? "")));
+  const text = [columns, ...rows.map(cells)].map((line) => line.join(",") + "\n").join("");
+  const href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  make("a", { href, download: file }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
+}
+
+// Filters that fold on a narrow screen; on a wide one they stand open, without a line to fold them.
+function folding(title, ...controls) {
+  const fold = make("details", { className: "fold", open: true }, make("summary", {}, title), make("div", {}, ...controls));
+  let wide = true;
+  const watch = new ResizeObserver(() => {
+    const width = fold.closest(".ranked-lists")?.clientWidth ?? 0;
+    if (wide !== width > 620) fold.open = wide = width > 620;
+  });
+  watch.observe(fold);
+  return fold;
 }
 
 // One tab stop for a whole list; arrow keys, Home and End move inside it.
 function roving(list, items, more = () => {}) {
   list.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -1e9, End: 1e9 };
-    if (!(event.key in step) || event.target.tagName !== "BUTTON") return;
+    if (!(event.key in step) || !items().includes(event.target)) return;
     event.preventDefault();
     const at = items().indexOf(event.target) + step[event.key];
     if (at >= items().length) more();
@@ -148,29 +185,38 @@ function roving(list, items, more = () => {}) {
 // heading, and `page` true; `change` is told of what is ticked and of what is in view.
 function start(root, source, options) {
   const app = shared(source, options);
+  app.tags = makeTags(app, root);
   app.selection = makeSelection(app);
+  app.larger = makeLarger(app);
   app.picker = makePicker(app);
   app.answer = makeAnswer(app);
   for (const [kind, colour] of Object.entries(app.about.colours)) root.style.setProperty(`--${kind}`, colour);
   const columns = make("div", { className: "columns" }, app.picker.node, app.answer.node);
-  root.replaceChildren(header(app), columns, app.said);
-  root.addEventListener("keydown", (event) => {
-    if (event.key !== "Backspace" || event.target === app.picker.search) return;
-    event.preventDefault();
-    app.answer.goBack();
-  });
+  root.replaceChildren(header(app), columns, app.larger.node, app.said);
+  (app.page ? document : root).addEventListener("keydown", (event) => press(app, event));
   app.picker.pick();
   const linked = () => {
     const key = app.page ? location.hash.slice(1) : "";
     return /^[qg]\d+$/.test(key) && source.has(key) ? key : null;
   };
   const first = linked() ?? app.picker.first();
-  if (first) app.answer.go(first);
+  if (first) app.answer.go(first, { keep: false, reveal: true });
   if (!app.page) return;
-  window.addEventListener("hashchange", () => {
+  const follow = () => {
     const key = linked();
-    if (key && key !== app.key) app.answer.go(key);
-  });
+    if (key && key !== app.key) app.answer.go(key, { keep: false, focus: true, reveal: true });
+  };
+  for (const way of ["popstate", "hashchange"]) window.addEventListener(way, follow);
+}
+
+function press(app, event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.closest("input:not([type=checkbox]), select, dialog")) return;
+  const letters = { n: () => app.picker.step(1), p: () => app.picker.step(-1), z: () => app.larger.open(event.target) };
+  const does = { Backspace: app.answer.goBack, ...(app.letters.checked ? letters : {}) }[event.key.length > 1 ? event.key : event.key.toLowerCase()];
+  if (!does) return;
+  event.preventDefault();
+  does();
 }
 
 // What the parts of the browser share: the data, what is chosen, and helpers that need the data.
@@ -180,7 +226,8 @@ function shared(source, { level, page, change = () => {} }) {
   const rowAt = new Map(queries.row.map((row, i) => [`q${row}`, i]));
   return {
     ...{ source, about, runs, queries, page, change },
-    topk: about.topk,
+    topk: about.topk, // ranked images to show; "show more" makes it larger
+    letters: make("input", { type: "checkbox", name: "letters", checked: true }), // are they keys?
     two: runs.length === 2,
     scored: runs.every((run) => run.scored),
     key: null, // of the query that was chosen last
@@ -205,7 +252,8 @@ function shared(source, { level, page, change = () => {} }) {
   };
 }
 
-function header({ about, runs, two, scored, heading }) {
+function header(app) {
+  const { about, runs, two, scored, heading } = app;
   const scores = runs.map((run) => make("p", {}, two ? make("b", {}, `${run.name}: `) : "", run.scores));
   const entry = (kind, text) => make("span", { className: kind }, make("i"), text);
   const right = entry("right", "✓ right: same person");
@@ -214,7 +262,10 @@ function header({ about, runs, two, scored, heading }) {
   const key = scored ? make("p", { className: "key" }, right, wrong, excluded) : "";
   const notes = about.notes.map((note) => make("p", {}, note));
   const details = make("details", {}, make("summary", {}, "what is shown, and how"), ...notes);
-  return make("header", {}, heading(0, {}, about.title), ...scores, key, details);
+  const lines = KEYS.flatMap(([keys, does]) => [make("dt", {}, keys), make("dd", {}, does)]);
+  const letters = make("label", { className: "check" }, app.letters, "single letters are keys");
+  const keys = make("details", {}, make("summary", {}, "keys"), make("dl", {}, ...lines), letters);
+  return make("header", {}, heading(0, {}, about.title), ...scores, key, details, keys);
 }
 
 // --- in a notebook
@@ -251,7 +302,8 @@ function render({ model, el }) {
 const inPage = document.getElementById("ranked-lists");
 if (inPage) {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  start(inPage, fromPage(read("ranked-lists-data"), read("ranked-lists-photos")), { level: 1, page: true });
+  const [data, photos, why] = ["data", "photos", "why"].map((part) => read(`ranked-lists-${part}`));
+  start(inPage, fromPage(data, photos, why), { level: 1, page: true });
 }
 
 export default { render };

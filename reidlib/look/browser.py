@@ -9,6 +9,7 @@ is there at once. The AP that stands over a list can be worked out again from th
 import base64
 import hashlib
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,19 @@ from IPython import get_ipython
 
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import figures, photographs
-from reidlib.look.lists import Lists
-from reidlib.look.pages import encodable, fill, script_json
+from reidlib.look.lists import CODES, Lists
+from reidlib.look.maps import Sides
+from reidlib.look.pages import encodable, fill, script_json, thumbnail
 
 HERE = Path(__file__).parent
-PARTS = ("browser_picker.js", "browser_lists.js", "browser.js")  # the last one starts it
+NAMES = ("picker", "lists", "larger")  # the parts of the script; what follows them starts it
+PARTS = [*(f"browser_{name}.js" for name in NAMES), "browser.js"]
 SCRIPT = "\n".join((HERE / part).read_text(encoding="utf-8") for part in PARTS)
 PAGE = (HERE / "browser.html").read_text(encoding="utf-8")
 STYLE = (HERE / "browser.css").read_text(encoding="utf-8")
+MORE = 3  # a page holds so many times the ranked images that a list shows at first
+FEW = 1500  # up to so many pictures in a page are kept large
+WHY = '<script type="application/json" id="ranked-lists-why">'
 PAGE_STYLE = "body { margin: 0; }\n.ranked-lists { min-height: 100vh; }\n" + STYLE
 
 
@@ -39,6 +45,7 @@ def ranked_list_page(
     topk: int = 20,
     title: str = "Ranked lists",
     seed: int = 0,
+    why: Mapping[str, Any] | None = None,
     show_progress: bool = False,
 ) -> str:
     """Return the ranked-list browser as one HTML page, with all that it shows inside.
@@ -49,9 +56,13 @@ def ranked_list_page(
         retrievals: one run, or one or two by name, over the same queries and the same gallery.
         queries: row numbers; or how many, and the page says which (the worst, the best, the largest
             changes between two runs, some at random); None for all.
-        topk: ranked images in a list. Matches beyond it are listed too, as missed, with their rank.
+        topk: ranked images in a list at first; the page shows three times as many if asked. Matches
+            beyond it are listed too, as missed, with their rank.
         title: of the page.
         seed: of the random choice.
+        why: what is known of failures, by the keys of images ("q12", "g7"): `causes` by query; `maps`
+            by "q12 g7", two photographs of `pages.thumbnail`, the query's and the other's; and `map`,
+            the keys of the images in an `embedding_map.html` beside the page.
         show_progress: draw a bar while thumbnails are made.
 
     Raises:
@@ -68,14 +79,24 @@ def ranked_list_page(
     """
     shown = Lists(retrievals, topk)
     rows, choice = shown.choose(queries, seed)
-    about, data = shown.about(rows, title), shown.lists("q", rows)
-    asked, near = [f"q{row}" for row in rows], [*data["images"]]
+    about = shown.about(rows, title)
+    about["most"] = min(MORE * topk, about["most"])
+    data = shown.lists("q", rows, about["most"])
+    records = [record for one in data["lists"].values() for record in one]
+    near = {
+        row
+        for record in records
+        for row, rank, code in zip(record["rows"], record["ranks"], record["status"], strict=True)
+        if rank <= topk or code == CODES["match"]
+    }
     if about["follows"]:
-        further = shown.lists("g", [int(key[1:]) for key in near])
+        further = shown.lists("g", sorted(near), topk)
         data = {part: data[part] | further[part] for part in data}
     # What stands in further lists only has smaller pictures: it is most of the gallery.
-    heights = dict.fromkeys(data["images"], 72) | dict.fromkeys(asked + near, 112)
-    photos, broken = shown.thumbnails(heights, 35, show_progress)
+    first = [f"q{row}" for row in rows] + [f"g{row}" for row in sorted(near)]
+    few = len(first) <= FEW
+    heights = dict.fromkeys(data["images"], 72) | dict.fromkeys(first, 256 if few else 112)
+    photos, broken = shown.thumbnails(heights, 70 if few else 35, show_progress)
     about["notes"] += [choice, _on_follow(about["follows"], len(near))]
     if broken:
         about["notes"].append(f"No picture of {len(broken):,} images. The first: {broken[0]}")
@@ -87,8 +108,36 @@ def ranked_list_page(
         style=PAGE_STYLE,
         data=script_json({"about": about, **data}),
         photos=script_json(photos),
+        why=script_json(why or {}),
         script=SCRIPT,
     )
+
+
+def with_why(page: str, why: Mapping[str, Any]) -> str:
+    """Return a page of `ranked_list_page` with another `why`: nothing else has to be made again."""
+    start = page.index(WHY) + len(WHY)
+    return page[:start] + script_json(why) + page[page.index("</script>", start) :]
+
+
+def listed_in(page: str) -> set[str]:
+    """Return the keys of the images whose lists a page of `ranked_list_page` holds."""
+    return {*re.findall(r'"([qg]\d+)":\[(?:\{|null)', page)}
+
+
+def why_wrong(causes: pd.DataFrame, on_map: Sequence[str], rows: Sides, nine: Sequence) -> dict:
+    """Return the `why` of `ranked_list_page` from what `why.causes` and `maps.rows_of_nine` return.
+
+    `on_map` are the keys of the images of an `embedding_map.html`; `rows` the queries with maps, their
+    strangers and matches, by row number.
+    """
+    maps = {}
+    for k, (query, stranger, match) in enumerate(zip(*rows, strict=True)):
+        for other, places in ((stranger, (2, 5)), (match, (6, 8))):  # in `maps.NINE`
+            photos = [thumbnail(nine[9 * k + place], 256, 70) for place in places]
+            maps[f"q{query} g{other}"] = photos
+    named = causes[causes["cause"] != ""]
+    by_query = {f"q{row}": cause for row, cause in zip(named["query"], named["cause"], strict=True)}
+    return {"causes": by_query, "maps": maps, "map": [*on_map]}
 
 
 class Browser(anywidget.AnyWidget):
@@ -98,7 +147,8 @@ class Browser(anywidget.AnyWidget):
     list that the browser would start with. It is also left for viewers that know no widgets.
 
     Args:
-        retrievals, topk, title: as for `ranked_list_page`; all queries and gallery images are there.
+        retrievals, topk, title, why: as for `ranked_list_page`; all queries and gallery images are
+            there.
         live: whether to make a widget; None: where a front end sends the id of the cell that it
             runs, as JupyterLab, Notebook 7 and VS Code do and papermill and nbconvert do not.
 
@@ -117,6 +167,7 @@ class Browser(anywidget.AnyWidget):
     about = traitlets.Dict(help="What stands over the lists, and the queries.").tag(sync=True)
     ticked = traitlets.List(help="[number of the run, key, gallery row] each.").tag(sync=True)
     view = traitlets.Dict(help="The query's key, the camera, excluded shown?").tag(sync=True)
+    tagged = traitlets.Dict(help="What is noted of an image, by its key.").tag(sync=True)
 
     def __init__(
         self,
@@ -124,6 +175,7 @@ class Browser(anywidget.AnyWidget):
         *,
         topk: int = 20,
         title: str = "Ranked lists",
+        why: Mapping[str, Any] | None = None,
         live: bool | None = None,
     ):
         self._lists = Lists(retrievals, topk)
@@ -133,6 +185,7 @@ class Browser(anywidget.AnyWidget):
         self._live = live
         about = self._lists.about(np.arange(len(self._lists.tables["q"])), title)
         about["notes"].append(_on_follow(about["follows"]))
+        about["why"] = why or {}
         first = {"key": f"q{self._lists.first()}", "camera": "", "excluded": True}
         super().__init__(about=about, view=first)
         self.on_msg(lambda _, question, __: self.send(self.answer(question)))
@@ -149,22 +202,32 @@ class Browser(anywidget.AnyWidget):
         Columns: `run`, `asked` ("query" or "gallery": the table that the query's row number is of),
         `query`, `query_path`, and those of `Retrieval.ranked_lists` from `rank` on.
         """
-        runs = self._lists.runs
+        runs, topk = self._lists.runs, self.view.get("topk", self._lists.topk)
         if self.ticked:
             parts = []
             wanted = pd.DataFrame(self.ticked, columns=["run", "key", "row"])
             for (run, key), group in wanted.groupby(["run", "key"], sort=False):
-                table = self._lists.table(runs[run], key)
+                table = self._lists.table(runs[run], key, topk)
                 parts.append(table[table["gallery"].isin(group["row"])])
             return pd.concat(parts, ignore_index=True)
         key, camera = self.view["key"], self.view["camera"]
         able = (run for run in runs if key[0] == "q" or run.follows)
-        table = pd.concat([self._lists.table(run, key) for run in able], ignore_index=True)
+        table = pd.concat([self._lists.table(run, key, topk) for run in able], ignore_index=True)
         if camera:
             table = table[table["camid"] == int(camera)]
         if not self.view["excluded"]:
             table = table.dropna(subset="rank")
         return table.reset_index(drop=True)
+
+    @property
+    def tags(self) -> pd.DataFrame:
+        """What was noted of images: `path`, `action` ("drop", "relabel" or ""), `pid`, `tag`, `note`.
+
+        Saved as `corrections.csv` in the data set's folder it corrects the data, see `reidlib.load`.
+        """
+        columns = ["path", "action", "pid", "tag", "note"]
+        rows = [{**entry, "path": self._lists.path(key)} for key, entry in self.tagged.items()]
+        return pd.DataFrame(rows, columns=columns).fillna("")
 
     def answer(self, question: dict) -> dict:
         """Answer the front end, which asks for "photos" of `keys`, or for the "lists" of one.
@@ -176,7 +239,7 @@ class Browser(anywidget.AnyWidget):
                 answer, _broken = self._lists.thumbnails(dict.fromkeys(question["keys"], 256), 80)
             else:
                 side, row = self._lists.place(*question["keys"])
-                answer = self._lists.lists(side, [row])
+                answer = self._lists.lists(side, [row], question.get("topk") or self._lists.topk)
             return {"id": question["id"], "answer": answer}
         except Exception as error:
             return {"id": question.get("id"), "error": f"{type(error).__name__}: {error}"}

@@ -4,18 +4,28 @@ function makeAnswer(app) {
   const { about, page, two } = app;
   const node = make(page ? "main" : "section", { className: "answer", "aria-label": "ranked lists" });
   const back = make("button", { type: "button", className: "back" }, "← query before");
+  const steps = [["‹ previous", -1], ["next ›", 1]].map(([text, by]) => {
+    const button = make("button", { type: "button", className: "step", title: "query in the chosen order" }, text);
+    button.addEventListener("click", () => app.picker.step(by, false));
+    return button;
+  });
   const camera = menu("result-camera", cameras(about.cameras.gallery));
   const excluded = make("input", { type: "checkbox", name: "excluded", checked: true });
   const query = make("div", { className: "asked" });
   const lists = make("div", { className: two ? "lists two" : "lists" });
-  const before = []; // keys of the queries that were in view
+  // Where Back leads: in a page the browser's own history, in a notebook these keys.
+  const before = [];
+  const depth = () => (page ? history.state?.depth ?? 0 : before.length);
 
-  async function go(key, { keep = true, focus = false } = {}) {
-    if (keep && app.key && app.key !== key) before.push(app.key);
+  async function go(key, { keep = true, focus = false, reveal = false } = {}) {
+    const kept = keep && app.key && app.key !== key;
+    if (kept) before.push(app.key);
+    if (page) history[kept ? "pushState" : "replaceState"]({ depth: depth() + (kept ? 1 : 0) }, "", `#${key}`);
     app.key = key;
     node.setAttribute("aria-busy", "true");
+    if (reveal) app.picker.reveal();
     app.picker.markCurrent();
-    const records = await app.source.lists(key).catch((error) => ({ error }));
+    const records = await app.source.lists(key, app.topk).catch((error) => ({ error }));
     if (app.key !== key) return; // another query was chosen meanwhile
     node.removeAttribute("aria-busy");
     if (records.error) {
@@ -25,17 +35,18 @@ function makeAnswer(app) {
     }
     app.shown = { key, records };
     draw();
-    if (page) history.replaceState(null, "", `#${key}`);
     if (focus) query.querySelector("h2,h3,h4,h5")?.focus();
   }
 
   function goBack() {
-    if (before.length) go(before.pop(), { keep: false, focus: true });
+    if (!depth()) return;
+    if (page) history.back();
+    else go(before.pop(), { keep: false, focus: true });
   }
 
   function draw() {
     query.replaceChildren(...drawQuery(app));
-    back.disabled = before.length === 0;
+    back.disabled = depth() === 0;
     lists.replaceChildren(...app.shown.records.map((_, r) => drawList(app, r)));
     app.selection.tell();
   }
@@ -47,9 +58,11 @@ function makeAnswer(app) {
       draw();
     });
   }
-  const check = make("label", { className: "check" }, excluded, "excluded images, in their place");
-  const filters = [labelled("camera of the results", camera), check];
-  node.append(make("div", { className: "controls" }, back, ...filters, app.selection.node), query, lists);
+  const check = make("label", { className: "check" }, excluded, "excluded images");
+  const ofCamera = about.cameras.gallery.length > 1 ? labelled("camera of the results", camera) : "";
+  const fold = folding("filter and save results", ofCamera, check, app.selection.node);
+  const ways = make("div", { className: "ways" }, back, ...steps);
+  node.append(make("div", { className: "controls" }, ways, fold), query, lists);
   return { node, go, goBack, draw };
 }
 
@@ -76,7 +89,15 @@ function drawQuery(app) {
   app.said.textContent = `${title}. ${texts.join(" ")}`;
   const lines = facts.map((fact, i) => make("p", { className: i ? "" : "file" }, fact));
   const photo = app.photo(key, `query, ${joined(who(pid), where(camid))}`);
-  return [photo, make("div", {}, app.heading(1, { tabIndex: -1 }, title), ...lines)];
+  const larger = make("button", { type: "button" }, "larger view");
+  larger.addEventListener("click", () => app.larger.open(larger));
+  const cause = app.source.why.causes?.[key];
+  if (cause) lines.push(make("p", {}, `Cause, as 14_why_wrong names it: ${cause}`));
+  const onMap = app.page && app.source.why.map?.includes(key);
+  const map = onMap ? make("a", { href: `embedding_map.html#${key}` }, "on the map") : "";
+  const tags = make("details", { open: app.tags.has(key) }, make("summary", {}, "tag this image"), app.tags.form(key));
+  const ways = make("p", { className: "ways" }, larger, map, app.tags.mark(key));
+  return [photo, make("div", {}, app.heading(1, { tabIndex: -1 }, title), ...lines, ways, tags)];
 }
 
 function changes({ shown, runs }) {
@@ -90,7 +111,11 @@ function changes({ shown, runs }) {
   );
 }
 
-function statement({ topk }, record, name) {
+// How many ranked images of the list in view are shown.
+const shownOf = (app) => Math.min(app.topk, app.source.most(app.shown.key));
+
+function statement(app, record, name) {
+  const topk = shownOf(app);
   if (record === null) {
     return `${name || "This run"} knows the distances of its own queries only: this image cannot ask here.`;
   }
@@ -110,7 +135,8 @@ function statement({ topk }, record, name) {
 
 // The list of one run, of the query in view.
 function drawList(app, r) {
-  const { two, topk } = app;
+  const { two } = app;
+  const topk = shownOf(app);
   const { name } = app.runs[r];
   const record = app.shown.records[r];
   const box = make("section", { className: "run", "aria-label": `list of ${name || "this run"}` });
@@ -118,18 +144,17 @@ function drawList(app, r) {
   box.append(make("p", { className: "statement" }, statement(app, record, name)));
   if (record === null) return box;
   const all = resultsOf(record);
-  const near = all.filter((result) => result.rank <= topk);
-  const missed = all.filter((result) => result.rank > topk);
+  const { near, missed } = parted(app, all);
   const there = matchRanks(two ? app.shown.records[1 - r] : null); // of the matches in the other run
   box.append(...filterNotes(app, all, near));
   const section = (results, label) => {
     const list = make("ol", { className: "results", "aria-label": label });
     const shown = results.filter((result) => fits(app, result));
     list.append(...shown.map((result, i) => drawResult(app, r, result, there.get(result.row), i === 0)));
-    roving(list, () => [...list.querySelectorAll("button")]);
+    roving(list, () => [...list.querySelectorAll(".photo")]);
     return list;
   };
-  box.append(section(near, `the first ${topk}, nearest first`));
+  box.append(section(near, `the first ${topk}, nearest first`), moreButton(app, r, near.length));
   if (missed.length) {
     const title = `Missed: ${count(missed.length, "match", "matches")} beyond rank ${topk}`;
     const places = missed.map((result) => result.rank.toLocaleString("en"));
@@ -137,6 +162,27 @@ function drawList(app, r) {
     box.append(app.heading(two ? 3 : 2, {}, title), note, section(missed, "missed matches"));
   }
   return box;
+}
+
+// The first results, those left out among them; and the matches beyond, whatever else is known there.
+function parted(app, all) {
+  const topk = shownOf(app);
+  if (all.every(({ rank }) => rank <= topk)) return { near: all, missed: [] };
+  const end = 1 + all.findLastIndex(({ rank }) => rank > 0 && rank <= topk);
+  return { near: all.slice(0, end), missed: all.slice(end).filter(({ code }) => code === "m") };
+}
+
+function moreButton(app, r, n) {
+  const [topk, most] = [shownOf(app), app.source.most(app.shown.key)];
+  if (topk >= most) return "";
+  const button = make("button", { type: "button", className: "more" }, `show ${app.about.topk} more`);
+  button.addEventListener("click", async () => {
+    app.topk = Math.min(most, topk + app.about.topk);
+    await app.answer.go(app.shown.key);
+    const list = app.answer.node.querySelectorAll(".run")[r].querySelector("ol");
+    list.querySelectorAll(".photo")[n]?.focus(); // the first of the new ones
+  });
+  return button;
 }
 
 function fits(app, result) {
@@ -175,10 +221,14 @@ function drawResult(app, r, result, there, first) {
     if (can) app.answer.go(key, { focus: true });
     else app.said.textContent = "There is no list of this image here.";
   });
-  // The tick of a result is the tab stop after its photograph.
-  for (const node of [button, tick]) node.tabIndex = first ? 0 : -1;
+  const label = `larger view of ${joined(rank, word)}`;
+  const larger = make("button", { type: "button", className: "enlarge", title: label, "aria-label": label }, "⤢");
+  larger.addEventListener("click", () => app.larger.open(larger));
+  // Larger view and tick of a result are the tab stops after its photograph.
+  const after = [larger, tick];
+  for (const node of [button, ...after]) node.tabIndex = first ? 0 : -1;
   button.addEventListener("focus", () => {
-    for (const other of button.closest("ol").querySelectorAll("input")) other.tabIndex = other === tick ? 0 : -1;
+    for (const other of button.closest("ol").querySelectorAll("input, .enlarge")) other.tabIndex = after.includes(other) ? 0 : -1;
   });
   const said = word ? make("span", { className: "word" }, ` ${word}`) : "";
   const item = make(
@@ -189,8 +239,9 @@ function drawResult(app, r, result, there, first) {
     move.shown ? make("span", { className: "moved", "aria-hidden": "true" }, move.shown) : "",
     make("span", {}, joined(shortCamera(camid), short(pid))),
     make("span", {}, `distance ${result.distance.toPrecision(4)}`), // all the digits that are there
-    make("span", { className: "file", title: name }, name || `row ${result.row}`),
-    make("label", { className: "tick" }, tick, "select"),
+    make("div", { className: "tools" }, make("label", { className: "tick" }, tick, "select"), larger),
+    app.tags.mark(key),
+    make("span", { className: "file", title: name }, name || `row ${result.row}`), // it grows in focus: last
   );
   Object.assign(item.dataset, { rank: result.rank, status, row: result.row });
   return item;
@@ -223,7 +274,7 @@ function makeSelection(app) {
     clear.disabled = n === 0;
     const ids = [...ticked.keys()].map((id) => id.split(" "));
     const rows = ids.map(([r, key, row]) => [Number(r), key, Number(row)]);
-    app.change(rows, { key: app.shown.key, camera: app.camera, excluded: app.excluded });
+    app.change(rows, { key: app.shown.key, camera: app.camera, excluded: app.excluded, topk: app.topk });
   }
 
   function tickOf(r, result, words) {
@@ -239,18 +290,17 @@ function makeSelection(app) {
   }
 
   save.addEventListener("click", () => {
-    const fitting = (record) => resultsOf(record).filter((result) => fits(app, result));
+    const shown = ({ near, missed }) => [...near, ...missed].filter((result) => fits(app, result));
+    const fitting = (record) => shown(parted(app, resultsOf(record)));
     const rowsOf = (record, r) => fitting(record).map((result) => tableRow(app, r, result));
     const rows = ticked.size ? [...ticked.values()] : app.shown.records.flatMap(rowsOf);
-    const href = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv" }));
-    make("a", { href, download: "selection.csv" }).click();
-    setTimeout(() => URL.revokeObjectURL(href), 1000);
+    saveCsv("selection.csv", COLUMNS, rows);
   });
   clear.addEventListener("click", () => {
     ticked.clear();
     app.answer.draw();
   });
-  return { node: make("div", { className: "selection" }, selected, save, clear), tell, tickOf };
+  return { node: make("div", { className: "selection" }, selected, save, clear, app.tags.save), tell, tickOf };
 }
 
 function tableRow(app, r, result) {

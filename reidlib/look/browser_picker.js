@@ -6,17 +6,18 @@ function makePicker(app) {
   const choices = orders(app, (i) => luck(i, seed));
   const sort = menu("order", choices.map(([text], n) => [n, text]));
   const search = make("input", { type: "search", name: "search", autocomplete: "off" });
-  const camera = menu("query-camera", cameras(about.cameras.query));
+  const filters = filterControls(app);
   const found = make("p", { className: "note" });
   const strip = make("ol", { className: "strip", "aria-label": "queries, in the chosen order" });
   const buttons = () => [...strip.querySelectorAll("button")];
   let order = []; // places in the table of queries
+  let asked = "q0"; // the query that was in view last
 
   function pick() {
     const [text, by] = choices[sort.value];
     // Queries without a match have no AP: they stand last in both directions.
     const value = (i) => (Number.isNaN(by(i)) ? Infinity : by(i));
-    order = matching(app, search.value, camera.value).sort((a, b) => value(a) - value(b) || a - b);
+    order = matching(app, search.value, filters.value()).sort((a, b) => value(a) - value(b) || a - b);
     // A menu cuts long names off, and with them the direction.
     found.textContent = howMany(app, order.length, app.two && app.scored ? `${text}: ` : "");
     strip.replaceChildren();
@@ -34,7 +35,26 @@ function makePicker(app) {
     markCurrent();
   }
 
+  // Draw the strip as far as the query in view, and bring that into sight.
+  function reveal() {
+    const at = order.indexOf(queries.row.indexOf(sideOf(app.key) === "query" ? rowOf(app.key) : -1));
+    while (strip.children.length <= at) more();
+    if (at < 0) return;
+    const { offsetTop, offsetLeft } = strip.children[at];
+    strip.scrollTop = offsetTop - strip.clientHeight / 3;
+    strip.scrollLeft = offsetLeft - strip.clientWidth / 3;
+  }
+
+  // Go to a neighbour, in the chosen order, of the query that was in view last.
+  function step(by, focus = true) {
+    if (sideOf(app.key) === "query") asked = app.key;
+    const at = order.indexOf(queries.row.indexOf(rowOf(asked)));
+    const next = order[at < 0 ? 0 : at + by];
+    if (next !== undefined) app.answer.go(`q${queries.row[next]}`, { focus, reveal: true });
+  }
+
   function markCurrent() {
+    if (sideOf(app.key ?? "") === "query") asked = app.key;
     for (const button of buttons()) button.ariaCurrent = button.dataset.key === app.key ? "true" : null;
   }
 
@@ -49,15 +69,31 @@ function makePicker(app) {
     pick();
   });
   search.addEventListener("input", pick);
-  camera.addEventListener("change", pick);
-  const controls = [
-    labelled("order", sort),
-    labelled("identity, or part of the file name", search),
-    labelled("camera of the query", camera),
-  ];
-  const node = make("nav", { className: "picker", "aria-label": "queries" }, ...controls, found, strip);
+  for (const control of filters.all) control.addEventListener("change", pick);
+  const fold = folding("search and filter", labelled("identity, or part of the file name", search), ...filters.nodes);
+  const node = make("nav", { className: "picker", "aria-label": "queries" }, labelled("order", sort), fold, found, strip);
   const first = () => (order.length ? `q${queries.row[order[0]]}` : null);
-  return { node, search, pick, markCurrent, first };
+  return { node, pick, reveal, step, markCurrent, first };
+}
+
+// What the queries can be filtered by, as far as it is known here; `value` is what is chosen, by name.
+function filterControls({ about, runs, queries, two, scored, source }) {
+  const wrong = runs.map(({ name }, r) => [`wrong ${r}`, two ? `wrong in ${name}` : "wrong"]);
+  const right = runs.map(({ name }, r) => [`right ${r}`, two ? `right in ${name}` : "right"]);
+  const named = [...new Set(Object.values(source.why.causes ?? {}))].sort().map((cause) => [cause, cause]);
+  const near = [...new Set(queries.near)].filter((camid) => camid >= 0).sort((a, b) => a - b);
+  const percents = (name) => make("input", { type: "number", name, min: 0, max: 100, placeholder: name === "low" ? 0 : 100 });
+  const able = [
+    ["camera of the query", menu("query-camera", cameras(about.cameras.query)), about.cameras.query.length > 1],
+    ["camera at rank 1", menu("near-camera", cameras(near)), near.length > 1],
+    ["AP from, %", percents("low"), scored],
+    ["AP to, %", percents("high"), scored],
+    ["at rank 1", menu("rank-1", [["", "all"], ...wrong, ...right]), scored],
+    ["cause", menu("cause", [["", "all"], ...named]), named.length > 0],
+  ].filter(([, , known]) => known);
+  const all = able.map(([, control]) => control);
+  const value = () => Object.fromEntries(all.map((control) => [control.name, control.value]));
+  return { all, value, nodes: able.map(([text, control]) => labelled(text, control)) };
 }
 
 // Orders of the queries: what the menu says, and what is sorted ascending.
@@ -75,12 +111,18 @@ function orders({ runs, queries, two, scored }, random) {
   return [...(scored ? byAp : []), ["random order", random], ["order of the query table", (i) => i]];
 }
 
-// Places of the queries that fit what was typed and the chosen camera.
-function matching({ queries }, typed, camera) {
+// Places of the queries that fit what was typed and what was chosen.
+function matching({ queries, source }, typed, chosen) {
+  const [kind, r] = (chosen["rank-1"] ?? "").split(" ");
+  const unlike = (name, value) => chosen[name] && String(value) !== chosen[name];
+  const outside = (ap) => (chosen.low && !(100 * ap >= chosen.low)) || (chosen.high && !(100 * ap <= chosen.high));
   const text = typed.trim().toLowerCase();
   const person = /^\d+$/.test(text) && queries.pid.includes(Number(text)) ? Number(text) : null;
   return [...queries.row.keys()].filter((i) => {
-    if (camera && String(queries.camid[i]) !== camera) return false;
+    if (unlike("query-camera", queries.camid[i]) || unlike("near-camera", queries.near[i])) return false;
+    if (kind && queries.wrong[r][i] !== (kind === "wrong")) return false;
+    if (chosen.cause && source.why.causes[`q${queries.row[i]}`] !== chosen.cause) return false;
+    if (outside(queries.ap[0][i] ?? NaN)) return false;
     // A number is an identity, where there is such a one; all else is part of a file name.
     return person === null ? queries.name[i].toLowerCase().includes(text) : queries.pid[i] === person;
   });
@@ -91,7 +133,7 @@ function howMany({ about, queries }, n, direction) {
   const [all, some] = [about.total.toLocaleString("en"), inFile < about.total];
   if (n === 0) {
     const missing = some ? ` Or it is not in this file, which has ${inFile.toLocaleString("en")} of ${all}.` : "";
-    return "No query fits. Clear the search, or choose another camera." + missing;
+    return "No query fits. Clear the search, or change a filter." + missing;
   }
   const of = count(inFile, "query", "queries");
   return `${direction}${n.toLocaleString("en")} of ${of}${some ? ` in this file; the test has ${all}` : ""}`;
@@ -110,7 +152,7 @@ function queryButton(app, i) {
     "button",
     { type: "button", title: queries.name[i] },
     app.photo(key, `query, ${joined(who(queries.pid[i]), where(queries.camid[i]))}`),
-    make("span", { className: "words" }, ...lines.flatMap((line, n) => (n ? [make("br"), line] : [line]))),
+    make("span", { className: "words" }, ...lines.flatMap((line, n) => (n ? [make("br"), line] : [line])), app.tags.mark(key)),
   );
   button.dataset.key = key;
   button.addEventListener("click", () => app.answer.go(key));

@@ -5,12 +5,13 @@ inside, and a content security policy forbids it to load anything.
 """
 
 import html
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from reidlib.look.pages import fill, script_json, thumbnail
+from reidlib.look.pages import fill, script_json, short_names, thumbnail
 
 PAGE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
 
@@ -23,21 +24,26 @@ def linked_map(
     distances: np.ndarray,
     *,
     title: str = "Map of the embedding space",
+    lists: Collection[str] = (),
 ) -> str:
     """Return a page that links a map of embeddings with its images.
 
     A dot is chosen with the mouse, with a finger, or with the keyboard (Tab to the map; arrows to
     the next dot in that direction; Home and End). Then its photograph, identity and camera are shown,
     with its nearest neighbours by distance between embeddings: lines on the map, and a list to go on
-    from. Same identity: ✓, full line, blue; another one: ✗, dashed, orange.
+    from. Same identity: ✓, full line, blue; another one: ✗, dashed, orange. The page starts at the query
+    of lowest AP, zooms, colours dots by what is known of them, and makes a list of what a lasso is
+    drawn around.
 
     Args:
         points: (N, 2), t-SNE's or PCA's.
-        table: N rows: `path`, `pid`, `camid`, `split`.
+        table: N rows: `path`, `pid`, `camid`, `split`; and where they are known `AP` (NaN: no query)
+            and `key`, as the ranked-list browser names images ("q12", "g7").
         pixels: (N, H, W, 3) uint8; kept in the page as thumbnails, 96 pixels high.
         neighbours: (N, K) row numbers, nearest first. With t-SNE, dots that lie side by side need not
             be neighbours: that is what these are for.
         distances: (N, K), to them.
+        lists: keys of the images that have a list in a `ranked_lists.html` beside the page.
 
     Returns:
         A complete HTML document; about 2 kB an image.
@@ -56,7 +62,8 @@ def linked_map(
     placed[:, 1] = 1 - placed[:, 1]  # upwards, as figures have it
     places = 20 + placed * (960, 660)
     dots = []
-    for i, row in enumerate(table.itertuples()):
+    table = pd.DataFrame({"key": "", "AP": np.nan, **table})
+    for i, (row, name) in enumerate(zip(table.itertuples(), short_names(table), strict=True)):
         who = (
             f"identity {row.pid}" if row.pid > 0 else "unknown person" if row.pid else "distractor"
         )
@@ -64,7 +71,8 @@ def linked_map(
         dot = dict(zip("xy", places[i].round(1).tolist(), strict=True))
         dot |= {"pid": row.pid, "camera": camera, "split": row.split}
         dot["text"] = ", ".join(filter(None, [who, camera, row.split]))
-        dot["file"] = str(row.path).replace("\\", "/").rsplit("/", 1)[-1]
+        dot |= {"file": name, "key": row.key, "ap": None if np.isnan(row.AP) else row.AP}
+        dot["list"] = f"ranked_lists.html#{row.key}" if row.key in lists else ""
         dot["photo"] = "data:image/webp;base64," + thumbnail(pixels[i], 96, 80)
         dot["near"] = neighbours[i].tolist()
         dot["far"] = [float(f"{far:.3g}") for far in distances[i]]

@@ -6,6 +6,7 @@ thumbnails of their images. A key names an image: "q12" is row 12 of the query t
 gallery table.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from reidlib.data.pixels import read_image
 from reidlib.evaluation.metrics import average_precision
 from reidlib.evaluation.retrieval import STATUSES, Retrieval
 from reidlib.look.figures import EXCLUDED, RIGHT, WRONG
-from reidlib.look.pages import encodable, thumbnail
+from reidlib.look.pages import encodable, short_names, thumbnail
 from reidlib.progress import progress
 
 CODES = dict(zip(STATUSES, "mwucji", strict=True))
@@ -32,15 +33,19 @@ class Run:
         about: for JSON: `name`, `scored`, and `scores` in words, or why it has none.
         protocol: what was left out and counted.
         ap: (Q,), NaN for queries without one.
+        wrong: (Q,), is a stranger nearest? None for queries without AP.
         follows: can gallery images be its queries?
     """
 
     def __init__(self, name: str, retrieval: Retrieval):
         self.name, self.retrieval = encodable(name), retrieval
         self.ap, self.protocol = np.full(len(retrieval.query), np.nan), ""
+        self.wrong = np.full(len(retrieval.query), None)
         try:
             evaluation = retrieval.evaluate()
             self.protocol, self.ap = evaluation.protocol, evaluation.per_query["AP"].to_numpy()
+            first = evaluation.per_query["first_rank"]
+            self.wrong = (first > 1).astype(object).where(~np.isnan(self.ap), None).to_numpy()
             scores = _in_words(evaluation.scores)
         except ValueError as error:  # nobody is known, or has a match: lists are there still
             nobody = (retrieval.query["pid"] < 1).all() or (retrieval.gallery["pid"] == -1).all()
@@ -89,7 +94,7 @@ class Lists:
         self.tables = {}
         for side, table in (("q", first.query), ("g", first.gallery)):
             table = pd.DataFrame({"camid": -1, "path": "", **table})
-            self.tables[side] = table.assign(name=_names(table))
+            self.tables[side] = table.assign(name=short_names(table))
 
     # --- queries
 
@@ -144,6 +149,10 @@ class Lists:
         """Return what stands over the lists, and the table of the queries that can be picked."""
         query = self.tables["q"].iloc[rows].assign(row=rows)
         aps = [run.ap[rows].tolist() for run in self.runs]
+        near = self.runs[0].retrieval.ranked_lists(rows, topk=1, show_excluded=False)
+        near = (
+            near.set_index("query").get("camid", pd.Series(dtype=int)).reindex(rows, fill_value=-1)
+        )
         cameras = {SIDES[key]: {*table["camid"].tolist()} for key, table in self.tables.items()}
         what = (
             f"A list holds the {self.topk} nearest ranked images, the images that the protocol leaves "
@@ -155,17 +164,26 @@ class Lists:
             "runs": [run.about for run in self.runs],
             "topk": self.topk,
             "total": len(self.tables["q"]),
+            "most": len(self.tables["g"]),
+            "id": self.identity(),
+            "folders": {key: _folder(table) for key, table in self.tables.items()},
             "follows": any(run.follows for run in self.runs),
             "colours": COLOURS,
             "notes": [*dict.fromkeys(run.protocol for run in self.runs if run.scored), what],
             "cameras": {side: sorted(found - {-1}) for side, found in cameras.items()},
             "queries": query[["row", "name", "pid", "camid"]].to_dict("list")
-            | {"ap": [[None if np.isnan(value) else value for value in ap] for ap in aps]},
+            | {"ap": [[None if np.isnan(value) else value for value in ap] for ap in aps]}
+            | {"wrong": [run.wrong[rows].tolist() for run in self.runs], "near": near.tolist()},
         }
+
+    def identity(self) -> str:
+        """Return what names this query and gallery: tags of their images are kept under it."""
+        names = [[*table["name"]] for table in self.tables.values()]
+        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     # --- lists and images
 
-    def lists(self, side: str, rows: Sequence[int]) -> dict[str, dict]:
+    def lists(self, side: str, rows: Sequence[int], topk: int) -> dict[str, dict]:
         """Return the lists of some queries (side "q") or gallery images ("g"), as JSON has them.
 
         `lists` has, by the key of who asks, a list of each run: columns, with a rank of 0 where an
@@ -176,7 +194,7 @@ class Lists:
         for run in self.runs:
             runs.append([None] * len(rows))
             if side == "q" or run.follows:
-                table = run.ranked(side, rows, self.topk)
+                table = run.ranked(side, rows, topk)
                 runs[-1] = [_record(one) for _, one in table.groupby("query", sort=False)]
                 shown |= {*table["gallery"]}
         gallery = self.tables["g"][["name", "pid", "camid"]].iloc[sorted(shown)]
@@ -186,13 +204,17 @@ class Lists:
             "images": {f"g{row}": own for row, own in labels},
         }
 
-    def table(self, run: Run, key: str) -> pd.DataFrame:
+    def table(self, run: Run, key: str, topk: int) -> pd.DataFrame:
         """Return one list as a table to take away."""
         side, row = self.place(key)
-        table = run.ranked(side, [row], self.topk).drop(columns="query")
-        path = self.tables[side]["path"].iloc[row]
-        asking = {"run": run.name, "asked": SIDES[side], "query": row, "query_path": path}
+        table = run.ranked(side, [row], topk).drop(columns="query")
+        asking = {"run": run.name, "asked": SIDES[side], "query": row, "query_path": self.path(key)}
         return pd.concat([pd.DataFrame(asking, table.index), table], axis=1)
+
+    def path(self, key: str) -> str:
+        """Return the path of an image's file; "" where it is not known."""
+        side, row = self.place(key)
+        return str(self.tables[side]["path"].iloc[row])
 
     def place(self, key: str) -> tuple[str, int]:
         """Return side and row of a key; a front end may ask for anything.
@@ -214,8 +236,7 @@ class Lists:
         """
 
         def one(key: str) -> tuple[str, str]:
-            side, row = self.place(key)
-            path = self.tables[side]["path"].iloc[row]
+            path = self.path(key)
             try:
                 if not path:
                     raise ValueError("the table does not name its files.")
@@ -248,7 +269,7 @@ def _difference(first: Retrieval, other: Retrieval) -> str:
             return f"{len(a):,} and {len(b):,} {side} images"
         for column, name in (("pid", "pid"), ("camid", "camid"), ("path", "file name")):
             if column in a and column in b:
-                x, y = (_names(t) if column == "path" else t[column].tolist() for t in (a, b))
+                x, y = (short_names(t) if column == "path" else t[column].tolist() for t in (a, b))
                 if rows := [row for row in range(len(a)) if x[row] != y[row]]:
                     at = f"{name} of row {rows[0]} of the {side} table"
                     return f"{at} is {x[rows[0]]} in the first and {y[rows[0]]} in the second"
@@ -272,11 +293,12 @@ def _record(table: pd.DataFrame) -> dict:
     }
 
 
-def _names(table: pd.DataFrame) -> list[str]:
-    """Return file names, without the folders that all of a table share; "" where they are unknown."""
-    if not table["path"].astype(bool).all():
-        return [""] * len(table)
-    paths = [str(path).replace(os.sep, "/") for path in table["path"]]
-    shared = os.path.commonprefix([path[: path.rfind("/") + 1] for path in paths])
-    start = shared.rfind("/") + 1  # at the end of a whole folder's name
-    return [encodable(path[start:]) for path in paths]
+def _folder(table: pd.DataFrame) -> str:
+    """Return the last of the folders that all of a table share, as `query/`; "" where there is none.
+
+    Before a name it makes a path that says whose image it is, and nothing of this machine.
+    """
+    name = table["name"].iloc[0] if len(table) else ""
+    path = encodable(str(table["path"].iloc[0]).replace(os.sep, "/")) if name else ""
+    folder = path.removesuffix(name).rstrip("/").rpartition("/")[2]
+    return folder and folder + "/"

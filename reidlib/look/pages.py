@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+import os
 import re
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 
@@ -33,6 +35,16 @@ def script_json(data: Any) -> str:
 def encodable(text: str) -> str:
     """Return text that can be encoded: file names may hold bytes that are no UTF-8."""
     return text.encode("utf-8", "replace").decode()
+
+
+def short_names(table: pd.DataFrame) -> list[str]:
+    """Return file names, without the folders that all of a table share; "" where they are unknown."""
+    if not table["path"].astype(bool).all():
+        return [""] * len(table)
+    paths = [str(path).replace(os.sep, "/") for path in table["path"]]
+    shared = os.path.commonprefix([path[: path.rfind("/") + 1] for path in paths])
+    start = shared.rfind("/") + 1  # at the end of a whole folder's name
+    return [encodable(path[start:]) for path in paths]
 
 
 def thumbnail(image: np.ndarray, height: int, quality: int) -> str:
