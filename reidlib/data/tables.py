@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reidlib.data import files
+from reidlib.data import corrections, files
 from reidlib.data.files import Source
 from reidlib.data.synthetic import built_in_data
 from reidlib.runs import sha256
@@ -83,6 +83,9 @@ def load(
             or `"market1501"` for Market-1501's names. Its group `pid` is the identity, not the first
             sub-folder; its group `camid` is the camera where no column says it, else -1, unknown.
         image_root: where the relative paths of CSV lists start; None: in each list's own folder.
+
+    A file `corrections.csv` in the data set's folder, as the ranked-list browser saves it, leaves
+    images out or gives them to somebody else; a note says how many, see `corrections.correct`.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or something else; says what to do.
@@ -384,6 +387,7 @@ def _dataset(
         able = "train, not test" if "train" in tables else "test, not train"
         notes.append(f"No list for {' and '.join(absent)} was given: this data set can {able}.")
         tables |= {split: next(iter(tables.values())).iloc[:0].copy() for split in absent}
+    tables = corrections.correct(root, tables, notes)
     for where, splits in (("training", ["train"]), ("query and gallery", ["query", "gallery"])):
         known = pd.concat([tables[split] for split in splits])["camid"] >= 0
         if known.any() and not known.all():
