@@ -2,6 +2,8 @@
 
 import os
 import re
+from base64 import b64decode
+from hashlib import sha256
 from pathlib import Path
 
 from docutils import nodes
@@ -94,7 +96,10 @@ def explain(app, doctree: nodes.document, name: str) -> None:
 def write_math(translator, node: nodes.Element) -> None:
     """Write a formula as MathML, which browsers draw with no script and no font of ours."""
     block = isinstance(node, nodes.math_block)
-    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    formula = tex2mathml(node.astext(), as_block=block)
+    translator.body.append(
+        f'<div class="formula" tabindex="0">{formula}</div>' if block else formula
+    )
     raise nodes.SkipNode
 
 
@@ -103,7 +108,8 @@ MENDED = {  # what the theme writes, and what a screen reader or a slow line nee
     r'<summary aria-label="Toggle hidden content">': "<summary>",
     r'(search-button__button[^>]*) aria-label="Search"': r"\1",
     r'<div (?=class="sidebar-primary-items__start)': '<div role="region" aria-label="The book" ',
-    r"<img (?=[^>]*src=.data)": '<img loading="lazy" ',
+    r'<table (?=id="T_)': '<table class="dataframe" ',  # made by a Styler
+    r"<img (?=[^>]*src=.data:)": '<img loading="lazy" ',
 }
 FAULTS = {
     r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//': "loads from elsewhere",
@@ -111,13 +117,32 @@ FAULTS = {
 }
 
 
+DATA = re.compile(r'(?<=\s)(src="data:image/(\w+);base64,([^"]+)")')
+
+
+def picture(out: Path, kind: str, data: str) -> str:
+    """Write a figure to a file, a quarter smaller than within its page, and return where."""
+    content = b64decode(data)
+    name = f"_images/{sha256(content).hexdigest()[:16]}.{kind}"
+    (out / name).write_bytes(content)
+    return name
+
+
 def mend(app, exception) -> None:
     """Repair what the theme writes, and refuse what no page of the book may have."""
-    for path in () if exception else Path(app.outdir).rglob("*.html"):
+    out = Path(app.outdir)
+    if exception:
+        return
+    for path in [*out.rglob("*.map"), *out.glob("_static/webpack*")]:  # of the theme's workshop
+        path.unlink()
+    for path in out.rglob("*.html"):
         text = path.read_text("utf-8")
         if "pydata-sphinx-theme" in text:  # not the pages that the library made
             for wrong, right in MENDED.items():
                 text = re.sub(wrong, right, text)
+            up = "../" * (len(path.relative_to(out).parts) - 1)
+            for whole, kind, data in DATA.findall(text):
+                text = text.replace(whole, f'src="{up}{picture(out, kind, data)}"')
             path.write_text(text, "utf-8")
             for fault, what in FAULTS.items():
                 if found := re.search(fault, text):
