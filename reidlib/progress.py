@@ -6,30 +6,18 @@ import sys
 from tqdm import tqdm
 
 
-class Place:
-    """A place in a notebook that shows one thing after another; an executed copy keeps the last."""
-
-    _handle = None
-
-    def show(self, content: dict[str, str]) -> None:
-        """Show a content, by its types, in place of the one before."""
-        from IPython.display import display
-
-        if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)
-        else:
-            self._handle.update(content, raw=True)
-
-
 class _NotebookBar(tqdm):
-    """Draws into one place that each refresh replaces; tqdm's own would leave a dead widget."""
-
-    _place = None
+    """Draws into one display that each refresh replaces; tqdm's own would leave a dead widget."""
 
     def display(self, msg=None, pos=None) -> None:
         """Show the bar's text in its place in the notebook."""
-        self._place = self._place or Place()
-        self._place.show({"text/plain": msg if msg is not None else str(self)})
+        from IPython.display import display
+
+        content = {"text/plain": msg if msg is not None else str(self)}
+        if getattr(self, "_handle", None) is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
 
     def clear(self, *_, **__) -> None:
         """Keep the last state: there is nothing to wipe in a notebook."""

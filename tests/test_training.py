@@ -10,7 +10,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -188,7 +187,9 @@ def test_a_notebook_sees_curves_that_grow_and_one_sentence_when_stopped(
     shown = []
     for room in (live, journal):
         monkeypatch.setattr(room, "in_notebook", lambda: True)
-    monkeypatch.setattr(live, "Place", lambda: SimpleNamespace(show=shown.append))
+    monkeypatch.setattr(
+        live, "display", lambda content, **options: shown.append((content, options))
+    )
     plan = loop.prepare(small(hold_out=hold_out), device="cpu", show_progress=False)
 
     def interrupt(step):
@@ -200,7 +201,9 @@ def test_a_notebook_sees_curves_that_grow_and_one_sentence_when_stopped(
     (said,) = stopped.value._render_traceback_()
     assert said == "Stopped after step 3 of 12; run it again to go on."
     assert said not in capsys.readouterr().err
-    alts = [content["text/plain"] for content in shown]
+    alts = [content["text/plain"] for content, _ in shown]
+    assert {options["display_id"] for _, options in shown} == {shown[0][1]["display_id"]}
+    assert [options["update"] for _, options in shown] == [False, *[True] * (len(shown) - 1)]
     assert "step 1 of 12" in alts[0] and "step 3 of 12" in alts[-1] and len(alts) < 4
     history = pd.DataFrame(
         {"step": [1, 2], "loss": [1.0, 0.5], "held_out_mAP": [float("nan"), 0.6]}

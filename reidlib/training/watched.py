@@ -45,15 +45,13 @@ class Watched(NamedTuple):
     @property
     def over_active(self) -> bool:
         """Whether the logged loss is a mean over active triplets: it may rise while a network learns."""
-        recipe = self.recipe
-        hinged = recipe.loss == "batch_all" and recipe.margin != "soft"
-        return hinged and recipe.mean == "active"
+        r = self.recipe
+        return r.loss == "batch_all" and r.margin != "soft" and r.mean == "active"
 
     @property
     def loss(self) -> pd.Series:
         """The mean loss over all triplets."""
-        rows = self.history
-        return rows["loss"] * rows["active"] if self.over_active else rows["loss"]
+        return self.history["loss"] * (self.history["active"] if self.over_active else 1)
 
     @property
     def loss_at_end(self) -> float:
@@ -116,10 +114,11 @@ class Watched(NamedTuple):
 
     def takeaways(self, findings: Sequence[str]) -> list[str]:
         """Return what to remember of a training, given the names of its health findings."""
-        apart = self.apart(self.end)
-        broken = [name for name in findings if name in BROKEN]
-        verdict = "it has learnt to tell them apart" if apart > 1.1 else "it has hardly learnt"
-        if broken:
+        before, apart = self.apart(self.start), self.apart(self.end)
+        # The threshold of `checks.not_learning`.
+        learnt = "has learnt" if apart > 1.1 * max(1, before) else "has hardly learnt"
+        verdict = f"it {learnt} to tell them apart"
+        if broken := [name for name in findings if name in BROKEN]:
             verdict = f"but first read what the health report says of **{broken[0]}**"
         return [
             f"The loss went from {self.start['loss']:.2f} to {self.end['loss']:.2f}. By itself that does not "
