@@ -259,6 +259,19 @@ def plain(name: str) -> str:
     return name.replace("_", " ")
 
 
+def wrong_in_words(scorable: pd.DataFrame, who: str) -> str:
+    """Say how many of the queries with a match are wrong, and how many strangers stand before those."""
+    wrong = scorable[scorable["wrong"]]
+    if not len(wrong):
+        return f"{who}: none of the {len(scorable):,} queries with a match is wrong."
+    return (
+        f"{who}: of {len(scorable):,} queries with a match, {len(wrong):,} are wrong "
+        f"({len(wrong) / len(scorable):.1%}). Above their first match stand "
+        f"{wrong['strangers_above'].sum():,} strangers, "
+        f"{wrong['distractors_above'].sum():,} of them distractors."
+    )
+
+
 def lifts_in_words(rates: pd.DataFrame, causes: pd.DataFrame) -> str:
     """Say which of the evidence that some query shows is more frequent among wrong ones."""
     scorable = causes[causes["matches"] > 0]
