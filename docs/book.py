@@ -84,6 +84,7 @@ def main(place: Path = PLACE) -> None:
     took, cards = {}, {"0": "", "1": ""}
     for path in sorted(place.glob("*.ipynb")):
         text = path.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", "")
+        text = text.replace("](../docs/", "](../")  # drawings, seen from the notebooks of the book
         notebook = nbformat.reads(text, as_version=4)
         for_a_book(notebook, pages[-1] if pages else None)
         nbformat.write(notebook, path)
