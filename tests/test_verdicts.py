@@ -50,7 +50,7 @@ def judged(found):
 def test_one_row_alone_is_compared_with_nothing():
     found = rows_of({HARD: 0.6})
     table, spread, pairs = judged(found)
-    said = results.table_in_words(table)
+    said = results.table_in_words(table, {})
     assert said.startswith(f"Highest mAP: **{HARD}**, 60.") and "Random triplets" not in said
     assert not len(pairs) and not [*verdicts.pairs_in_words(pairs)]
     alone = f"There is one row alone, {HARD}: nothing to compare it with."
@@ -68,7 +68,7 @@ def test_rows_that_are_all_equal():
     found = rows_of(dict.fromkeys(VARIANTS, 0.5), noise=0)
     table, _, pairs = judged(found)
     assert results.highest(table) == list(VARIANTS)
-    assert "random soft**, 50.0 %" in results.table_in_words(table)
+    assert "random soft**, 50.0 %" in results.table_in_words(table, {})
     none, apart = verdicts.pairs_in_words(pairs)
     assert none.startswith("**No difference holds**, with other people (not another seed)")
     assert apart.count(" and ") >= 10 and "That does not make them equal" in apart
@@ -99,11 +99,11 @@ def test_a_clear_winner(seeds):
     assert hold.startswith(f"**These differences hold**, with {luck}, all claimed together: ")
     assert hold.count(" beats ") == count and f"beats {HARD}" not in hold
     said = verdicts.luck_in_words(found, spread, verdicts.intervals(found))
-    told = f"deviation of {100 * spread.deviation:.1f} points (10 degrees of freedom, all rows"
+    told = f"deviation of {100 * spread.deviation:.1f} points (10 degrees of freedom, from all rows"
     assert (told if seeds > 1 else "One seed says nothing") in said
-    assert ("±" in results.for_people(table)["mAP"][HARD]) == (seeds > 1)
+    assert ("±" in results.for_people(table, {})["mAP"][HARD]) == (seeds > 1)
     worth = table["mAP"][HARD] - table["mAP"]["random soft"]
-    assert f"{HARD} {worth:+.1f}, {ALL} " in results.table_in_words(table)
+    assert f"{HARD} {worth:+.1f}, {ALL} " in results.table_in_words(table, {})
 
 
 def test_claims_are_the_differences_in_points_corrected_together():
@@ -168,10 +168,10 @@ def test_a_run_that_went_wrong_says_nothing_of_the_luck_of_seeds():
     table, spread, _ = judged(found)
     assert verdicts.steady(found) == list(VARIANTS)[1:] and spread.freedom == 4
     said = verdicts.luck_in_words(found, spread, verdicts.intervals(found))
-    assert f"(4 degrees of freedom, {', '.join(list(VARIANTS)[1:])} together)" in said
-    assert "held-out mAP" not in results.for_people(table)
+    assert f"(4 degrees of freedom, from {', '.join(list(VARIANTS)[1:])})" in said
+    assert "held-out mAP" not in results.for_people(table, {})
     assert list(table["health"]) == ["collapsed", "slow", "", "", ""]
-    assert results.for_people(table)["health"][HARD] == "no finding"
+    assert results.for_people(table, {})["health"][HARD] == "no finding"
 
 
 def test_all_scores_have_intervals_over_people():
@@ -213,7 +213,7 @@ def margins(found, split):
 def test_margins_are_chosen_on_held_out_people():
     held = dict.fromkeys(LEVEL, 0.4) | {"batch-hard 1.0": 0.45}
     found = rows_of(LEVEL | {"batch-hard 0.5": 0.7}, held=held)
-    assert list(results.for_people(results.summary(found))["held-out mAP"]) == ["40.0"] * 5
+    assert list(results.for_people(results.summary(found), {})["held-out mAP"]) == ["40.0"] * 5
     table, (_, hard) = margins(found, "test")
     losses = ("batch_all", "batch_hard")
     assert {*table.columns} == {(loss, where) for loss in losses for where in ("test", "held_out")}

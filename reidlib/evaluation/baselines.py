@@ -93,18 +93,18 @@ def gain_in_words(mAP: float, baselines: Mapping[str, Evaluation]) -> str:
     others = {name: found.scores["mAP"] for name, found in baselines.items()}
     if not others:
         return "No baselines were scored, so nothing says what training added."
-    before = f", from {others['untrained']:.1%}" if "untrained" in others else ""
+    before = f", before it {others['untrained']:.1%}" if "untrained" in others else ""
     if "pretrained" in others:
         before = f"; the features that it started from have {others['pretrained']:.1%}"
     best = max(others, key=others.get)
     said = (
-        f"Training brought the mAP to {mAP:.1%}{before}. Colours, each camera's mean taken off, reach "
+        f"After training the mAP is {mAP:.1%}{before}. Colours, each camera's mean taken off, reach "
         f"{others['colours_without_camera']:.1%} and were never trained: they know nothing of cut, pattern "
         "or bag. "
     )
     if mAP > others[best]:
         return f"{said}The network has learnt what lies between its curve and the next one."
+    name = best.replace("_", " ").capitalize()
     return (
-        f"{said}**{best.replace('_', ' ').capitalize()} does at least as well as this network: training has "
-        "brought nothing that helps here.**"
+        f"{said}**{name} does at least as well as this network: its training does not show here.**"
     )

@@ -264,7 +264,7 @@ class Scored:
             which = "One query alone" if np.isnan(half) else "Queries that all have the same AP"
             return f"{which} cannot say how far the mAP would move with others."
         return (
-            f"With other queries from the same cameras the mAP would move by about ±{half:.1f} points. "
+            f"With other queries like these the mAP would move by about ±{half:.1f} points. "
             "On these same queries two runs are told apart at smaller differences, pair by pair: "
             "`05_compare_margins` does it."
         )
@@ -273,20 +273,17 @@ class Scored:
         """Say where strangers stand beside matches: of `Retrieval.distance_sample`."""
         nearer = float((others <= np.median(matches)).mean())  # all of a collapsed network
         ranked = int((self.run.gallery["pid"] != -1).sum())  # junk is in no ranking
-        said = (
-            f"Matches have a median distance of {np.median(matches):.2f}, non-matches "
-            f"{np.median(others):.2f}. "
-        )
-        if nearer == 0:
-            return f"{said}None of {len(others):,} strangers drawn is as near as the median match."
-        said += f"{100 * nearer:.3g}% of the strangers are as near or nearer: of {ranked:,} ranked images "
-        if nearer > 0.3:
-            return f"{said}that is no left tail. Distance hardly tells who is who."
+        front = f"about {nearer * ranked:.0f}" if nearer * ranked >= 1 else "less than one"
+        means = "Retrieval is decided in the left tail of the strangers, for they are many."
         if nearer * ranked < 1:
-            return f"{said}less than one on average, so errors are with the farther matches."
+            means = "What errors there are come of the farther matches."
+        if nearer > 0.3:
+            means = "That is no left tail: distance hardly tells who is who."
         return (
-            f"{said}about {nearer * ranked:.0f}, on average, in front of every second match. A small share "
-            "of many strangers is enough: retrieval is decided in their left tail."
+            f"Matches have a median distance of {np.median(matches):.2f}, non-matches "
+            f"{np.median(others):.2f}. Of {len(others):,} strangers drawn {100 * nearer:.3g}% are as near as "
+            f"the median match or nearer: of {ranked:,} ranked images {front}, on average, in front of every "
+            f"second match. {means}"
         )
 
     def lists_in_words(self, topk: int) -> str:

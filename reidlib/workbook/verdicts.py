@@ -58,13 +58,14 @@ def spread_of(found: Runs) -> Spread:
 def luck_in_words(found: Runs, spread: Spread, scores: pd.DataFrame) -> str:
     """Say how far other people and another seed would move a score; `scores`: of `intervals`."""
     reach = (scores["mAP", "high"] - scores["mAP", "low"]).mean() / 2
-    rows = "all rows" if steady(found) == compared(found) else ", ".join(steady(found))
+    several = [name for name in steady(found) if len(tables_of(found, name)) > 1]
+    rows = "all rows" if several == compared(found) else ", ".join(several)
     said = f"With other people each mAP would move by about ±{reach:.1f} points."
     if not spread.freedom:
         return f"{said} One seed says nothing of another: what follows is about these networks."
     return (
         f"{said} From seed to seed the mAP of a row has a standard deviation of "
-        f"{100 * spread.deviation:.1f} points ({spread.freedom} degrees of freedom, {rows} together)."
+        f"{100 * spread.deviation:.1f} points ({spread.freedom} degrees of freedom, from {rows})."
     )
 
 
