@@ -30,10 +30,10 @@ def say(*lines: str) -> None:
 
 
 def _output(name: str) -> Path:
-    """Return the path of a file to be written; a folder is refused now, not after an hour."""
+    """Return the path of a file to be written; a folder or a device is refused now, not after an hour."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file in it.")
+    if not name.strip() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{name!r} is no file: give the name of one to be written.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -126,7 +126,8 @@ def search(args) -> None:
 
     if args.picture and Path(args.picture).suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise ValueError(f"{args.picture} must end in .jpg or .png.")
-    out, picture, page = (f and _output(f) for f in (args.out, args.picture, args.html))
+    named = (args.out, args.picture, args.html)
+    out, picture, page = (None if name is None else _output(name) for name in named)
     tables = {"query": room.picture_table(args.query), "gallery": room.read_gallery(args.gallery)}
     model = reidlib.load_model(args.model, pick_device(args.device), args.unreadable)
     say(*room.remarks(vars(args), tables, model.recipe))

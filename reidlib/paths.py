@@ -13,6 +13,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from psutil import pid_exists
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -74,9 +76,5 @@ def sweep(folder: Path) -> None:
     ours = re.compile(rf"\..+\.{process}\.tmp|.+\.running-{process}\.ipynb")
     for left in folder.iterdir():
         made = ours.fullmatch(left.name)
-        if made:
-            with suppress(PermissionError):  # somebody else's process
-                try:
-                    os.kill(int(made[1] or made[2]), 0)  # sends nothing
-                except ProcessLookupError:
-                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)
+        if made and not pid_exists(int(made[1] or made[2])):  # `os.kill` would end it on Windows
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)

@@ -24,20 +24,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from reidlib.paths import ROOT, outputs_dir, sweep, temporary
 from reidlib.recipes import Recipe, stored_recipe
-
-if TYPE_CHECKING:
-    import pandas as pd
+from reidlib.records import read_json
 
 EXAMPLE = "synthetic_batchhard_softplus_example"  # the committed run on the built-in data
 COMPARED = "trained_for_comparison"  # in a manifest: a row that `workbook.compare` trained
@@ -127,7 +123,10 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
     Raises:
         OSError: among others, that the disk is full: says where, and how many bytes are needed, if
             that is known, as `size`.
+        ValueError: a folder, a device or a pipe is there, which the file would replace.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is there, and is no file: give another name.")
     fresh = temporary(path)
     try:
         write(fresh)
@@ -146,11 +145,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], size: int = 0) -
         ) from error
     finally:
         fresh.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself, too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # the rename itself, too; Windows opens no folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -163,58 +163,9 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-class _Content(dict):
-    """An object of a JSON file: a key that is not there names the file."""
-
-    def __init__(self, file: Path, content: dict):
-        super().__init__(content)
-        self._file = file
-
-    def __missing__(self, key: str):
-        raise ValueError(f"{self._file} has no {key!r}. {_advice(self._file)}")
-
-
-def _advice(file: Path) -> str:
-    """Say what to do about a broken file of a run."""
-    scored = file.name in ("metrics.json", "per_query.csv")
-    again = "score the run again" if scored else "train the run again under another tag"
-    return f"Restore it from a copy, or move it away and {again}."
-
-
-def read_json(path: Path) -> dict:
-    """Read the object in a JSON file; a ValueError names a file that holds anything else.
-
-    So does whoever asks for a key that it lacks: no reader has to look for it first.
-    """
-    refused = {"parse_constant": lambda name: int(name)}  # NaN, which `write_json` refuses, too
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_hook=partial(_Content, path), **refused)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). {_advice(path)}") from error
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ValueError(f"{path} holds no JSON object but a {kind}. {_advice(path)}")
-    return content
-
-
 def update_json(path: Path, **content) -> None:
     """Add keys to a JSON file, or make it."""
     write_json(path, (read_json(path) if path.exists() else {}) | content)
-
-
-def read_table(path: Path, numbers: Iterable[str]) -> "pd.DataFrame":
-    """Read a CSV table with these columns of numbers; a ValueError names a file that holds none."""
-    import pandas as pd  # takes a second, and --help does without
-
-    try:
-        table = pd.read_csv(path)
-        other = [n for n in numbers if n not in table or table[n].dtype.kind not in "iuf"]
-    except ValueError as error:  # pandas' own errors, and bytes that are no text, are such
-        raise ValueError(f"{path} is no CSV table ({error}). {_advice(path)}") from error
-    if other:
-        raise ValueError(f"{path} has no numbers in a column {other[0]!r}. {_advice(path)}")
-    return table
 
 
 @contextmanager
@@ -296,6 +247,11 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text as UTF-8: the same whatever ends lines in its file."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pillow", "safetensors", "h5py", "papermill")

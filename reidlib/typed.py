@@ -20,7 +20,7 @@ def typed(value: Any, annotation: Any) -> Any:
     Raises:
         ValueError: the value does not fit; says what would.
 
-    >>> [typed("0.2", float | str), typed("soft", float | str), typed("1e3", int), typed("7", str)]
+    >>> [typed("0.2", float | str), typed("soft", float | str), typed("1e3", int), typed(7, str)]
     [0.2, 'soft', 1000, '7']
     >>> [typed("true", bool), typed("none", int | None), typed("[0, 1]", list), typed("2", Any)]
     [True, None, [0, 1], 2]
@@ -34,6 +34,8 @@ def typed(value: Any, annotation: Any) -> Any:
         if NoneType in kinds and str not in kinds and value.lower() in ("none", "null"):
             return None
         return adapter.validate_strings(value)
+    if str in kinds and type(value) is int and not {int, float} & {*kinds}:
+        return str(value)  # what looks like a number in a shell, as the tag 7
     with suppress(ValueError, SyntaxError):  # "1e3" and 2.0 are whole; "[0, 1]"; the 2 of a Literal
         read = ast.literal_eval(value) if isinstance(value, str) else value
         whole = int in kinds and isinstance(read, float) and read.is_integer()

@@ -271,7 +271,7 @@ def test_other_ways_to_score_have_a_door_and_a_place_of_their_own(
 def test_embed_and_search_say_what_does_not_fit(model, data_root, tmp_path, capsys):
     images = data_root / "synthetic/query"
     assert main(f"embed --model {model} --images {images} --out {tmp_path}".split()) == 1
-    assert "is a folder" in capsys.readouterr().err
+    assert "is no file" in capsys.readouterr().err
     out = tmp_path / "new/E.h5"
     assert main(f"embed --model {model} --images {images} --out {out} --flip".split()) == 0
     assert "No identities are known" in capsys.readouterr().err

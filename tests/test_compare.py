@@ -213,6 +213,16 @@ def test_a_run_that_another_process_trains_is_waited_for(fake, ends):
     assert fake.did() == [trained, "the other ends", *[trained] * (not ends), ("score", SOFT)]
 
 
+def test_a_data_set_without_a_test_is_refused_before_anything_is_trained(fake, tmp_path):
+    names = [f"{pid}_{n}.jpg" for pid in (1, 2, 3) for n in (1, 2)]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "train.csv").write_text("\n".join(f"{name[0]},{name}" for name in names))
+    with pytest.raises(ValueError, match="has no test"):
+        one(row(dataset=str(tmp_path / "train.csv"), hold_out=0))
+    assert not fake.did()
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [

@@ -166,6 +166,12 @@ STRANGE = {
     "group": ("pid", lambda file, _: file.create_group("pid")),
     "scalar": ("pid", lambda file, _: file.create_dataset("pid", data=7)),
     "text": ("pid", lambda file, _: file.create_dataset("pid", data=[b"x", b"y"])),
+    "below": ("pid", lambda file, _: file.create_dataset("pid", data=[-2, 1])),
+    "complex": ("camid", lambda file, _: file.create_dataset("camid", data=[1j, 2.0])),
+    "bomb": (
+        "emb",
+        lambda file, _: file.create_dataset("emb", (2, 10**8), "f4", compression="gzip"),
+    ),
     "parts": ("pid", lambda file, _: file.create_dataset("pid", data=[1.5, 2.0])),
     "NaN": ("camid", lambda file, _: file.create_dataset("camid", data=[np.nan, 2.0])),
     "columns": ("camid", lambda file, _: file.create_dataset("camid", data=np.ones((2, 2), int))),

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import nbformat
@@ -55,7 +56,7 @@ def shown(copy):
         (["", "n: int = 3  # how many", "# Parameters\nn = 0", ""], "n = 0: .*number, 1 or more"),
         (["", "n: int = 0  # edited in JupyterLab", ""], "n = 0: .*number, 1 or more"),
         (["", "n: int = 0  # how many; 0: all", ""], None),
-        (["", 'tag: str = ""  # a name', "# Parameters\ntag = 7", ""], "tag = 7: .*text"),
+        (["", 'tag: str = ""  # a name', "# Parameters\ntag = 7.5", ""], "tag = 7.5: .*text"),
     ],
 )
 def test_check_parameters(history, unknown):
@@ -64,6 +65,14 @@ def test_check_parameters(history, unknown):
     else:
         with pytest.raises(ValueError, match=unknown):
             check_parameters(history)
+
+
+def test_a_notebook_gets_the_value_as_its_parameter_wants_it(monkeypatch):
+    """Papermill makes a number of `-p tag 7`, and the notebook wants a name."""
+    shell = SimpleNamespace(user_ns={"tag": 7, "n": 2})
+    monkeypatch.setattr(notebooks, "get_ipython", lambda: shell)
+    check_parameters(["", 'tag: str = ""\nn: int = 1', "# Parameters\ntag = 7\nn = 2", ""])
+    assert shell.user_ns == {"tag": "7", "n": 2}
 
 
 def test_parameters_are_read_with_their_types(tmp_path):
@@ -146,7 +155,8 @@ def test_a_value_is_read_as_the_declared_type(text, annotation, value):
         ("True", float, "a number"),
         (True, int, "a whole number"),
         (1, bool, "true or false"),
-        (3, str, "text"),
+        (3.0, str, "text"),
+        (True, str, "text"),
         (1.5, int, "a whole number"),
         (None, int, "a whole number"),
     ],

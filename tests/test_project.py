@@ -69,7 +69,7 @@ ROOMS = {
     "": "paths progress words typed recipes records runs",
     "data": "files people synthetic corrections tables pixels check augment sampler",
     "model": "depthwise network weights device embed",
-    "evaluation": "distances metrics ranks sides retrieval intervals baselines rerank pairs verify "
+    "evaluation": "distances metrics ranks sides retrieval leaks intervals baselines rerank pairs verify "
     "scoring thresholds",
     "look": "figures live photographs search suspects copies maps why pages embedding_map lists "
     "browser board",

@@ -97,16 +97,39 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert runs.read_json(path) == {"a": 1, "b": 2}
 
 
+ODD = ["null", "[]", '"x"', "true", "-1", "1e999", "1e30"]  # for a number; and for text:
+NO_TEXT = ["null", "[]", "{}", "3", "true"]
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "null", "3", "", '{"a": NaN}', b"\xff\xfe{}", "[" * 99999]
+    ("name", "text"),
+    [("a", one) for one in ["{", "[]", "null", "3", "", '{"a": NaN}', b"\xff\xfe{}", "[" * 99999]]
+    + [("metrics", f'{{"{key}": {odd}}}') for key in ("mAP", "queries") for odd in ODD]
+    + [("metrics", f'{{"baselines": {{"untrained": {{"top1": {odd}}}}}}}') for odd in ODD]
+    + [("metrics", f'{{"{key}": []}}') for key in ("held_out", "baselines", "with_flips")]
+    + [("manifest", f'{{"{key}": {odd}}}') for key in ("step", "wall_seconds") for odd in ODD[:6]]
+    + [("manifest", f'{{"{key}": {odd}}}') for key in ("status", "reproduce") for odd in NO_TEXT]
+    + [("manifest", f'{{"health": {odd}}}') for odd in ("null", "3", '["x"]', '[{"name": "x"}]')],
 )
-def test_json_of_another_shape_names_its_file(tmp_path, text):
-    path = tmp_path / "a.json"
+def test_json_of_another_shape_names_its_file(tmp_path, name, text):
+    path = tmp_path / f"{name}.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(
-        ValueError, match="a.json (is not valid JSON|holds no JSON object).* Restore it"
+        ValueError, match=f"{name}.json is not (valid JSON|as it was written).* Restore it"
     ):
         runs.read_json(path)
+
+
+def test_a_pipe_is_no_file_of_a_run(tmp_path):
+    os.mkfifo(path := tmp_path / "manifest.json")
+    with pytest.raises(FileNotFoundError, match="no file .*manifest.json"):
+        runs.read_json(path)
+    with pytest.raises(ValueError, match="manifest.json is there, and is no file"):
+        runs.write_json(path, {})
+
+
+def test_what_json_lacks_is_named(tmp_path):
+    path = tmp_path / "a.json"
     path.write_text('{"a": {"b": 1}}')
     content = runs.read_json(path)
     for missing in (lambda: content["c"], lambda: content["a"]["c"]):

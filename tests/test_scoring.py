@@ -400,6 +400,28 @@ def test_one_query_has_scores_and_no_interval(folder):
     assert scored.spread_in_words().startswith("One query alone")
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_query_that_is_found_by_its_own_photograph_saved_anew_is_told(folder, known):
+    run = open_run(folder, **QUIET)
+    camids = [table["camid"] if known else -1 for table in (run.query, run.gallery)]
+    query, gallery = run.query.assign(camid=camids[0]), run.gallery.assign(camid=camids[1])
+    copied = np.flatnonzero(gallery["pid"].isin(query["pid"][:2]))[[0, -1]]
+    pixels = run.gallery_pixels.copy()
+    for row in copied:
+        asked = query.index[query["pid"] == gallery["pid"][row]][0]
+        # as JPEG leaves them
+        noise = np.random.default_rng(0).integers(-3, 4, pixels[row].shape)
+        pixels[row] = (run.query_pixels[asked].astype(int) + noise).clip(0, 255)
+    run = dataclasses.replace(run, query=query, gallery=gallery, gallery_pixels=pixels)
+    said = f"{gallery['pid'][copied].nunique()} of {len(query)} queries are found by a copy"
+    scored = score_run(run, baselines=False, **QUIET)
+    assert (
+        (said in scored.evaluation.protocol) is (said in metrics_of(folder)["warning"]) is not known
+    )
+    warnings = [] if known else [said]
+    assert all(said in scores_text([folder]) for said in warnings)
+
+
 def test_people_in_training_and_test_stand_beside_every_score(folder, capsys):
     run, recipe = open_run(folder, **QUIET), RECIPE.model_copy(update={"hold_out": 0, "p": 4})
     both = run.query["pid"].unique()[:2]
@@ -422,6 +444,7 @@ def test_people_in_training_and_test_stand_beside_every_score(folder, capsys):
         ("per_query.csv", lambda text: text[: len(text) // 2]),
         ("per_query.csv", lambda text: "\n".join(text.splitlines()[:-1])),
         ("per_query.csv", lambda text: text.replace(",0.", ",1.", 1)),
+        ("per_query.csv", lambda text: re.sub(r"(?m)^(0,[^,]+),\d+", r"\1,999", text)),  # a pid
         ("per_query.csv", lambda text: text.replace("AP,", "ap,")),
         ("per_query.csv", lambda text: ""),
         ("per_query.csv", lambda text: text.encode("utf-16")),
@@ -431,6 +454,8 @@ def test_people_in_training_and_test_stand_beside_every_score(folder, capsys):
         ("metrics.json", lambda text: '{"mAP": "x", "queries": 1, "queries_without_match": 0}'),
         ("metrics.json", lambda text: '{"mAP": 0.5}'),
         ("metrics.json", lambda text: '{"baselines": []}'),
+        ("metrics.json", lambda text: re.sub('"top2": [0-9.]+', '"top2": 1e999', text)),
+        ("metrics.json", lambda text: re.sub('"queries": [0-9]+', '"queries": null', text)),
     ],
 )
 def test_a_broken_table_is_named_and_hides_no_other_run(folder, tmp_path, file, damage):

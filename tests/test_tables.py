@@ -303,6 +303,22 @@ def test_splits_are_known_in_any_spelling(names, data):
     assert got.notes == ("In own/ not read, no part of the split: 2.",)
 
 
+def test_queries_are_drawn_from_a_list_of_a_test_as_from_its_folder(data):
+    names = [f"{s}/{p}{i}.jpg" for s in ("train", "test") for p in ["1/", "2/"] for i in "12"]
+    root = pictures(data / "own", *names)
+    folders = ds.load("own")
+    for split in ("train", "test"):
+        rows = [f"{name.split('/')[1]},{name}" for name in names if name.startswith(split)]
+        (root / f"{split}.csv").write_text("\n".join(rows))
+    got = ds.load("own")
+    assert got.query["path"].tolist() == folders.query["path"].tolist()
+    assert "No queries are given: 2 were drawn from the test with seed 0." in got.notes
+    (root / "test.csv").rename(root / "gallery.csv")  # which has had queries
+    (root / "test").rename(root / "images")
+    with pytest.raises(ValueError, match="query and gallery go together"):
+        ds.load("own")
+
+
 def test_queries_are_drawn_from_a_test_that_has_none(data):
     pictures(
         data / "own",
@@ -491,6 +507,19 @@ def test_identities_of_a_list_stay_apart(case, data):
     (data / "own" / "train.csv").write_text("\n".join(lines))
     got = ds.load("own").train
     assert got.pid.tolist() == expected and got.camid.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pid,path,Path\n1,a.jpg,b.jpg\n", "two.csv has 2 columns path: keep one"),
+        ("1,a.jpg\n1,b.jpg\n2,a.jpg\n", "two.csv gives images to several identities: .*/a.jpg"),
+    ],
+)
+def test_what_is_there_twice_in_a_list_is_refused(text, message, data):
+    (data / "two.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ds.load("two.csv")
 
 
 def test_lists_go_before_folders_and_notes_are_no_lists(data):

@@ -1,5 +1,7 @@
 """A threshold, chosen on some people and tried on others, and the sentences that tell of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from reidlib.evaluation.pairs import pair_distances
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.thresholds import choose_threshold, try_threshold
 from reidlib.evaluation.verify import camera_rates, true_match_rate
+from reidlib.records import read_json
 
 
 def people(seed, shift=0.0, ids=30):
@@ -43,6 +46,19 @@ def test_a_rate_with_too_few_false_matches_behind_it_is_raised_and_told():
     assert threshold.rate == enough > threshold.asked and threshold.there["false_matches"] == 30
     told, _ = threshold.in_words()
     assert "Not at the FMR that was asked for" in told and "FMR of 0.001%" in told
+
+
+def test_queries_of_one_person_leave_nobody_to_try_on_and_their_pairs_are_written(tmp_path):
+    query, gallery = ({"pid": [1, 1], "camid": [1, 1]}, {"pid": [1, 2, 0], "camid": [2, 2, 2]})
+    tables = [[0.0], [1.0]], pd.DataFrame(query), [[0.5], [9.0], [8.0]], pd.DataFrame(gallery)
+    run = SimpleNamespace(
+        retrieval=lambda **_: Retrieval(*tables), place=lambda _: tmp_path / "new"
+    )
+    run.recipe, run.data = SimpleNamespace(hold_out=0), SimpleNamespace(name="few")
+    with pytest.raises(ValueError, match="show one person.*Train with hold_out"):
+        thresholds.two_groups(run)
+    found = read_json(tmp_path / "new" / "verification.json")
+    assert (found["AUC"], found["genuine_pairs"], found["impostor_pairs"]) == (1, 2, 4)
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,7 @@ def find_splits(root: Path, notes: list[str]) -> dict[str, Path]:
         if likely:
             found[split] = (named or likely)[0]
     missing = [f"{s} ({' or '.join(SPLIT_FOLDERS[s])})" for s in SPLIT_FOLDERS if s not in found]
-    drawn = {*found} == {"train", "gallery"}  # but a "gallery" has had queries, which are lost
-    drawn = drawn and found["gallery"].name.lower() not in ("bounding_box_test", "gallery")
-    if missing and found and not drawn:
+    if missing and found and not queries_drawn(found):
         raise FileNotFoundError(
             f"{root} lacks a folder for {', '.join(missing)}: give the right one, or unpack it again; "
             f"{next(iter(found.values()))} by itself is split in halves."
@@ -121,6 +119,12 @@ def find_splits(root: Path, notes: list[str]) -> dict[str, Path]:
     if found and (others := [p.name for p in places if p not in found.values()]):
         notes.append(f"In {root.name}/ not read, no part of the split: {some(others)}.")
     return found
+
+
+def queries_drawn(found: dict[str, Path]) -> bool:
+    """Whether queries can be drawn: from a test beside train; a "gallery" has had some, which are lost."""
+    test = {*found} == {"train", "gallery"} and found["gallery"].stem.lower()
+    return bool(test) and test != "bounding_box_test" and "gallery" not in test
 
 
 def find_lists(root: Path) -> dict[str, Path]:
@@ -316,6 +320,8 @@ def read_list(
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
     columns = [cell.lower() for cell in lines[0][1]] if lines else []
     headed = {"path", *["pid"] * labelled} <= set(columns)
+    if headed and (twice := [c for c in ("path", "pid", "camid") if columns.count(c) > 1]):
+        raise ValueError(f"{source} has {columns.count(twice[0])} columns {twice[0]}: keep one.")
     lines = lines[headed:]
     if not headed:
         columns = ["pid", "path", "camid"][: max(2, len(columns))]
@@ -340,6 +346,9 @@ def read_list(
     rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
     for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
         rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
+    two = rows["path"][rows.groupby("path")["pid"].transform("nunique") > 1]
+    if len(two):
+        raise ValueError(f"{source} gives images to several identities: {some(two.unique())}.")
     lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
     if lost:
         raise FileNotFoundError(

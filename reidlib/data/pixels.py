@@ -30,6 +30,8 @@ Size = tuple[int, int]  # height, width
 # The texts of these errors name the path once more.
 _CAUSES = {UnidentifiedImageError: "no image format that Pillow knows"}
 _CAUSES |= {FileNotFoundError: "there is no such file"}
+# Those of `files.IMAGE_SUFFIXES`, and GIF; others may run programs, or have no size.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF")
 _FORMAT = 1  # of the cache files; a new one makes old files be ignored
 
 
@@ -107,8 +109,7 @@ def read_image(path: str | Path) -> np.ndarray:
     12. A ValueError names a file that cannot be read, and the cause.
     """
     try:
-        _refuse_odd(path)
-        with Image.open(path) as opened:
+        with _opened(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
                 grey = np.asarray(image)
@@ -125,10 +126,11 @@ def read_image(path: str | Path) -> np.ndarray:
     return pixels
 
 
-def _refuse_odd(path: str | Path) -> None:
-    """Refuse what would never end, as a named pipe does; what is not there, too."""
+def _opened(path: str | Path) -> Image.Image:
+    """Open an image; refuse what would never end, as a named pipe does, and what is not there."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is no regular file")
+    return Image.open(path, formats=_FORMATS)
 
 
 def image_sizes(paths: Sequence[str]) -> list[Size | None]:
@@ -136,8 +138,7 @@ def image_sizes(paths: Sequence[str]) -> list[Size | None]:
 
     def header(path: str) -> Size | None:
         try:
-            _refuse_odd(path)
-            with Image.open(path) as image:
+            with _opened(path) as image:
                 # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
                 lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 return image.size if lying else image.size[::-1]

@@ -64,10 +64,10 @@ def load(
 
     In Market-1501's layout files are named PID_cCsS_FRAME_BOX.jpg. A folder's split is that of its
     sub-folders train, query and gallery (also bounding_box_train, image_test, TEST and the like);
-    of train and test alone queries are drawn from test. Without them identities are split in halves,
-    as in Market-1501, see `hold_out`. A row of a CSV list is `pid,path` or `pid,path,camid`, as
-    triplet-reid writes it; with a header columns may stand in any order, among others. Three lists
-    go before folders beside them.
+    of train and test alone, folders or lists, queries are drawn from test. Without them identities
+    are split in halves, as in Market-1501, see `hold_out`. A row of a CSV list is `pid,path` or
+    `pid,path,camid`, as triplet-reid writes it; with a header columns may stand in any order, among
+    others. Three lists go before folders beside them.
 
     Args:
         dataset: one of
@@ -143,9 +143,12 @@ def _folder(root: Path, pattern: str | None) -> Dataset:
 
 def _lists(lists: dict[str, Path], image_root: Source | None, pattern: str | None) -> Dataset:
     """Load the CSV lists of some splits, or of all."""
-    if ("query" in lists) != ("gallery" in lists):
+    if ("query" in lists) != ("gallery" in lists) and not files.queries_drawn(lists):
         found = ", ".join(map(str, lists.values()))
-        raise ValueError(f"query and gallery go together, and there is only {found}.")
+        raise ValueError(
+            f"query and gallery go together, and there is only {found}. Of lists train and test alone "
+            "queries are drawn from test."
+        )
     raw = {
         split: files.read_list(path, image_root, pattern, must_exist=True, labelled=True)
         for split, path in lists.items()

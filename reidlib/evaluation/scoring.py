@@ -20,6 +20,7 @@ from reidlib.data.pixels import load_images, load_training_images
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
 from reidlib.evaluation.baselines import score_baselines
 from reidlib.evaluation.intervals import confidence_interval
+from reidlib.evaluation.leaks import copied_queries
 from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.device import pick_device
@@ -355,7 +356,9 @@ def score_run(
         before = _before(run, place / "metrics.json")  # a broken one is refused before the work
         retrieval = run.retrieval(**options)
         evaluation = retrieval.evaluate()
-        if warning := on_both_sides(run.data) if run.own else "":
+        both = on_both_sides(run.data) if run.own else ""
+        copied = copied_queries(retrieval, run.query_pixels, run.gallery_pixels)
+        if warning := " ".join(filter(None, (both, copied))):
             evaluation = replace(evaluation, protocol=f"{evaluation.protocol} {warning}")
         intervals = confidence_interval(evaluation.per_query, seed=seed)
         scored = Scored(run, place, retrieval, evaluation, intervals, {}, None, ())
@@ -396,10 +399,12 @@ def _write(scored: Scored, before: dict, flip: bool, about: dict[str, str]) -> N
         table = scored.evaluation.per_query
         # Relative names are the same on any machine.
         names = [os.path.relpath(path, data.root) for path in table["path"]]
-        runs.write_text(place / PER_QUERY["test"], table.assign(path=names).to_csv(index=False))
+        rows = table.assign(path=names).to_csv(index=False)
+        runs.write_text(place / PER_QUERY["test"], rows)
         intervals = scored.intervals.dropna()[["low", "high"]].T.to_dict("list")
         content = scored.scores | {"intervals": intervals, "flip": False}
         content |= {"precision": about["precision"], "protocol": scored.evaluation.protocol}
+        content["per_query_sha256"] = runs.text_sha256(rows)
         runs.write_json(place / "metrics.json", before | content)
         # Whoever chooses settings on a test split scores it more than once, and the manifest tells.
         file = folder / "manifest.json"

@@ -7,10 +7,17 @@ import numpy as np
 import pandas as pd
 
 from reidlib.data.tables import load
-from reidlib.evaluation.pairs import Pairs, halves
+from reidlib.evaluation.pairs import Pairs, halves, pair_distances
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.scoring import OpenRun, open_run, trained_on
-from reidlib.evaluation.verify import at_threshold, match_probability, true_match_rate
+from reidlib.evaluation.verify import (
+    at_threshold,
+    auc,
+    equal_error_rate,
+    match_probability,
+    true_match_rate,
+)
+from reidlib.runs import write_json
 
 MIN_FALSE_MATCHES = 30  # the rule of 30, see `verify.true_match_rate`
 
@@ -36,11 +43,25 @@ def two_groups(
 ) -> Groups:
     """Return the held-out people and the test split; or, if nobody was held out, halves of the latter.
 
-    `run` is opened on the test split; `flip` and `precision` are those of `OpenRun.embeddings`. A
-    ValueError if the training images are not those that the run was trained on.
+    `run` is opened on the test split; `flip` and `precision` are those of `OpenRun.embeddings`.
+
+    Raises:
+        ValueError: the training images are not those that the run was trained on; or queries of one
+            person alone, and nobody held out: what its pairs say is written before.
     """
     testing, recipe = run.retrieval(flip=flip, precision=precision), run.recipe
     if not recipe.hold_out:
+        if testing.query["pid"].nunique() == 1:
+            pairs, file = pair_distances(testing), run.place(precision) / "verification.json"
+            found = {"AUC": auc(pairs), "EER": equal_error_rate(pairs)}
+            counts = {"genuine_pairs": len(pairs.genuine), "impostor_pairs": pairs.impostors}
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, {"evaluated_on": run.data.name} | found | counts)
+            raise ValueError(
+                f"All queries of {run.data.name} show one person, so nobody is left to try a threshold "
+                f"on. Of its {pairs} the area under the ROC curve is {found['AUC']:.2%}, written to "
+                f"{file}. Train with hold_out, and the threshold is chosen on others."
+            )
         parts = halves(testing, seed=seed)
         whose = (
             f"{which} half of the test identities of `{run.data.name}` "

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from reidlib.recipes import Recipe
+from reidlib.runs import write_atomically
 from reidlib.words import typeset
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first; the palest two
@@ -153,7 +154,8 @@ def show(figure: Figure, alt: str, photo: bool = False) -> None:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure to a file: `.jpg` for photographs, `.png` for curves."""
-    Path(path).write_bytes(encode(figure, Path(path).suffix.lower() in (".jpg", ".jpeg")))
+    content = encode(figure, Path(path).suffix.lower() in (".jpg", ".jpeg"))
+    write_atomically(Path(path), lambda fresh: fresh.write_bytes(content), len(content))
 
 
 # --- curves

@@ -227,6 +227,8 @@ def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 stored = file[key] if here else None
                 if not isinstance(stored, h5py.Dataset) or stored.external or stored.is_virtual:
                     raise ValueError(f"{key!r} is no dataset that lies in this file")
+                if stored.nbytes > 20 * path.stat().st_size + 10**8:
+                    raise ValueError(f"{key!r} is of {stored.nbytes:,} bytes, as no embeddings are")
                 content[key] = _checked(key, stored[()])
             about = {key: value for key, value in file.attrs.items() if isinstance(value, str)}
         sizes = {key: len(values) if values.ndim else 1 for key, values in content.items()}
@@ -253,10 +255,12 @@ def _checked(key: str, values: np.ndarray) -> np.ndarray:
         if not all(isinstance(name, bytes) for name in values):
             raise ValueError("'path' must hold names")
         return values
-    with np.errstate(invalid="ignore"):  # NaN becomes some number, and is not equal to it
-        whole = values.astype(np.int64)
-    if values.dtype.kind not in "OS" and (whole != values).any():
-        raise ValueError(f"{key!r} must hold whole numbers, not {values.dtype}")
+    whole, kind = np.full(len(values), -2), values.dtype.kind
+    if kind in "biufOS":
+        with np.errstate(invalid="ignore"):  # NaN becomes some number, and is not equal to it
+            whole = values.astype(np.int64)
+    if (whole < -1).any() or (kind not in "OS" and (whole != values).any()):
+        raise ValueError(f"{key!r} must hold whole numbers from -1, not {values.dtype}")
     return whole
 
 

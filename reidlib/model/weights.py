@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -235,7 +236,8 @@ def read_tensors(path: Path) -> Any:
         ValueError: anything else, or no such file.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old protocols, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
         cause = str(error).split("\n")[0] or type(error).__name__
         if "weights" in cause.lower() and "only" in cause.lower():  # torch's advice is to run it

@@ -55,7 +55,7 @@ class State:
 def _digests(path: Path) -> list[str]:
     """Return the digests in the file beside `path`, whose lines are those of `sha256sum`."""
     sidecar = Path(f"{path}.sha256")
-    return sidecar.read_text(errors="replace").split()[::2] if sidecar.exists() else []
+    return sidecar.read_text(errors="replace").split()[::2] if sidecar.is_file() else []
 
 
 def _whole(path: Path) -> str:
@@ -119,7 +119,7 @@ def load_checkpoint(path: Path) -> dict:
         FileNotFoundError: no such checkpoint; as below, names the one before it, or the last one.
         ValueError: truncated, altered, or without its `.sha256`.
     """
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}. {_offer(path)}")
     if not _digests(path):
         problem = f"has no {path.name}.sha256 beside it to compare with"

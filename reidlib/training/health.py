@@ -14,8 +14,12 @@ import pandas as pd
 
 from reidlib import runs
 from reidlib.recipes import Recipe
+from reidlib.records import read_table
 from reidlib.training.checks import AT_ONCE, CHECKS, UNDER_WAY
 from reidlib.training.watched import Watched
+
+# The columns of history.csv that the checks read.
+READ = ["step", "lr", "loss", "active", "norm", "positive_p50", "negative_p50", "negative_p95"]
 
 
 class Finding(NamedTuple):
@@ -80,7 +84,7 @@ def report_run(run: str | Path) -> list[Finding]:
     if "health" not in manifest or checks == UNDER_WAY:
         if not file.is_file():
             raise FileNotFoundError(f"{folder.name} has no history.csv: it has just begun.")
-        history, recipe = pd.read_csv(file), runs.read_recipe(folder)
+        history, recipe = read_table(file, READ), runs.read_recipe(folder)
         now = report(history, recipe, checks, identities=manifest["train_identities"])
         found |= {finding.name: finding for finding in now}
     return [*found.values()]
@@ -100,7 +104,8 @@ def run_text(run: str | Path) -> str:
     manifest = runs.read_json(folder / "manifest.json")
     text = as_text(report_run(folder), checks := _checks(manifest))
     if checks == UNDER_WAY:
-        step = pd.read_csv(folder / "history.csv")["step"].iloc[-1]  # a kill leaves no other trace
+        logged = read_table(folder / "history.csv", READ)  # a kill leaves no other trace
+        step = logged["step"].iloc[-1]
         left_out = ", ".join(named(check for check in CHECKS if check not in checks))
         done = f"step {step:,} of {manifest['steps']:,}"
         text += f"\nIts training has not ended ({done}), so not checked: {left_out}."

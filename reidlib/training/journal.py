@@ -182,6 +182,8 @@ class Journal:
             ends = state.history[-1]
             last = {key: ends[key] for key in ends if key.startswith("held_out_")}
             scores = {"before_mAP": state.facts.get("before"), "best": state.best, "last": last}
+            if (table := self.folder / PER_QUERY["held_out"]).is_file():
+                scores["per_query_sha256"] = runs.text_sha256(table.read_text(encoding="utf-8"))
             runs.update_json(self.folder / "metrics.json", held_out=scores)
         # Some checks only make sense after the last step.
         findings = self._findings(CHECKS if status == "finished" else AT_ONCE, failed)

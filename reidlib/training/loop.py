@@ -264,10 +264,11 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
     # No checkpoint yet: killed before the first one. An absent one with an older one left is not that.
     if last.exists() or previous.exists():
         return load_checkpoint(last)
-    if grown or (weights and not finished):
+    if grown or finished != bool(weights):
         raise ValueError(
             f"{folder} has no checkpoint.pt to go on from. Give another tag, and start from what it has "
-            f"learnt, if that is there: weights={folder / 'weights.safetensors'}."
+            f"learnt, if that is there: weights={folder / 'weights.safetensors'}. Or train it anew with "
+            'resume="restart".'
         )
     return None
 

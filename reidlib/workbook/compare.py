@@ -73,8 +73,8 @@ def complete(
         device, show_progress: as in `loop.train`.
 
     Raises:
-        ValueError: a bad `split` or `jobs`; held-out scores of a recipe that holds nobody out;
-            two rows that would have one run.
+        ValueError: a bad `split` or `jobs`; held-out scores of a recipe that holds nobody out, or a
+            data set without a test; two rows that would have one run.
         RuntimeError: no row at all could be made; says why the first could not.
     """
     if split not in PER_QUERY:
@@ -87,7 +87,7 @@ def complete(
         if split == "held_out" and not recipe.hold_out:
             raise ValueError(f"{label}: it has no held-out scores, since hold_out is 0.")
         recipe = resolve_precision(located(recipe), target)
-        dataset, data = known(recipe.dataset, recipe.pattern, recipe.hold_out)
+        dataset, data = known(recipe.dataset, recipe.pattern, recipe.hold_out, split)
         names[label] = name = runs.run_name(dataset, recipe, tag)
         row = Sought(recipe, tag, outputs_dir() / name, dataset, data)
         if once.setdefault(name, row) != row:
@@ -110,9 +110,14 @@ def complete(
     return {label: made[name] for label, name in names.items()}
 
 
-def _data(dataset: str, pattern: str, held_out: int | str) -> tuple[str, str]:
-    """Return a data set's name, and the fingerprint of the images that are trained on."""
+def _data(dataset: str, pattern: str, held_out: int | str, split: Split) -> tuple[str, str]:
+    """Return a data set's name, and the fingerprint of the images that are trained on.
+
+    A ValueError where it has no test, and rows are to be scored on that.
+    """
     data = load(dataset, pattern=pattern)
+    if split == "test":
+        _ = data.test
     train = hold_out(data.train, held_out, seed=0)[0] if held_out else data.train
     return data.name, fingerprint(train)
 

@@ -22,6 +22,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from reidlib.paths import temporary
+from reidlib.runs import write_text
 
 INJECTED = "# Parameters"  # the first line of the cell that sets parameters, also papermill's
 RESULT = "application/vnd.reidlib.result+json"  # what `notebooks.result` shows
@@ -57,7 +58,7 @@ def execute(
         raise_on_iopub_timeout=True,
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it shares our stderr
     )
-    nbformat.write(notebook, running)
+    write_text(running, nbformat.writes(notebook))
     hidden = not (show_progress and sys.stderr.isatty())
     say("started")
     try:
@@ -109,7 +110,7 @@ def _run(client: NotebookClient, name: str, cells: tqdm, running: Path, stop: "_
                 try:
                     client.execute_cell(cell, index)
                 finally:
-                    nbformat.write(client.nb, running)
+                    write_text(running, nbformat.writes(client.nb))
     except Exception as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0]
         if isinstance(error, CellExecutionError):

@@ -47,8 +47,15 @@ def check_parameters(history: Sequence[str]) -> None:
                 if known := _assigned(own):
                     values = {name: found.default for name, found in _assigned(source).items()}
                     _refuse_unknown(values, known)
-                    _fitting(values, known, "the notebook")
+                    _mend(values, _fitting(values, known, "the notebook"))
                     return  # cells that are run again come later
+
+
+def _mend(values: dict[str, Any], fitting: dict[str, Any]) -> None:
+    """Give a notebook's variables the values that fit: papermill makes a number of the tag 7."""
+    if shell := get_ipython():
+        changed = {n: v for n, v in fitting.items() if type(v) is not type(values[n])}
+        shell.user_ns.update(changed)
 
 
 def given(names: Iterable[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from reidlib import runs
 from reidlib.evaluation.metrics import SCORES, score_values
+from reidlib.records import read_table
 from reidlib.training import health
 from reidlib.workbook.compare import Made
 from reidlib.workbook.scores import read_per_query

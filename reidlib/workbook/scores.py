@@ -9,7 +9,8 @@ from reidlib.evaluation.intervals import difference
 from reidlib.evaluation.metrics import SCORES, score_values
 from reidlib.evaluation.scoring import PER_QUERY
 from reidlib.paths import outputs_dir
-from reidlib.runs import find_run, in_runs, read_json, read_table, sha256
+from reidlib.records import read_json, read_table
+from reidlib.runs import find_run, in_runs, sha256, text_sha256
 
 EXPLAINED = (
     "Per cent; higher is better. mAP: mean average precision over all matches of a query;\n"
@@ -139,19 +140,20 @@ def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
     numbers = ("query", "pid", "matches", "AP", "AP_market", "first_rank", "INP")
     table = read_table(file, numbers)
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
-    rows = metrics.get("queries") if split == "test" else None
+    written = metrics.get("per_query_sha256")
     if split == "held_out":  # while it trains, the table is ahead
         manifest = folder / "manifest.json"
         ended = manifest.exists() and read_json(manifest).get("status") == "finished"
-        last = metrics.get("held_out", {}).get("last", {}) if ended else {}
+        held_out = metrics.get("held_out", {}) if ended else {}
+        written = held_out.get("per_query_sha256")
+        last = held_out.get("last", {})
         metrics = {key.removeprefix("held_out_"): value for key, value in last.items()}
     found = score_values(table).mean()
-    known = {key: pd.to_numeric(metrics[key], errors="coerce") for key in SCORES if key in metrics}
-    differ = [key for key, value in known.items() if not abs(found[key] - value) < 1e-9]
-    if differ or rows not in (None, len(table)):
-        what = f"has {len(table)} rows, not {rows}" if not differ else f"has another {differ[0]}"
+    differ = [key for key in SCORES if not abs(found[key] - metrics.get(key, found[key])) < 1e-9]
+    # Runs of older versions have no digest.
+    if differ or written not in (None, text_sha256(file.read_text(encoding="utf-8"))):
         raise ValueError(
-            f"{file} {what} than metrics.json beside it: it is cut short, altered or of other scores. "
+            f"{file} is not that of metrics.json beside it: it is cut short, altered or of other scores. "
             + ("Score the run again." if split == "test" else "Restore it, or train the run again.")
         )
     return table
