@@ -30,8 +30,7 @@ example: setup  ## the committed run on the built-in data again, on one thread
 	OMP_NUM_THREADS=1 $(PY) -m reidlib run 04_evaluate -p run synthetic_batchhard_softplus_example
 
 gallery: setup  ## the README's pictures again, after `make demo`
-	$(PY) -m reidlib run 04_evaluate 10_rerank_and_tta 13_same_person 14_why_wrong \
-	  -p run synthetic_batchhard_softplus_demo -p lists 1
+	$(PY) -m reidlib run 04_evaluate 14_why_wrong -p run synthetic_batchhard_softplus_demo -p lists 1
 	$(PY) docs/gallery.py synthetic_batchhard_softplus_demo
 
 BOOK := REID_OUTPUTS="$(CURDIR)/book/runs" $(PY)

@@ -23,6 +23,7 @@ from reidlib.workbook.headless import RESULT
 
 PLACE = ROOT / "docs" / "notebooks"
 IMAGE = re.compile(r'<img\b[^>]*\bsrc="data:image/\w+;base64,([^"]+)" alt="([^"]*)"')
+SIZE = (480, 300)  # of a card's picture
 QUESTION = re.compile(r"# (.+)\n\n\*\*Question:\*\* ((?:.+\n)+)")
 BROWSER = (
     '<iframe src="../{0}" title="The ranked-list browser" width="100%" height="900"></iframe>'
@@ -48,12 +49,22 @@ torch {torch}, in {minutes:.0f} minutes.
 
 
 def figures(notebook: nbformat.NotebookNode) -> list[tuple[bytes, str]]:
-    """Every figure that a notebook shows, (file, alt text); before others that of a cell tagged `cover`."""
-    cells = [cell for cell in notebook.cells if cell.get("outputs")]
-    cells.sort(key=lambda cell: "cover" not in cell.metadata.get("tags", []))
-    shown = [o.get("data", {}).get("text/html", "") for cell in cells for o in cell.outputs]
-    found = IMAGE.findall("".join(shown))
-    return [(base64.b64decode(data), html.unescape(alt)) for data, alt in found]
+    """Every figure that a notebook shows, (file, alt text)."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    return [(base64.b64decode(data), html.unescape(alt)) for data, alt in IMAGE.findall(shown)]
+
+
+def cover(notebook: nbformat.NotebookNode, path: Path) -> str:
+    """Write the picture of a notebook's card, its first photographs or else curves; return alt text."""
+    pictures = [(Image.open(io.BytesIO(data)), alt) for data, alt in figures(notebook)]
+    picture, alt = next((p for p in pictures if p[0].format == "JPEG"), pictures[0])
+    if picture.format == "JPEG":
+        card = ImageOps.fit(picture, SIZE, centering=(0, 0))
+    else:
+        card = ImageOps.pad(picture.convert("RGB"), SIZE, color="white")
+    card.save(path, quality=80)
+    return alt
 
 
 def seconds(notebook: nbformat.NotebookNode) -> float:

@@ -12,7 +12,7 @@ from sphinx.errors import ExtensionError
 
 project = html_title = "The triplet re-ID workbook"
 author, copyright = "the workbook's authors", "MIT licence"
-extensions = ["myst_nb", "sphinx_design"]
+extensions, exclude_patterns = ["myst_nb", "sphinx_design"], ["colab.ipynb"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
 nb_execution_mode = "off"
 nb_code_prompt_show = "Show the code"
@@ -36,7 +36,6 @@ if REPOSITORY:
         "use_repository_button": True,
         "launch_buttons": {
             "binderhub_url": "https://mybinder.org",
-            "colab_url": "https://colab.research.google.com",
             "notebook_interface": "jupyterlab",
         },
     }
@@ -62,7 +61,9 @@ def read(app, name: str, source: list[str]) -> None:
         source[0] = TERM.sub(lambda m: f"- []{{#{anchor(m[1])}}}**{m[1]}**: {m[2]}", source[0])
     if not name.startswith("notebooks/"):
         text = source[0].replace("](../notebooks/", "](notebooks/")
-        text = re.sub(r"(?<!\[)`(\d\d_\w+)`", r"[`\1`](notebooks/\1.ipynb)", text)
+        lines = text.splitlines()
+        known = [line for line in lines if REPOSITORY or "OWNER/NAME" not in line]
+        text = "\n".join(known).replace("OWNER/NAME", REPOSITORY or "")
         outside = rf"[\1](https://github.com/{REPOSITORY}/blob/main/\2)" if REPOSITORY else r"\1"
         source[0] = re.sub(r"\[([^]]+)\]\(\.\./([^)]+)\)", outside, text)
 
@@ -77,7 +78,7 @@ def in_a_sentence(text: nodes.Text) -> bool:
 
 def explain(app, doctree: nodes.document, name: str) -> None:
     """Link a word of the glossary to it, where a page first has it in a sentence."""
-    known = {*GLOSSARY} if name == "glossary" else set()
+    known = {*GLOSSARY} if name in ("glossary", "index") else set()
     page = app.builder.get_relative_uri(name, "glossary")
     for text in filter(in_a_sentence, [*doctree.findall(nodes.Text)]):
         parts, last = [], 0
@@ -91,6 +92,20 @@ def explain(app, doctree: nodes.document, name: str) -> None:
                 last = found.end()
         if parts:
             text.parent.replace(text, [*parts, nodes.Text(text[last:])])
+
+
+def lead(app, doctree: nodes.document, name: str) -> None:
+    """Link the name of a notebook to its page."""
+    for literal in [*doctree.findall(nodes.literal)]:
+        page = f"notebooks/{literal.astext()}"
+        if (
+            page in app.env.found_docs
+            and page != name
+            and isinstance(literal.parent, nodes.paragraph)
+        ):
+            link = nodes.reference("", "", refuri=app.builder.get_relative_uri(name, page))
+            literal.parent.replace(literal, link)
+            link += literal
 
 
 def write_math(translator, node: nodes.Element) -> None:
@@ -133,7 +148,12 @@ def mend(app, exception) -> None:
     out = Path(app.outdir)
     if exception:
         return
-    for path in [*out.rglob("*.map"), *out.glob("_static/webpack*")]:  # of the theme's workshop
+    unused = [
+        *out.rglob("*.map"),
+        *out.glob("_static/webpack*"),
+        *out.glob("_static/locales/**/*.*"),
+    ]
+    for path in unused:  # by a reader: they are of the theme's workshop
         path.unlink()
     for path in out.rglob("*.html"):
         text = path.read_text("utf-8")
@@ -153,5 +173,6 @@ def setup(app) -> None:
     """Tell Sphinx of what stands above."""
     app.connect("source-read", read)
     app.connect("doctree-resolved", explain)
+    app.connect("doctree-resolved", lead)
     app.connect("build-finished", mend)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))

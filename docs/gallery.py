@@ -20,8 +20,6 @@ from reidlib.runs import find_run
 
 FIGURES = {  # file: (notebook, beginning of the alt text, width in pixels)
     "ranked_lists.jpg": ("04_evaluate", "Ranked lists of the best", 1600),
-    "gains.png": ("10_rerank_and_tta", "Gains of mAP", 1100),
-    "threshold.png": ("13_same_person", "The histograms of section 3 with the threshold", 900),
     "why_wrong.jpg": ("14_why_wrong", "Worst queries: where features", 1200),
 }
 
@@ -53,7 +51,5 @@ if __name__ == "__main__":
     for name, (notebook, alt, width) in FIGURES.items():
         picture = figure(notebook, alt)
         picture.thumbnail((width, 10_000))
-        if name.endswith(".png"):  # curves have few colours
-            picture = picture.quantize(64)
         picture.save(ROOT / "docs" / name, quality=80, optimize=True)
     photograph(find_run(sys.argv[1]) / "ranked_lists.html", ROOT / "docs" / "browser.jpg")

@@ -14,27 +14,30 @@ from reidlib.workbook.headless import RESULT
 book = runpy.run_path(str(ROOT / "docs/book.py"))
 
 
-def cell(source, data, *tags):
+def cell(source, data):
     """A cell that ran for two seconds."""
     clock = {
         key: f"2026-01-01T00:00:0{at}Z"
         for key, at in (("iopub.execute_input", 1), ("shell.execute_reply", 3))
     }
     made = new_code_cell(source, outputs=[new_output("display_data", data)])
-    made.metadata.update(execution=clock, tags=[*tags])
+    made.metadata.update(execution=clock)
     return made
 
 
 @pytest.fixture
 def executed(tmp_path):
     """An executed notebook with two figures, the browser, and what it hands on; a run beside it."""
-    shown = [{"text/html": figures.img(Figure((2, 1)), alt)} for alt in ("<first>", "the cover")]
+    shown = [
+        {"text/html": figures.img(Figure((2, 1)), alt, photo)}
+        for alt, photo in (("curves", False), ("<photographs>", True))
+    ]
     cells = [
         new_markdown_cell(
             "# 04 · A title\n\n**Question:** what is\nasked?\n\nMore.".replace("\\\n", "\n")
         ),
         cell("show(first)", shown[0]),
-        cell("show(second)", shown[1], "cover"),
+        cell("show(second)", shown[1]),
         cell("browser = Browser(shown)", {"text/plain": f"{ROOT / 'x'}"}),
         cell("result()", {RESULT: {}, "text/plain": "run = 1"}),
     ]
@@ -55,7 +58,9 @@ def test_what_sphinx_gets(executed):
     assert (executed.parent / "pages/ranked_lists.html").read_text() == "lists"
     card = (executed.parent / "cards_0.txt").read_text()
     assert (
-        "04 · A title\n" in card and ":img-alt: the cover\n" in card and "\nWhat is\nasked?" in card
+        "04 · A title\n" in card
+        and ":img-alt: <photographs>\n" in card
+        and "\nWhat is\nasked?" in card
     )
     assert executed.with_suffix(".jpg").stat().st_size > 100
     assert "| [04_a_title](04_a_title.ipynb) | 8 |" in (executed.parent / "times.md").read_text()
