@@ -54,7 +54,7 @@ def read(made: Mapping[Key, Made], split: str = "test") -> dict[Key, Run]:
             found[name, seed] = Run(
                 folder,
                 read_per_query(folder, split),
-                runs.read_table(folder / "history.csv", ("step",)),
+                read_table(folder / "history.csv", ("step",)),
                 runs.read_json(folder / "manifest.json")["wall_seconds"] / 60,
                 [finding.name for finding in health.report_run(folder)],
             )
