@@ -30,8 +30,8 @@ from reidlib.look.maps import Sides
 from reidlib.paths import ROOT
 
 TOPK = 6
-COLUMNS = ("run", "asked", "query", "query_path", "rank", "gallery", "path", "pid", "camid")
-COLUMNS += ("distance", "status")
+COLUMNS = ("run", "asked", "query", "rank", "gallery", "pid", "camid", "distance", "status")
+COLUMNS += ("query_path", "path")
 # Together, folder and file name hold `</script>`, which no file name alone can.
 HOSTILE = (
     "plain.png",

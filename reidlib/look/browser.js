@@ -11,7 +11,7 @@ const STATUS = {
   j: { status: "junk", kind: "excluded", sign: "–", word: "junk" },
   i: { status: "query itself", kind: "excluded", sign: "–", word: "query itself" },
 };
-const COLUMNS = "run asked query query_path rank gallery path pid camid distance status".split(" ");
+const COLUMNS = "run asked query rank gallery pid camid distance status query_path path".split(" ");
 const TAGS = "path action pid tag note".split(" "); // what `reidlib.data.corrections` reads, and more
 const PAGE = 60; // queries that the picker draws at a time
 const KEYS = [

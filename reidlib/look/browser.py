@@ -200,7 +200,7 @@ class Browser(anywidget.AnyWidget):
         """The ticked results, list by list; where nothing is ticked, the list in view as filtered.
 
         Columns: `run`, `asked` ("query" or "gallery": the table that the query's row number is of),
-        `query`, `query_path`, and those of `Retrieval.ranked_lists` from `rank` on.
+        `query`, those of `Retrieval.ranked_lists` from `rank` on, `query_path` and `path`.
         """
         runs, topk = self._lists.runs, self.view.get("topk", self._lists.topk)
         if self.ticked:

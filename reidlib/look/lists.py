@@ -208,8 +208,9 @@ class Lists:
         """Return one list as a table to take away."""
         side, row = self.place(key)
         table = run.ranked(side, [row], topk).drop(columns="query")
-        asking = {"run": run.name, "asked": SIDES[side], "query": row, "query_path": self.path(key)}
-        return pd.concat([pd.DataFrame(asking, table.index), table], axis=1)
+        asking = {"run": run.name, "asked": SIDES[side], "query": row}
+        paths = {"query_path": self.path(key), "path": table.pop("path")}  # long, so they come last
+        return pd.concat([pd.DataFrame(asking, table.index), table.assign(**paths)], axis=1)
 
     def path(self, key: str) -> str:
         """Return the path of an image's file; "" where it is not known."""
