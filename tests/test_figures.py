@@ -341,7 +341,7 @@ def test_results_of_nobody_known_carry_their_file_names(row):
     results.loc[1, "path"] = str(path.rename(path.with_name("$x_1$ " + 30 * "y" + ".png")))
     figure = photographs.ranked_lists([row._replace(results=results)])
     words = texts(figure.axes[0])
-    assert "5\n1.00" in words and r"\$x_1\$…yyyyy" in [w.split("\n")[0] for w in words]
+    assert "5\n1.00" in words and r"\$x_1…yyyy" in [w.split("\n")[0] for w in words]
     assert inside(figure)
     assert any("its file" in word for word in words)
 

@@ -257,6 +257,7 @@ def test_what_13_says_of_pairs(shape):
             assert "cannot be compared" in said
             continue
         assert ("accepts no stranger" in said) == (near.iloc[0] > value)
+        assert ("From any camera" in said) == (rates["TMR"].nunique() == 1)
         within = rates[rates["query_camid"] == rates["gallery_camid"]]
         across = rates.drop(within.index)
         inside, outside = (r["FMR"] @ r["impostor"] / r["impostor"].sum() for r in (within, across))
@@ -267,6 +268,8 @@ def test_what_14_says_of_failures(shape):
     causes = why.causes(shape)
     scorable, rates = causes[causes["matches"] > 0], why.base_rates(causes)
     wrong, right = scorable["wrong"].sum(), (~scorable["wrong"]).sum()
+    said = why.wrong_in_words(scorable, "Run")
+    assert ("none of the" in said) == (wrong == 0) and (not wrong or numbers(said)[1] == wrong)
     said = why.lifts_in_words(rates, causes)
     assert ("nothing to compare" in said) == (min(wrong, right) == 0)
     assert ("surely more often" in said) == (min(wrong, right) > 0 and (rates["low"] > 1).any())
@@ -291,8 +294,9 @@ def test_what_14_says_of_failures(shape):
 @pytest.mark.parametrize("itself", [0, 2])
 def test_what_12_says_of_lists(itself):
     status = ["query itself"] * itself + ["unknown"] * (6 - itself)
-    found = pd.DataFrame({"query": [0, 1, 2] * 2, "status": status})
-    said = lists_in_words(found, 2, drawn=5)
-    assert "3 of 3 lists" in said and ("very file of 2" in said) == bool(itself)
+    found = pd.DataFrame({"query": [0, 1, 2] * 2, "status": status, "rank": [1, 1, 1, 2, 2, 2]})
+    said = lists_in_words(found, drawn=5)
+    assert "the 2 nearest" in said and "3 of 3 lists" in said
+    assert ("very file of 2" in said) == bool(itself)
     first, second, others = np.array([0.0, 0.0]), np.array([1.0, 3.0]), np.array([5.0])
     assert "is 0.00 in" in nearness_in_words(first, second, others)

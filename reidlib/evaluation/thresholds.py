@@ -188,8 +188,8 @@ class Trial(NamedTuple):
         fmr, tmr = self.rates.loc["FMR"], self.rates.loc["TMR"]
         return (
             f"On people that it was not chosen on, the threshold gives an FMR of {fmr['value']:.3%} "
-            f"({fmr['low']:.3%} to {fmr['high']:.3%}), {fmr['value'] / fmr['promised']:.2g} times "
-            f"the {fmr['promised']:.3%} it was chosen for: {self.verdict}. The TMR is "
+            f"({fmr['low']:.3%} to {fmr['high']:.3%}), where it was chosen for {fmr['promised']:.3%}: "
+            f"{self.verdict}. The TMR is "
             f"{tmr['value']:.1%}, after {tmr['promised']:.1%}. At the two ends of the threshold's "
             f"interval the FMR here would be {self.least['value']:.3%} and {self.most['value']:.3%}."
         )
@@ -271,6 +271,8 @@ def camera_rates_in_words(cameras: pd.DataFrame) -> str:
         f"{worst['genuine']:,} genuine pairs, from {best['pair']} {best['TMR']:.1%} of "
         f"{best['genuine']:,}."
     )
+    if worst["TMR"] == best["TMR"]:
+        said = f"From any camera to any other the threshold finds {best['TMR']:.1%} of the genuine pairs."
     if not most["FMR"] > 0:
         return f"{said} It accepts no stranger, in any pair of cameras."
     said += (

@@ -300,7 +300,7 @@ def _ranked(result: Any) -> tuple[str, Mark, str, str, int]:
     who = f"id {result.pid}" if result.pid > 0 else ""
     of = f"{_camera(result)}{who}".strip()
     if not of and result.status == "unknown":  # all that there is to know it by
-        of = one_line(Path(result.path).stem, 11)
+        of = one_line(Path(result.path).stem, 9)
     under = f"{of}\n{result.distance:#.3g}".strip()
     if result.pid == 0:  # a camera beside so long a word would not fit
         under = f"distractor\n{_camera(result)}{result.distance:#.3g}"

@@ -192,12 +192,12 @@ def search_csv(found: pd.DataFrame) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def lists_in_words(found: pd.DataFrame, topk: int, drawn: int) -> str:
+def lists_in_words(found: pd.DataFrame, drawn: int) -> str:
     """Say what the first lists of what `search` returned show."""
     queries, itself = found["query"].nunique(), (found["status"] == "query itself").sum()
     said = (
-        f"Each row shows a query, then the {topk} nearest images of the gallery from left to right, with "
-        f"their distance. {min(drawn, queries):,} of {queries:,} lists are drawn. "
+        f"Each row shows a query, then the {found['rank'].max()} nearest images of the gallery from left to "
+        f"right, with their distance. {min(drawn, queries):,} of {queries:,} lists are drawn. "
     )
     if itself:
         said += f"The gallery holds the very file of {itself:,} of the queries. "
