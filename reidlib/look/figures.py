@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from reidlib.evaluation.metrics import SCORES
 from reidlib.recipes import Recipe
 from reidlib.runs import write_atomically
 from reidlib.words import typeset
@@ -259,7 +260,7 @@ def training_curves(history: pd.DataFrame, recipe: Recipe) -> Figure:
         panel.set(title=title, xlim=(0, None), ylim=(0, None))
     if _has_held_out(history):
         last.set(ylim=(0, 100))
-        last.legend(loc="lower right")
+        last.legend()
     active.set(ylim=(-0.03, 1.03))
     if history["lr"].max() > 5 * history["lr"].min():
         rate.set(ylim=(0.5 * history["lr"].min(), 2 * history["lr"].max()), yscale="log")
@@ -313,7 +314,8 @@ def _over_steps(panel: Axes, history: pd.DataFrame, column: str) -> None:
             panel.plot(history["step"], p50, **line, **dots)
     elif column.startswith("held_out_"):  # a fraction, at some steps only
         scored = history.dropna(subset=column)
-        line = {"marker": MARKERS[len(panel.lines)], "label": column.removeprefix("held_out_")}
+        label = SCORES[column.removeprefix("held_out_")]
+        line = {"marker": MARKERS[len(panel.lines)], "label": label}
         panel.plot(scored["step"], 100 * scored[column], **line, clip_on=False)
     else:
         panel.plot(history["step"], history[column], **dots)
@@ -341,7 +343,6 @@ def distance_histograms(
     matches: Sequence[float],
     non_matches: Sequence[float],
     names: tuple[str, str] = ("same person", "somebody else"),
-    x_label: str = "distance",
 ) -> Figure:
     """Draw how distances of matches and of non-matches spread; where they overlap, ranks go wrong.
 
@@ -361,7 +362,7 @@ def distance_histograms(
     hatched = {"fill": True, "fc": "none", "ec": "#555555", "lw": 0, "hatch": "///"}
     hatched["label"] = f"overlap: {both @ np.diff(edges):.0%} of the area"
     axes.stairs(both, edges, **hatched)
-    axes.set(xlabel=x_label, ylabel="density", yticks=[])
+    axes.set(xlabel="distance", ylabel="density", yticks=[])
     axes.legend(**BESIDE)
     return figure
 
