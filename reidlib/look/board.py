@@ -86,13 +86,10 @@ def overview(*running: Path) -> Path:
     shown = {name: outputs_dir() / f"market1501_{name}" for name in FOUR}
     shown |= {"example": outputs_dir() / runs.EXAMPLE} | {run.name: run for run in newest}
     folder = cache_dir() / "tensorboard"
-    folder.mkdir(parents=True, exist_ok=True)
-    for link in folder.iterdir():
-        if link.readlink() != shown.get(link.name):
-            link.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # the links, not what they lead to
+    folder.mkdir(parents=True)
     for name, run in shown.items():
-        with suppress(FileExistsError):
-            (folder / name).symlink_to(run, target_is_directory=True)
+        (folder / name).symlink_to(run, target_is_directory=True)
     return folder
 
 
