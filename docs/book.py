@@ -99,11 +99,7 @@ def main(place: Path = PLACE) -> None:
         notebook = nbformat.reads(text, as_version=4)
         for_a_book(notebook, pages[-1] if pages else None)
         nbformat.write(notebook, path)
-        data, alt = figures(notebook)[0]
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
-        ImageOps.fit(picture, (480, 300), centering=(0, 0)).save(
-            path.with_suffix(".jpg"), quality=80
-        )
+        alt = cover(notebook, path.with_suffix(".jpg"))
         title, question = QUESTION.match(notebook.cells[0].source).groups()
         question = question[0].upper() + question[1:]
         cards[path.stem[0]] += CARD.format(title=title, stem=path.stem, alt=alt, question=question)
