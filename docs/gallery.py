@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from book import figures
 from PIL import Image
 
+from book import figures
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.runs import find_run
 
