@@ -775,8 +775,8 @@ def test_cameras_and_confusions_in_words():
     assert "From camera 1 to camera 2, 50% of 4 matches" in why.cameras_in_words(pairs)
     assert "cannot be compared" in why.cameras_in_words(pairs[:1])
     row = {"pid": 3, "other_pid": 7, "intrusions": 5, "queries": 2, "mutual": True}
-    said = why.confusions_in_words(pd.DataFrame([row, *[row | {"intrusions": 1}] * 2]))
-    assert "Identities 3 and 7" in said and "both ways" in said and "from 1 of 3 pairs" in said
+    said = why.confusions_in_words(pd.DataFrame([row, row | {"intrusions": 1}]))
+    assert "Identities 3 and 7" in said and "both ways" in said and "from 1 of 2 pairs" in said
     assert "No list has" in why.confusions_in_words(pd.DataFrame([row])[:0])
 
 
@@ -796,8 +796,6 @@ def test_suspects_in_words():
     copies = pd.DataFrame({"harm": ["none", "two identities"]})
     said = duplicates_in_words(copies, 1000)
     assert said.startswith("2 pairs of copies among 1,000 images, 1 of")
-    assert "No photograph is twice" in duplicates_in_words(copies[:0], 1000)
-    assert "others" not in duplicates_in_words(copies[1:], 1000)
     trial = {"planted": 20, "recall": 0.5, "right_pid": 0.9, "others": 3}
     assert "50% were found, 90% of these" in suspects.trust_in_words(trial, 4)
     assert "the true identity" not in suspects.trust_in_words(trial | {"recall": 0.0}, 4)

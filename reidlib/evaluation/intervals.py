@@ -188,21 +188,3 @@ def confidence_interval(
     means = [times @ sums / (times @ sizes) for times in times_drawn(len(sizes), repeats, seed)]
     low, high = percentiles(np.array(means), level)
     return pd.DataFrame({"value": values.mean(), "low": low, "high": high})
-
-
-def gains_in_words(gains: pd.DataFrame) -> str:
-    """Say which rows gain, which lose and which do neither for sure, from their `value`, `low`, `high`.
-
-    >>> table = pd.DataFrame({"value": [2.0, -0.5], "low": [1, -2], "high": [3, 1]}, index=["a", "b"])
-    >>> gains_in_words(table)
-    'sure gains by a (+2.0); too close to call with these queries: b (-0.5).'
-    """
-    more, less = gains["low"] > 0, gains["high"] < 0
-    kinds = {"sure gains by": more, "sure losses by": less}
-    kinds["too close to call with these queries:"] = ~(more | less)
-    said = (
-        f"{words} " + ", ".join(f"{name} ({x:+.1f})" for name, x in gains["value"][rows].items())
-        for words, rows in kinds.items()
-        if rows.any()
-    )
-    return "; ".join(said) + "."

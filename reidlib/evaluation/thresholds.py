@@ -204,36 +204,6 @@ def try_threshold(threshold: Threshold, pairs: Pairs, *, draws: int = 500, seed:
     return Trial(found, least.loc["FMR"], most.loc["FMR"])
 
 
-def pairs_in_words(pairs: Pairs) -> str:
-    """Say of how many people the impostor pairs are, and why people are drawn again and not pairs."""
-    people, strangers = pairs.identities, pairs.distractors
-    each = pairs.impostors / (people * (people - 1) / 2 + people * strangers)
-    copies = (
-        f" That is {each:.1f} for each two who meet, near copies of each other."
-        if each > 1.5
-        else ""
-    )
-    return (
-        f"There are {pairs.impostors:,} impostor pairs, but of only {people:,} people and {strangers:,} "
-        f"distractors.{copies} So the intervals below draw people, not pairs."
-    )
-
-
-def overlap_in_words(area: float, equal: float, strangers: float) -> str:
-    """Say how well distances part two kinds of pairs: AUC, equal error rate, strangers of a query."""
-    said = (
-        f"A genuine pair is nearer than an impostor pair in {area:.2%} of all cases (the area under the "
-        f"ROC curve). There is one threshold where both errors are equal: {equal:.2%} of the genuine pairs "
-        f"are refused, and {equal:.2%} of the impostor pairs accepted. This is the equal error rate."
-    )
-    if equal * strangers < 1:
-        return f"{said} For a query here that is less than one stranger accepted."
-    return (
-        f"{said} For a query here, which meets {strangers:,.0f} strangers, that is about "
-        f"{equal * strangers:,.0f} of them accepted. So a useful threshold lies farther to the left."
-    )
-
-
 def measurable_in_words(pairs: Pairs, at: pd.DataFrame) -> str:
     """Say which false-match rates have a number, given the rows of `true_match_rate`."""
     none = at["TMR"].isna()
@@ -283,21 +253,6 @@ def camera_rates_in_words(cameras: pd.DataFrame) -> str:
     if inside > 1.25 * across:
         return f"{said}: a shared background and light may make strangers look alike."
     return f"{said}: here a shared camera hardly makes strangers look more alike."
-
-
-def extremes_in_words(pairs: Pairs, threshold: float) -> str:
-    """Say what to look for in the nearest pairs of strangers, and in the pairs that are refused."""
-    far = pairs.genuine["distance"]
-    nearest, refused = pairs.impostor["distance"].iloc[0], (far > threshold).sum()
-    nearer = f"nearer than {(far > nearest).mean():.2%} of all genuine pairs: a wrong label?"
-    return (
-        f"The number over a query is the distance; the threshold is {threshold:.2f}. The nearest "
-        f"strangers are {nearest:.2f} apart, "
-        + (nearer if (far > nearest).any() else "farther than every genuine pair.")
-        + (f" {refused:,} genuine pairs are refused; doubt the farthest, too." if refused else "")
-        + " Ask of each pair what its two images share, or do not: clothes, bag, pose, light, "
-        "background, or the cut of the picture."
-    )
 
 
 def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed: float) -> str:

@@ -101,12 +101,4 @@ def _thumbnails(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def duplicates_in_words(copies: pd.DataFrame, images: int) -> str:
     """Say how many copies `duplicates` found among so many images, and how many do harm."""
     harmful = int((copies["harm"] != "none").sum())
-    if not len(copies):
-        return f"No photograph is twice among these {images:,} images."
-    said = f"{len(copies):,} pairs of copies among {images:,} images, {harmful:,} of them harmful."
-    if harmful == len(copies):
-        return said
-    return (
-        f"{said} The others are of one identity and camera, or of nobody: what stood still before a camera, "
-        "photographed again."
-    )
+    return f"{len(copies):,} pairs of copies among {images:,} images, {harmful:,} of them harmful."

@@ -54,12 +54,7 @@ PLAIN = Mark("#FFFFFF", "", "-")
 # No ink has enough contrast on white and on black. So figures are drawn on white, and where a page is
 # dark, in JupyterLab or the book, its browser turns the lightness of drawn ones around and keeps the
 # hues. Photographs stay as they are.
-DARK = """<style>
-body[data-jp-theme-light=false] img.drawn, html[data-theme=dark] img.drawn
- {filter: invert(.93) hue-rotate(180deg)}
-html[data-theme=dark] div.cell_output :is(img.dark-light, .text_html:has(> img.dark-light))
- {background: none !important; padding: 0 !important}
-</style>"""
+DARK = f"<style>{Path(__file__).with_suffix('.css').read_text()}</style>"
 
 
 def use_style() -> None:

@@ -192,18 +192,6 @@ def search_csv(found: pd.DataFrame) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def lists_in_words(found: pd.DataFrame, drawn: int) -> str:
-    """Say what the first lists of what `search` returned show."""
-    queries, itself = found["query"].nunique(), (found["status"] == "query itself").sum()
-    said = (
-        f"Each row shows a query, then the {found['rank'].max()} nearest images of the gallery from left to "
-        f"right, with their distance. {min(drawn, queries):,} of {queries:,} lists are drawn. "
-    )
-    if itself:
-        said += f"The gallery holds the very file of {itself:,} of the queries. "
-    return f"{said}No frame says who is right: the model does not know it either."
-
-
 def nearness(
     retrieval: Retrieval, found: pd.DataFrame, queries: int = 50, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -259,19 +259,6 @@ def plain(name: str) -> str:
     return name.replace("_", " ")
 
 
-def wrong_in_words(scorable: pd.DataFrame, who: str) -> str:
-    """Say how many of the queries with a match are wrong, and how many strangers stand before those."""
-    wrong = scorable[scorable["wrong"]]
-    if not len(wrong):
-        return f"{who}: none of the {len(scorable):,} queries with a match is wrong."
-    return (
-        f"{who}: of {len(scorable):,} queries with a match, {len(wrong):,} are wrong "
-        f"({len(wrong) / len(scorable):.1%}). Above their first match stand "
-        f"{wrong['strangers_above'].sum():,} strangers, "
-        f"{wrong['distractors_above'].sum():,} of them distractors."
-    )
-
-
 def lifts_in_words(rates: pd.DataFrame, causes: pd.DataFrame) -> str:
     """Say which of the evidence that some query shows is more frequent among wrong ones."""
     scorable = causes[causes["matches"] > 0]
@@ -314,13 +301,11 @@ def confusions_in_words(confused: pd.DataFrame) -> str:
         return "No list has a stranger where a match should stand."
     row, counts = confused.iloc[0], confused["intrusions"]
     half = 1 + int((counts.cumsum() < counts.sum() / 2).sum())
-    said = (
+    return (
         f"Identities {row['pid']} and {row['other_pid']} are mixed up most: {row['intrusions']} "
-        f"intrusions in {row['queries']} lists, {'both ways' if row['mutual'] else 'one way'}."
+        f"intrusions in {row['queries']} lists, {'both ways' if row['mutual'] else 'one way'}. "
+        f"Half of all {counts.sum():,} intrusions come from {half:,} of {len(confused):,} pairs."
     )
-    if len(counts) < 3:
-        return said
-    return f"{said} Half of all {counts.sum():,} intrusions come from {half:,} of {len(confused):,} pairs."
 
 
 def places_in_words(gaps: np.ndarray, swings: np.ndarray, wrong: int) -> str:
