@@ -166,18 +166,17 @@ def scored_of(shape):
     """What 04 has of a retrieval, without a run on disk."""
     evaluation = shape.evaluate()
     intervals = confidence_interval(evaluation.per_query)
-    run = SimpleNamespace(gallery=shape.gallery)
-    return Scored(run, Path(), shape, evaluation, intervals, {}, None, ())
+    return Scored(None, Path(), shape, evaluation, intervals, {}, None, ())
 
 
 def test_distances_are_said_as_they_lie(shape):
     matches, others = shape.distance_sample()
-    said = scored_of(shape).distances_in_words(matches, others)
+    said = figures.distances_in_words(matches, others, len(shape.gallery))
     nearer = (others <= np.median(matches)).mean()
     assert "about 0" not in said and "0.00%" not in said
     assert ("hardly tells" in said) == (nearer > 0.3)
     assert ("decided in the left tail" in said) == (0.3 >= nearer >= 1 / len(shape.gallery))
-    collapsed = scored_of(shape).distances_in_words(0 * matches, 0 * others)
+    collapsed = figures.distances_in_words(0 * matches, 0 * others, len(shape.gallery))
     assert " 100% are as near" in collapsed and "hardly tells" in collapsed
 
 
@@ -185,7 +184,7 @@ def test_scores_are_said_as_they_are(shape):
     scored = scored_of(shape)
     queries = scored.evaluation.per_query.dropna(subset="AP")
     perfect, missed = (queries["AP"] == 1).sum(), (queries["first_rank"] > 10).sum()
-    lists = [int(n) for n in re.findall(r"\d+", scored.lists_in_words(10))]
+    lists = [int(n) for n in re.findall(r"\d+", figures.lists_in_words(queries, 10))]
     assert lists == [perfect, len(queries), 10, missed]
     equal = queries["AP"].nunique() == 1
     assert ("all have the same AP cannot say" in scored.spread_in_words()) == equal

@@ -270,30 +270,6 @@ class Scored:
             "`05_compare_margins` does it."
         )
 
-    def distances_in_words(self, matches: np.ndarray, others: np.ndarray) -> str:
-        """Say where strangers stand beside matches: of `Retrieval.distance_sample`."""
-        nearer = float((others <= np.median(matches)).mean())  # all of a collapsed network
-        ranked = int((self.run.gallery["pid"] != -1).sum())  # junk is in no ranking
-        front = f"about {nearer * ranked:.0f}" if nearer * ranked >= 1 else "less than one"
-        means = "Retrieval is decided in the left tail of the strangers, for they are many."
-        if nearer * ranked < 1:
-            means = "What errors there are come of the farther matches."
-        if nearer > 0.3:
-            means = "That is no left tail: distance hardly tells who is who."
-        return (
-            f"Matches have a median distance of {np.median(matches):.2f}, non-matches "
-            f"{np.median(others):.2f}. Of {len(others):,} strangers drawn {100 * nearer:.3g}% are as near as "
-            f"the median match or nearer: of {ranked:,} ranked images {front}, on average, in front of every "
-            f"second match. {means}"
-        )
-
-    def lists_in_words(self, topk: int) -> str:
-        """Say how many lists are perfect, and in how many none of the first `topk` is right."""
-        scored = self.evaluation.per_query.dropna(subset="AP")
-        perfect, missed = (scored["AP"] == 1).sum(), (scored["first_rank"] > topk).sum()
-        said = f"Perfect lists: {perfect:,} of {len(scored):,} queries; no match among the first {topk}: "
-        return f"{said}{missed:,}."
-
     def __repr__(self) -> str:
         """The table, then the protocol."""
         return f"{self.table().round(2).to_string()}\n(per cent) {self.evaluation.protocol}"

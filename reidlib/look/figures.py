@@ -362,6 +362,33 @@ def distance_histograms(
     return figure
 
 
+def distances_in_words(matches: np.ndarray, others: np.ndarray, ranked: int) -> str:
+    """Say where strangers stand beside matches (`Retrieval.distance_sample`), of so many ranked images."""
+    median = np.median(matches)
+    nearer = float((others <= median).mean())  # all of a collapsed network
+    front = f"about {nearer * ranked:.0f}" if nearer * ranked >= 1 else "less than one"
+    means = "Retrieval is decided in the left tail of the strangers, for they are many."
+    if nearer * ranked < 1:
+        means = "What errors there are come of the farther matches."
+    if nearer > 0.3:
+        means = "That is no left tail: distance hardly tells who is who."
+    return (
+        f"Matches have a median distance of {median:.2f}, non-matches {np.median(others):.2f}. Of "
+        f"{len(others):,} strangers drawn {100 * nearer:.3g}% are as near as the median match or nearer: of "
+        f"{ranked:,} ranked images {front}, on average, in front of every second match. {means}"
+    )
+
+
+def lists_in_words(per_query: pd.DataFrame, topk: int) -> str:
+    """Say how many lists are perfect, and in how many none of the first `topk` is right."""
+    scored = per_query.dropna(subset="AP")
+    perfect, missed = (scored["AP"] == 1).sum(), (scored["first_rank"] > topk).sum()
+    return (
+        f"Perfect lists: {perfect:,} of {len(scored):,} queries; no match among the first {topk}: "
+        f"{missed:,}."
+    )
+
+
 def heat_map(table: pd.DataFrame, title: str = "", form: str = "{:.0f}") -> Figure:
     """Draw a table of numbers as colours, each number in its cell; NaN cells stay white."""
     return heat_maps({title: (table, form)})

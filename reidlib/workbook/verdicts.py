@@ -103,8 +103,8 @@ def luck(table: pd.DataFrame) -> str:
 
 
 def chance(p: float) -> str:
-    """Return a p-value with what stands before it: `= 0.012`, or `< 0.001`."""
-    return "< 0.001" if p < 0.0005 else f"= {p:.3f}"
+    """Return a p-value with what stands before it, unbroken: `= 0.012`, or `< 0.001`."""
+    return "<\xa00.001" if p < 0.0005 else f"=\xa0{p:.3f}"
 
 
 def for_people(table: pd.DataFrame) -> pd.DataFrame:
@@ -113,7 +113,7 @@ def for_people(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(**table[points].round(1) + 0.0)  # + 0.0: there is no -0.0
     table["holds"] = np.where(table["holds"], "✓", "–")
     for p in ("p", "holm"):
-        table[p] = [chance(value).removeprefix("= ") for value in table[p]]
+        table[p] = [chance(value).removeprefix("=\xa0") for value in table[p]]
     known = [key for key in HEADINGS if key in table and table[key].notna().any()]
     return table[known].rename(columns=HEADINGS)
 
