@@ -1,7 +1,7 @@
 """Make the notebooks that `make book` ran ready for Sphinx: `python docs/book.py`.
 
 They are in `docs/notebooks`. Beside them come a picture of each and a card with it for the first
-page, a page of times, and in `pages` the ranked-list browser, since a book has no widgets.
+page, a page of times, and in `pages` those that the library made, since a book has no widgets.
 """
 
 import base64
@@ -25,9 +25,13 @@ PLACE = ROOT / "docs" / "notebooks"
 IMAGE = re.compile(r'<img\b[^>]*\bsrc="data:image/\w+;base64,([^"]+)" alt="([^"]*)"')
 SIZE = (480, 300)  # of a card's picture
 QUESTION = re.compile(r"# (.+)\n\n\*\*Question:\*\* ((?:.+\n)+)")
-BROWSER = (
-    '<iframe src="../{0}" title="The ranked-list browser" width="100%" height="900"></iframe>'
-    '<p><a href="../{0}">The ranked-list browser as a page of its own</a></p>'
+PAGES = {  # what a cell calls: the page that the library writes of it, in a run's folder
+    "Browser(": ("ranked_lists.html", "The ranked-list browser"),
+    "linked_map(": ("embedding_map.html", "The map of embeddings"),
+}
+FRAME = (
+    '<iframe src="../{0}" title="{1}" width="100%" height="900"></iframe>'
+    '<p><a href="../{0}">{1}, as a page of its own</a></p>'
 )
 CARD = """:::{{grid-item-card}} {title}
 :link: /notebooks/{stem}
@@ -75,29 +79,30 @@ def seconds(notebook: nbformat.NotebookNode) -> float:
     return sum((stop - start).total_seconds() for start, stop in spans)
 
 
-def for_a_book(notebook: nbformat.NotebookNode, browser: Path | None) -> None:
-    """Put the page of the browser where the notebook has its widget; drop what only chains read."""
+def for_a_book(notebook: nbformat.NotebookNode, pages: Path) -> None:
+    """Frame the library's pages where cells show them or a widget; drop what only chains read."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if RESULT not in o.get("data", {})]
-            if browser and "Browser(" in cell.source:
-                frame = {"text/html": BROWSER.format(browser.name)}
-                cell.outputs = [nbformat.v4.new_output("display_data", frame)]
+            for call, (name, title) in PAGES.items():
+                if call in cell.source and (pages / name).exists():
+                    shown = {"text/html": FRAME.format(name, title)}
+                    cell.outputs = [nbformat.v4.new_output("display_data", shown)]
 
 
 def main(place: Path = PLACE) -> None:
     """Ready all that ran."""
     shutil.rmtree(place / "pages", ignore_errors=True)
     (place / "pages").mkdir()
-    pages = sorted(outputs_dir().glob("*/ranked_lists.html"), key=os.path.getmtime)
-    for page in pages[-1:]:
-        shutil.copy(page, place / "pages")
+    for name, _ in PAGES.values():
+        for page in sorted(outputs_dir().glob(f"*/{name}"), key=os.path.getmtime)[-1:]:
+            shutil.copy(page, place / "pages")
     took, cards = {}, {"0": "", "1": ""}
     for path in sorted(place.glob("*.ipynb")):
         text = path.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", "")
         text = text.replace("](../docs/", "](../")  # drawings, seen from the notebooks of the book
         notebook = nbformat.reads(text, as_version=4)
-        for_a_book(notebook, pages[-1] if pages else None)
+        for_a_book(notebook, place / "pages")
         nbformat.write(notebook, path)
         alt = cover(notebook, path.with_suffix(".jpg"))
         title, question = QUESTION.match(notebook.cells[0].source).groups()
