@@ -627,7 +627,7 @@ EVIL = '<img src=x onerror="document.title=1">&\'.jpg'
 BREAK = "</script><script>document.title='taken'</script>"
 
 
-def map_page(**options):
+def map_page(lists=(), **options):
     """Six images: two identities of two, a distractor, an unknown one; dots in two rows of three."""
     points = np.array([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1.0]])
     table = pd.DataFrame(
@@ -641,7 +641,7 @@ def map_page(**options):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 200, 100, 3), dtype=np.uint8)
     given = {"points": points, "table": table, "pixels": pixels, "neighbours": near}
     given |= {"distances": near / 3.0} | options
-    return linked_map(*given.values(), title="<b>Map</b>")
+    return linked_map(*given.values(), title="<b>Map</b>", lists=lists)
 
 
 def test_linked_map_holds_all_and_loads_nothing():
@@ -657,6 +657,7 @@ def test_linked_map_holds_all_and_loads_nothing():
     assert dots[5]["file"] == EVIL and dots[0]["file"] == "0.jpg"
     assert dots[0]["near"] == [1, 2] and dots[0]["far"] == [0.333, 0.667]
     assert dots[0]["x"] < dots[2]["x"] and dots[0]["y"] > dots[3]["y"], "upwards, as in figures"
+    assert {(dot["key"], dot["ap"], dot["list"]) for dot in dots} == {("", None, "")}
     assert len(page) < 60_000, "photographs are thumbnails"
     one = linked_map(
         np.zeros((1, 2)), pd.DataFrame({"path": [""], "pid": [1], "camid": [1], "split": ["query"]}),
@@ -671,6 +672,69 @@ def test_linked_map_holds_all_and_loads_nothing():
     ):
         with pytest.raises(ValueError, match=message):
             map_page(**options)
+
+
+def test_linked_map_zooms_makes_lists_and_leads_to_ranked_lists(chromium, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    known = {"key": ["q0", "g1", "q1", "g3", "g4", "g5"], "AP": [0.9, None, 0.3] + [None] * 3}
+    table = pd.DataFrame({"path": [f"/far/{i}.jpg" for i in range(6)], "pid": [4, 4, 9, 9, 0, -1]})
+    table = table.assign(camid=1, split="").assign(**known)
+    place = Path(tmp_path, "map.html")
+    place.write_text(map_page(table=table, lists={"q0", "g1"}), encoding="utf-8")
+    chromium.get(place.as_uri())
+    every = lambda selector: chromium.find_elements(By.CSS_SELECTOR, selector)
+    one = lambda selector: chromium.find_element(By.CSS_SELECTOR, selector)
+    press = lambda *keys: [chromium.switch_to.active_element.send_keys(key) for key in keys]
+    dot = lambda i: one(f'circle[data-row="{i}"]')
+    chosen = lambda: one('circle[aria-pressed="true"]').get_attribute("data-row")
+    box = lambda: [float(part) for part in one("#map").get_dom_attribute("viewBox").split()]
+    # it starts at the worst query, coloured by AP
+    assert chosen() == "2" and "AP 30.0 %" in one("#side").text and not every("#side a")
+    assert [entry.text for entry in every("#key > span")] == [
+        "● 20 to 40 %", "● 80 to 100 %", "● no query",
+    ]  # fmt: skip
+    # a click 9 pixels beside a dot hits it; it leads to its ranked list, and a link comes back to it
+    size = dot(0).rect
+    aside = ActionChains(chromium).move_to_element_with_offset(dot(0), 9 + size["width"] // 3, 0)
+    aside.click().perform()
+    assert chosen() == "0" and chromium.current_url.endswith("#q0")
+    assert one("#side a").get_attribute("href").endswith("ranked_lists.html#q0")
+    chromium.get(place.as_uri() + "#g1")
+    chromium.refresh()
+    assert chosen() == "1"
+    # zoom and pan; dots keep their size on the screen, and the one that is chosen stays in view
+    dot(1).click()
+    press("+", "+", "+")
+    assert box()[2] < 300 and abs(dot(1).rect["width"] - size["width"]) < 10
+    x = box()[0]
+    ActionChains(chromium).drag_and_drop_by_offset(one("#map"), 80, 0).perform()
+    assert box()[0] < x
+    press(Keys.END)
+    assert chosen() == "5" and box()[0] < 980 < box()[0] + box()[2]
+    press("0")
+    assert box() == [0, 0, 1000, 700]
+    # the space bar, or a lasso, makes a list
+    press(" ")
+    assert one("#list h2").text == "Listed images: 1"
+    one("#lasso").click()
+    down = one("#map").rect
+    lasso = ActionChains(chromium).move_to_element(one("#map"))
+    step = [(-0.495, -0.49), (-0.3, -0.49), (-0.3, 0.49), (-0.495, 0.49)]
+    for place_, (a, b) in enumerate(step):
+        lasso.move_to_element_with_offset(
+            one("#map"), int(a * down["width"]), int(b * down["height"])
+        )
+        if place_ == 0:
+            lasso.click_and_hold()
+    lasso.release().perform()
+    left = [i for i in range(6) if "listed" in (dot(i).get_attribute("class") or "")]
+    assert left == [0, 3, 5] and len(every("#list li")) == 3
+    one("#by option[value=identity]").click()
+    assert len(every("#key > span")) == 3
+    assert complaints(chromium) == []
 
 
 def test_linked_map_in_a_browser(chromium, tmp_path):
@@ -735,7 +799,7 @@ def test_linked_map_in_a_browser(chromium, tmp_path):
     plain = fill(5)
     one("#by option[value=camera]").click()
     legend = [entry.text for entry in every("#key > span")]
-    assert legend == ["● unknown", "● camera 1", "● camera 2", "● camera 3"]
+    assert legend == ["● camera 1", "● camera 2", "● camera 3", "● unknown"]
     assert len({fill(3), fill(4), fill(5), plain}) == 4
     one("#by option[value='']").click()
     assert fill(5) == plain and not every("#key > span")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 
 NAME = "corrections.csv"  # in the data set's folder
-COLUMNS = ["path", "action", "pid"]
 
 
 def correct(
@@ -25,24 +24,20 @@ def correct(
     Raises:
         ValueError: another action, no pid, a path of no image or of several, no such columns.
     """
-    file = root / NAME
+    file, counts = root / NAME, {"drop": 0, "relabel": 0}
     if not file.is_file():
         return tables
     try:
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False)[COLUMNS]
+        rows = pd.read_csv(file, dtype=str, keep_default_na=False)[["path", "action", "pid"]]
     except (
         KeyError,
         ValueError,
     ) as error:  # pandas' own errors, and bytes that are no text, are such
-        raise ValueError(f"{file} is no CSV with {', '.join(COLUMNS)}: {error}") from None
-    paths = pd.concat(tables.values())["path"].unique()
-    known, counts = (
-        {one: f"/{one}".replace(os.sep, "/") for one in paths},
-        {"drop": 0, "relabel": 0},
-    )
+        raise ValueError(f"{file} is no CSV with path, action, pid: {error}") from None
+    known = {f"/{one}".replace(os.sep, "/"): one for one in pd.concat(tables.values())["path"]}
     for path, action, pid in rows[rows["action"] != ""].to_numpy():
         end = "/" + path.replace(os.sep, "/").lstrip("/")
-        hits = [one for one, whole in known.items() if whole.endswith(end)]
+        hits = [one for whole, one in known.items() if whole.endswith(end)]
         able = action == "drop" or (action == "relabel" and re.fullmatch(r"-1|\d{1,9}", pid))
         if len(hits) != 1 or not able:
             raise ValueError(
@@ -51,10 +46,10 @@ def correct(
             )
         counts[action] += 1
         for split, table in tables.items():
-            here = table["path"].isin(hits)
-            if action == "drop":
+            here = table["path"] == hits[0]
+            if action == "relabel":
+                tables[split] = table.assign(pid=table["pid"].mask(here, int(pid)))
+            else:
                 tables[split] = table[~here].reset_index(drop=True)
-            elif here.any():
-                tables[split] = table.assign(pid=table["pid"].where(~here, int(pid)))
     notes.append(f"{NAME}: {counts['drop']} images left out, {counts['relabel']} relabelled.")
     return tables

@@ -12,12 +12,11 @@ const STATUS = {
   i: { status: "query itself", kind: "excluded", sign: "–", word: "query itself" },
 };
 const COLUMNS = "run asked query rank gallery pid camid distance status query_path path".split(" ");
-const TAGS = "path action pid tag note".split(" "); // what `reidlib.data.corrections` reads, and more
+const TAGS = "path action pid tag note".split(" "); // a file for `reidlib.data.corrections`
 const PAGE = 60; // queries that the picker draws at a time
 const KEYS = [
   ["arrows, Home, End", "move in the list that has the focus"],
-  ["Enter", "the result in focus becomes the query"],
-  ["Tab", "from a result to its larger view, and to its tick"],
+  ["Enter, Tab", "the result in focus becomes the query; go to its tick and its larger view"],
   ["N, P", "next and previous query, in the chosen order"],
   ["Z", "larger view, of the result in focus; there arrows go on, and Esc closes"],
   ["Backspace", "back to the query that was in view before"],
@@ -79,10 +78,7 @@ function fromKernel(model, about, late) {
     why: about.why,
     most: () => about.most,
     tags: () => ({ ...model.get("tagged") }),
-    keep: (tags) => {
-      model.set("tagged", { ...tags });
-      model.save_changes();
-    },
+    keep: (tags) => (model.set("tagged", { ...tags }), model.save_changes()),
     has: (key) => sideOf(key) === "query" || about.follows,
     lists: async (key, topk) => {
       const answer = await ask("lists", [key], topk);
@@ -112,6 +108,12 @@ function make(tag, properties = {}, ...children) {
     else if (value !== null) node.setAttribute(name, value);
   }
   node.append(...children.filter((child) => child !== null && child !== ""));
+  return node;
+}
+
+function button(text, click, properties = {}) {
+  const node = make("button", { type: "button", ...properties }, text);
+  node.addEventListener("click", click);
   return node;
 }
 
@@ -157,11 +159,10 @@ function saveCsv(file, columns, rows) {
 function folding(title, ...controls) {
   const fold = make("details", { className: "fold", open: true }, make("summary", {}, title), make("div", {}, ...controls));
   let wide = true;
-  const watch = new ResizeObserver(() => {
-    const width = fold.closest(".ranked-lists")?.clientWidth ?? 0;
-    if (wide !== width > 620) fold.open = wide = width > 620;
-  });
-  watch.observe(fold);
+  new ResizeObserver(() => {
+    const now = fold.closest(".ranked-lists")?.clientWidth > 620;
+    if (now !== wide) fold.open = wide = now;
+  }).observe(fold);
   return fold;
 }
 
@@ -202,21 +203,19 @@ function start(root, source, options) {
   const first = linked() ?? app.picker.first();
   if (first) app.answer.go(first, { keep: false, reveal: true });
   if (!app.page) return;
-  const follow = () => {
+  window.addEventListener("popstate", () => {
     const key = linked();
     if (key && key !== app.key) app.answer.go(key, { keep: false, focus: true, reveal: true });
-  };
-  for (const way of ["popstate", "hashchange"]) window.addEventListener(way, follow);
+  });
 }
 
 function press(app, event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.closest("input:not([type=checkbox]), select, dialog")) return;
-  const letters = { n: () => app.picker.step(1), p: () => app.picker.step(-1), z: () => app.larger.open(event.target) };
-  const does = { Backspace: app.answer.goBack, ...(app.letters.checked ? letters : {}) }[event.key.length > 1 ? event.key : event.key.toLowerCase()];
-  if (!does) return;
-  event.preventDefault();
-  does();
+  const letters = { n: () => app.picker.step(1), p: () => app.picker.step(-1), z: () => app.shown && app.larger.open(event.target) };
+  const does = { backspace: app.answer.goBack, ...(app.letters.checked && letters) }[event.key.toLowerCase()];
+  if (does) event.preventDefault();
+  does?.();
 }
 
 // What the parts of the browser share: the data, what is chosen, and helpers that need the data.
@@ -241,7 +240,7 @@ function shared(source, { level, page, change = () => {} }) {
       return i === undefined ? source.image(key) : [queries.name[i], queries.pid[i], queries.camid[i]];
     },
     photo(key, alt) {
-      const image = make("img", { alt, decoding: "async", className: "waiting" });
+      const image = make("img", { alt, decoding: "async", loading: "lazy", className: "waiting" });
       source.photo(key).then((found) => {
         image.classList.remove("waiting");
         if (found) image.src = found;

@@ -130,14 +130,12 @@ def why_wrong(causes: pd.DataFrame, on_map: Sequence[str], rows: Sides, nine: Se
     `on_map` are the keys of the images of an `embedding_map.html`; `rows` the queries with maps, their
     strangers and matches, by row number.
     """
-    maps = {}
+    maps, drawn = {}, [thumbnail(image, 256, 70) for image in nine]
     for k, (query, stranger, match) in enumerate(zip(*rows, strict=True)):
-        for other, places in ((stranger, (2, 5)), (match, (6, 8))):  # in `maps.NINE`
-            photos = [thumbnail(nine[9 * k + place], 256, 70) for place in places]
-            maps[f"q{query} g{other}"] = photos
-    named = causes[causes["cause"] != ""]
-    by_query = {f"q{row}": cause for row, cause in zip(named["query"], named["cause"], strict=True)}
-    return {"causes": by_query, "maps": maps, "map": [*on_map]}
+        for other, on_query, on_other in ((stranger, 2, 5), (match, 6, 8)):  # in `maps.NINE`
+            maps[f"q{query} g{other}"] = [drawn[9 * k + on_query], drawn[9 * k + on_other]]
+    named = {f"q{row}": cause for row, cause in causes[["query", "cause"]].to_numpy() if cause}
+    return {"causes": named, "maps": maps, "map": [*on_map]}
 
 
 class Browser(anywidget.AnyWidget):

@@ -2,8 +2,8 @@
 
 // Query, a result and the nearest match, side by side, as large as the window lets them be.
 function makeLarger(app) {
-  const button = (text) => make("button", { type: "button" }, text);
-  const [before, next, close] = ["‹ result before", "next result ›", "close"].map(button);
+  const [before, next] = [["‹ result before", -1], ["next result ›", 1]].map(([text, by]) => button(text, () => step(by)));
+  const close = button("close", () => node.close());
   const overlay = make("input", { type: "checkbox", name: "overlay", checked: true });
   const check = make("label", { className: "check" }, overlay, "what makes two alike (orange) or tells them apart (blue)");
   const pictures = make("div", { className: "pictures" });
@@ -17,8 +17,7 @@ function makeLarger(app) {
   function open(from) {
     const item = from.closest(".results li");
     r = item ? [...app.answer.node.querySelectorAll(".run")].indexOf(item.closest(".run")) : 0;
-    const { near, missed } = parted(app, resultsOf(app.shown?.records[r]));
-    results = [...near, ...missed].filter((result) => fits(app, result));
+    results = inList(app, app.shown.records[r]);
     at = item ? results.findIndex(({ row }) => String(row) === item.dataset.row) : 0;
     if (!results.length) return;
     opener = from;
@@ -29,27 +28,24 @@ function makeLarger(app) {
   function draw() {
     const { key } = app.shown;
     const result = results[at];
-    const match = results.find(({ code }) => code === "m") ?? resultsOf(app.shown.records[r]).find(({ code }) => code === "m");
+    const match = resultsOf(app.shown.records[r]).find(({ code }) => code === "m");
     const maps = app.source.why.maps ?? {};
     const [own, other] = [result, match].map((one) => one && maps[`${key} g${one.row}`]);
     const drawn = overlay.checked ? [(own ?? other)?.[0], own?.[1], other?.[1]] : [];
     const figures = [pictured(app, key, null, "query", drawn[0]), pictured(app, `g${result.row}`, result, "result", drawn[1])];
     if (match && match !== result) figures.push(pictured(app, `g${match.row}`, match, "nearest match", drawn[2]));
-    check.hidden = !(own || other);
-    [before.disabled, next.disabled] = [at === 0, at === results.length - 1];
+    [check.hidden, before.disabled, next.disabled] = [!(own || other), at === 0, at === results.length - 1];
     title.textContent = `Larger view: result ${at + 1} of ${results.length}`;
     pictures.replaceChildren(...figures);
     tags.replaceChildren(app.tags.form(`g${result.row}`, "tag the result"));
   }
 
-  const step = (by) => {
+  function step(by) {
     at = Math.max(0, Math.min(results.length - 1, at + by));
     draw();
-  };
-  before.addEventListener("click", () => step(-1));
-  next.addEventListener("click", () => step(1));
+  }
+
   overlay.addEventListener("change", draw);
-  close.addEventListener("click", () => node.close());
   node.addEventListener("close", () => opener.isConnected && opener.focus());
   node.addEventListener("keydown", (event) => {
     if (event.target.matches("input:not([type=checkbox]), select")) return;
@@ -83,7 +79,7 @@ function makeTags(app, root) {
     }
   };
   const tags = attempt(app.source.tags) ?? {};
-  const save = make("button", { type: "button", className: "save-tags" });
+  const save = button("", () => saveCsv("corrections.csv", TAGS, Object.values(tags)), { className: "save-tags" });
   const words = ({ action, pid, tag, note }) => joined(action === "relabel" ? `relabel ${pid}` : action, tag, note);
   const text = (key) => (tags[key] ? `⚑ ${words(tags[key])}` : "");
   const mark = (key) => make("span", { className: "mark", "data-tag": key }, text(key));
@@ -117,7 +113,6 @@ function makeTags(app, root) {
       field("pid", "new identity", make("input", { type: "number", name: "pid", min: -1 })));
   }
 
-  save.addEventListener("click", () => saveCsv("corrections.csv", TAGS, Object.values(tags)));
   tell("");
   return { mark, form, save, has: (key) => key in tags };
 }

@@ -3,12 +3,9 @@
 function makeAnswer(app) {
   const { about, page, two } = app;
   const node = make(page ? "main" : "section", { className: "answer", "aria-label": "ranked lists" });
-  const back = make("button", { type: "button", className: "back" }, "← query before");
-  const steps = [["‹ previous", -1], ["next ›", 1]].map(([text, by]) => {
-    const button = make("button", { type: "button", className: "step", title: "query in the chosen order" }, text);
-    button.addEventListener("click", () => app.picker.step(by, false));
-    return button;
-  });
+  const back = button("← query before", goBack, { className: "back" });
+  const steps = [["‹ previous", -1], ["next ›", 1]].map(([text, by]) =>
+    button(text, () => app.picker.step(by, false), { className: "step", title: "query in the chosen order" }));
   const camera = menu("result-camera", cameras(about.cameras.gallery));
   const excluded = make("input", { type: "checkbox", name: "excluded", checked: true });
   const query = make("div", { className: "asked" });
@@ -51,7 +48,6 @@ function makeAnswer(app) {
     app.selection.tell();
   }
 
-  back.addEventListener("click", goBack);
   for (const filter of [camera, excluded]) {
     filter.addEventListener("change", () => {
       Object.assign(app, { camera: camera.value, excluded: excluded.checked });
@@ -61,8 +57,7 @@ function makeAnswer(app) {
   const check = make("label", { className: "check" }, excluded, "excluded images");
   const ofCamera = about.cameras.gallery.length > 1 ? labelled("camera of the results", camera) : "";
   const fold = folding("filter and save results", ofCamera, check, app.selection.node);
-  const ways = make("div", { className: "ways" }, back, ...steps);
-  node.append(make("div", { className: "controls" }, ways, fold), query, lists);
+  node.append(make("div", { className: "controls" }, back, ...steps, fold), query, lists);
   return { node, go, goBack, draw };
 }
 
@@ -89,12 +84,11 @@ function drawQuery(app) {
   app.said.textContent = `${title}. ${texts.join(" ")}`;
   const lines = facts.map((fact, i) => make("p", { className: i ? "" : "file" }, fact));
   const photo = app.photo(key, `query, ${joined(who(pid), where(camid))}`);
-  const larger = make("button", { type: "button" }, "larger view");
-  larger.addEventListener("click", () => app.larger.open(larger));
+  const larger = button("larger view", (event) => app.larger.open(event.target));
   const cause = app.source.why.causes?.[key];
   if (cause) lines.push(make("p", {}, `Cause, as 14_why_wrong names it: ${cause}`));
-  const onMap = app.page && app.source.why.map?.includes(key);
-  const map = onMap ? make("a", { href: `embedding_map.html#${key}` }, "on the map") : "";
+  const linked = app.page && app.source.why.map?.includes(key);
+  const map = linked ? make("a", { href: `embedding_map.html#${key}` }, "on the map") : "";
   const tags = make("details", { open: app.tags.has(key) }, make("summary", {}, "tag this image"), app.tags.form(key));
   const ways = make("p", { className: "ways" }, larger, map, app.tags.mark(key));
   return [photo, make("div", {}, app.heading(1, { tabIndex: -1 }, title), ...lines, ways, tags)];
@@ -172,17 +166,19 @@ function parted(app, all) {
   return { near: all.slice(0, end), missed: all.slice(end).filter(({ code }) => code === "m") };
 }
 
+// All results of a list that are on the screen.
+const inList = (app, record) => Object.values(parted(app, resultsOf(record))).flat().filter((result) => fits(app, result));
+
 function moreButton(app, r, n) {
   const [topk, most] = [shownOf(app), app.source.most(app.shown.key)];
   if (topk >= most) return "";
-  const button = make("button", { type: "button", className: "more" }, `show ${app.about.topk} more`);
-  button.addEventListener("click", async () => {
+  const more = async () => {
     app.topk = Math.min(most, topk + app.about.topk);
     await app.answer.go(app.shown.key);
     const list = app.answer.node.querySelectorAll(".run")[r].querySelector("ol");
     list.querySelectorAll(".photo")[n]?.focus(); // the first of the new ones
-  });
-  return button;
+  };
+  return button(`show ${app.about.topk} more`, more, { className: "more" });
 }
 
 function fits(app, result) {
@@ -216,25 +212,25 @@ function drawResult(app, r, result, there, first) {
   const tick = app.selection.tickOf(r, result, joined(rank, word));
   const title = can ? "make this image the query" : "there is no list of its own here";
   const properties = { type: "button", className: "photo", title, "aria-disabled": can ? null : "true" };
-  const button = make("button", properties, app.photo(key, alt));
-  button.addEventListener("click", () => {
+  const photo = make("button", properties, app.photo(key, alt));
+  photo.addEventListener("click", () => {
     if (can) app.answer.go(key, { focus: true });
     else app.said.textContent = "There is no list of this image here.";
   });
   const label = `larger view of ${joined(rank, word)}`;
-  const larger = make("button", { type: "button", className: "enlarge", title: label, "aria-label": label }, "⤢");
-  larger.addEventListener("click", () => app.larger.open(larger));
+  const larger = button("⤢", () => app.larger.open(larger), { className: "enlarge", title: label, "aria-label": label });
   // Larger view and tick of a result are the tab stops after its photograph.
   const after = [larger, tick];
-  for (const node of [button, ...after]) node.tabIndex = first ? 0 : -1;
-  button.addEventListener("focus", () => {
-    for (const other of button.closest("ol").querySelectorAll("input, .enlarge")) other.tabIndex = after.includes(other) ? 0 : -1;
+  for (const node of [photo, ...after]) node.tabIndex = first ? 0 : -1;
+  photo.addEventListener("focus", () => {
+    const others = photo.closest("ol").querySelectorAll("input, .enlarge");
+    for (const other of others) other.tabIndex = after.includes(other) ? 0 : -1;
   });
   const said = word ? make("span", { className: "word" }, ` ${word}`) : "";
   const item = make(
     "li",
     { className: kind },
-    button,
+    photo,
     make("span", { className: "rank" }, `${sign} ${result.rank || ""}`.trim(), said),
     move.shown ? make("span", { className: "moved", "aria-hidden": "true" }, move.shown) : "",
     make("span", {}, joined(shortCamera(camid), short(pid))),
@@ -265,7 +261,7 @@ function makeSelection(app) {
   const ticked = new Map(); // "run key row" -> row of the table to take away
   const selected = make("span", { className: "selected", "aria-live": "polite" });
   const save = make("button", { type: "button" });
-  const clear = make("button", { type: "button" }, "clear");
+  const clear = button("clear", () => (ticked.clear(), app.answer.draw()));
 
   function tell() {
     const n = ticked.size;
@@ -290,15 +286,9 @@ function makeSelection(app) {
   }
 
   save.addEventListener("click", () => {
-    const shown = ({ near, missed }) => [...near, ...missed].filter((result) => fits(app, result));
-    const fitting = (record) => shown(parted(app, resultsOf(record)));
-    const rowsOf = (record, r) => fitting(record).map((result) => tableRow(app, r, result));
+    const rowsOf = (record, r) => inList(app, record).map((result) => tableRow(app, r, result));
     const rows = ticked.size ? [...ticked.values()] : app.shown.records.flatMap(rowsOf);
     saveCsv("selection.csv", COLUMNS, rows);
-  });
-  clear.addEventListener("click", () => {
-    ticked.clear();
-    app.answer.draw();
   });
   return { node: make("div", { className: "selection" }, selected, save, clear, app.tags.save), tell, tickOf };
 }

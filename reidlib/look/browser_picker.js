@@ -25,9 +25,8 @@ function makePicker(app) {
     more();
   }
 
-  function more() {
-    const from = strip.children.length;
-    for (const i of order.slice(from, from + PAGE)) {
+  function more(end = strip.children.length + PAGE) {
+    for (const i of order.slice(strip.children.length, end)) {
       const button = queryButton(app, i);
       button.tabIndex = strip.children.length ? -1 : 0;
       strip.append(make("li", {}, button));
@@ -38,8 +37,8 @@ function makePicker(app) {
   // Draw the strip as far as the query in view, and bring that into sight.
   function reveal() {
     const at = order.indexOf(queries.row.indexOf(sideOf(app.key) === "query" ? rowOf(app.key) : -1));
-    while (strip.children.length <= at) more();
     if (at < 0) return;
+    if (strip.children.length <= at) more(at + PAGE);
     const { offsetTop, offsetLeft } = strip.children[at];
     strip.scrollTop = offsetTop - strip.clientHeight / 3;
     strip.scrollLeft = offsetLeft - strip.clientWidth / 3;
@@ -78,8 +77,7 @@ function makePicker(app) {
 
 // What the queries can be filtered by, as far as it is known here; `value` is what is chosen, by name.
 function filterControls({ about, runs, queries, two, scored, source }) {
-  const wrong = runs.map(({ name }, r) => [`wrong ${r}`, two ? `wrong in ${name}` : "wrong"]);
-  const right = runs.map(({ name }, r) => [`right ${r}`, two ? `right in ${name}` : "right"]);
+  const kinds = (name, r) => ["wrong", "right"].map((kind) => [`${kind} ${r}`, two ? `${kind} in ${name}` : kind]);
   const named = [...new Set(Object.values(source.why.causes ?? {}))].sort().map((cause) => [cause, cause]);
   const near = [...new Set(queries.near)].filter((camid) => camid >= 0).sort((a, b) => a - b);
   const percents = (name) => make("input", { type: "number", name, min: 0, max: 100, placeholder: name === "low" ? 0 : 100 });
@@ -88,7 +86,7 @@ function filterControls({ about, runs, queries, two, scored, source }) {
     ["camera at rank 1", menu("near-camera", cameras(near)), near.length > 1],
     ["AP from, %", percents("low"), scored],
     ["AP to, %", percents("high"), scored],
-    ["at rank 1", menu("rank-1", [["", "all"], ...wrong, ...right]), scored],
+    ["at rank 1", menu("rank-1", [["", "all"], ...runs.flatMap(({ name }, r) => kinds(name, r))]), scored],
     ["cause", menu("cause", [["", "all"], ...named]), named.length > 0],
   ].filter(([, , known]) => known);
   const all = able.map(([, control]) => control);

@@ -149,15 +149,16 @@ class Lists:
         """Return what stands over the lists, and the table of the queries that can be picked."""
         query = self.tables["q"].iloc[rows].assign(row=rows)
         aps = [run.ap[rows].tolist() for run in self.runs]
-        near = self.runs[0].retrieval.ranked_lists(rows, topk=1, show_excluded=False)
-        near = (
-            near.set_index("query").get("camid", pd.Series(dtype=int)).reindex(rows, fill_value=-1)
-        )
+        names = [table["name"].tolist() for table in self.tables.values()]
+        first = self.runs[0].retrieval.ranked_lists(rows, topk=1, show_excluded=False)
+        near = first.set_index("query").reindex(index=rows, columns=["camid"], fill_value=-1)[
+            "camid"
+        ]
         cameras = {SIDES[key]: {*table["camid"].tolist()} for key, table in self.tables.items()}
         what = (
-            f"A list holds the {self.topk} nearest ranked images, the images that the protocol leaves "
-            "out where they would have stood among them, and all further matches with their rank: "
-            "the ranks of the matches are all that AP is made of."
+            f"A list holds the {self.topk} nearest ranked images, or more if you ask, the images that the "
+            "protocol leaves out where they would have stood among them, and all further matches with "
+            "their rank: the ranks of the matches are all that AP is made of."
         )
         return {
             "title": encodable(title),
@@ -165,7 +166,7 @@ class Lists:
             "topk": self.topk,
             "total": len(self.tables["q"]),
             "most": len(self.tables["g"]),
-            "id": self.identity(),
+            "id": hashlib.sha256(repr(names).encode()).hexdigest()[:16],  # of whom tags are kept
             "folders": {key: _folder(table) for key, table in self.tables.items()},
             "follows": any(run.follows for run in self.runs),
             "colours": COLOURS,
@@ -175,11 +176,6 @@ class Lists:
             | {"ap": [[None if np.isnan(value) else value for value in ap] for ap in aps]}
             | {"wrong": [run.wrong[rows].tolist() for run in self.runs], "near": near.tolist()},
         }
-
-    def identity(self) -> str:
-        """Return what names this query and gallery: tags of their images are kept under it."""
-        names = [[*table["name"]] for table in self.tables.values()]
-        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     # --- lists and images
 
