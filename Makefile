@@ -15,7 +15,7 @@ OURS := grep -qsF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate
 $(shell $(OURS) && ! $(PY) -Ic "import os, pip, reidlib as r; \
   assert os.path.samefile(r.__path__[0], 'reidlib')" 2>/dev/null && rm -f $(READY))
 
-.PHONY: here help demo example gallery book pages bench recompute test quick setup lab tensorboard notebooks lint format clean
+.PHONY: here help demo example gallery book book-alone book-run pages bench recompute test quick setup lab tensorboard notebooks lint format clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,14 +33,21 @@ gallery: setup  ## the README's pictures again, after `make demo`
 	$(PY) -m reidlib run 04_evaluate 14_why_wrong -p run synthetic_batchhard_softplus_demo -p lists 1
 	$(PY) docs/gallery.py synthetic_batchhard_softplus_demo
 
-BOOK := REID_OUTPUTS="$(CURDIR)/book/runs" $(PY)
+BOOK := OMP_NUM_THREADS=1 REID_OUTPUTS="$(CURDIR)/book/runs" $(PY)
+ALONE := 00% 01% 02% 05% 11% # need no run; the others take that of 03
 book: setup $(VENV)/.book ## the notebooks, run on the built-in data, as a site: book/site/index.html
 	rm -rf book docs/notebooks
-	$(BOOK) -m reidlib run $(filter 0%,$(NOTEBOOKS)) --output docs/notebooks \
-	  -p seeds 1 -p margins False -p ladder False
-	$(BOOK) -m reidlib run $(filter-out 0%,$(NOTEBOOKS)) --output docs/notebooks \
-	  -p run synthetic_batchhard_softplus -p queries 300 -p gallery_size 1000 -p batch 32
+	$(PY) -m reidlib data --dataset synthetic > /dev/null
+	@$(MAKE) --no-print-directory -j2 book-alone book-run
 	@$(MAKE) --no-print-directory pages
+
+book-alone:
+	$(BOOK) -m reidlib run $(filter $(ALONE),$(NOTEBOOKS)) --output docs/notebooks \
+	  -p seeds 1 -p margins False -p ladder False -p queries 300 -p gallery_size 1000 -p batch 32
+
+book-run:
+	$(BOOK) -m reidlib run $(filter-out $(ALONE),$(NOTEBOOKS)) --output docs/notebooks \
+	  -p run synthetic_batchhard_softplus
 
 pages: setup $(VENV)/.book ## the book again, of notebooks that `make book` ran
 	$(BOOK) docs/book.py
