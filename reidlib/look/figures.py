@@ -389,13 +389,11 @@ def lists_in_words(per_query: pd.DataFrame, topk: int) -> str:
     )
 
 
-def heat_map(table: pd.DataFrame, title: str = "", form: str = "{:.0f}") -> Figure:
-    """Draw a table of numbers as colours, each number in its cell; NaN cells stay white."""
-    return heat_maps({title: (table, form)})
-
-
 def heat_maps(tables: Mapping[str, tuple[pd.DataFrame, str]]) -> Figure:
-    """Draw tables with the same rows as heat maps beside each other: by title, each with its form."""
+    """Draw tables of numbers as colours, beside each other: by title, each with the form of its numbers.
+
+    The number stands in each cell; NaN cells stay white. All tables have the same rows.
+    """
     rows = max(len(table) for table, _ in tables.values())
     figure, _ = subplots(1, len(tables), height=1.1 + 0.36 * rows)
     for axes, (title, (table, form)) in zip(figure.axes, tables.items(), strict=True):

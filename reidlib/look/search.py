@@ -239,11 +239,8 @@ def uncovered(found: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
 def uncovered_in_words(table: pd.DataFrame) -> str:
     """Say what `uncovered` returned."""
     right, camera = table["same person"].sum(), table["same camera"].sum()
-    said = f"{right} of {len(table)} first images show the same person"
-    if not camera:
-        return f"{said}, none of them from the query's own camera."
     return (
-        f"{said}; {camera} of these come from the query's own camera. The evaluation leaves such images "
-        "out: they are nearly the same picture. A search without labels cannot, so **it looks better "
-        "than the scores of 04_evaluate, and is not**."
+        f"{right} of {len(table)} first images show the same person, {camera} of them from the query's own "
+        "camera. The evaluation leaves such images out: they are nearly the same picture. A search without "
+        "labels cannot, so with them **it looks better than the scores of 04_evaluate, and is not**."
     )
