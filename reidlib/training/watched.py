@@ -13,7 +13,7 @@ from reidlib.recipes import Recipe
 # A trend needs this many logged rows; with fewer, Kendall's test cannot reach 1 % in half of them.
 MIN_ROWS = 10
 # Findings beside which nothing good can be said of a network.
-BROKEN = ("diverging", "collapsed", "near collapse", "not learning")
+BROKEN = {"diverging", "collapsed", "near collapse", "not learning"}
 
 
 def last_quarter(rows: pd.DataFrame | pd.Series):

@@ -20,11 +20,10 @@ from reidlib.evaluation.intervals import (
     seed_spread,
 )
 from reidlib.evaluation.metrics import score_values
+from reidlib.training.watched import BROKEN
 from reidlib.workbook.results import Runs, compared, highest, summary, tables_of
 from reidlib.workbook.variants import BASE, MARGINS, PLAIN, Gain
 
-# A run that went wrong has a spread of its own, which says nothing of the others.
-BROKEN = {"diverging", "collapsed", "near collapse", "not learning"}
 SURE = 0.05
 # Claims as tables for people head them.
 HEADINGS = {"value": "difference", "low": "from", "high": "to", "people": "error: people"}
@@ -45,7 +44,7 @@ def intervals(found: Runs) -> pd.DataFrame:
 
 
 def steady(found: Runs) -> list[str]:
-    """Return the variants of which no run went wrong."""
+    """Return the variants of which no run went wrong: its spread says nothing of the others."""
     broken = {name for (name, _), run in found.items() if BROKEN & {*run.findings}}
     return [name for name in compared(found) if name not in broken]
 
