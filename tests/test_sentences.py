@@ -233,8 +233,7 @@ def test_what_13_says_of_pairs(shape):
         if len(rates) < 2:
             assert "cannot be compared" in said
             continue
-        assert ("accepts no stranger" in said) == (near.iloc[0] > value)
-        assert ("From any camera" in said) == (rates["TMR"].nunique() == 1)
+        assert numbers(said)[0] == pytest.approx(rates["TMR"].min(), abs=6e-4)
         within = rates[rates["query_camid"] == rates["gallery_camid"]]
         across = rates.drop(within.index)
         inside, outside = (r["FMR"] @ r["impostor"] / r["impostor"].sum() for r in (within, across))

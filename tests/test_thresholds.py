@@ -98,7 +98,7 @@ def test_rates_that_cannot_be_measured_are_named():
 def test_camera_rates_in_words():
     cameras = camera_rates(CHOSEN, float(CHOSEN.genuine["distance"].median()))
     said = thresholds.camera_rates_in_words(cameras)
-    assert "From camera" in said and "hardly makes strangers look more alike" in said
+    assert "finds from" in said and "hardly makes strangers look more alike" in said
     within = cameras["query_camid"] == cameras["gallery_camid"]
     biased = cameras.assign(FMR=np.where(within, 0.5, 0.1))
     assert "may make strangers look alike" in thresholds.camera_rates_in_words(biased)

@@ -190,8 +190,8 @@ class Trial(NamedTuple):
             f"On people that it was not chosen on, the threshold gives an FMR of {fmr['value']:.3%} "
             f"({fmr['low']:.3%} to {fmr['high']:.3%}), where it was chosen for {fmr['promised']:.3%}: "
             f"{self.verdict}. The TMR is "
-            f"{tmr['value']:.1%}, after {tmr['promised']:.1%}. At the two ends of the threshold's "
-            f"interval the FMR here would be {self.least['value']:.3%} and {self.most['value']:.3%}."
+            f"{tmr['value']:.1%}, after {tmr['promised']:.1%}. At both ends of the threshold's interval the "
+            f"FMR here would be {self.least['value']:.3%} and {self.most['value']:.3%}."
         )
 
 
@@ -237,18 +237,10 @@ def camera_rates_in_words(cameras: pd.DataFrame) -> str:
         for rows in (within, ~within)
     )
     said = (
-        f"From camera {worst['pair']} the threshold finds {worst['TMR']:.1%} of "
-        f"{worst['genuine']:,} genuine pairs, from {best['pair']} {best['TMR']:.1%} of "
-        f"{best['genuine']:,}."
-    )
-    if worst["TMR"] == best["TMR"]:
-        said = f"From any camera to any other the threshold finds {best['TMR']:.1%} of the genuine pairs."
-    if not most["FMR"] > 0:
-        return f"{said} It accepts no stranger, in any pair of cameras."
-    said += (
-        f" The FMR goes from {least['FMR']:.3%} ({least['pair']}) to {most['FMR']:.3%} "
-        f"({most['pair']}). Strangers seen by one camera are accepted at {inside:.3%}, strangers seen "
-        f"by two at {across:.3%}"
+        f"The threshold finds from {worst['TMR']:.1%} (camera {worst['pair']}, {worst['genuine']:,} genuine "
+        f"pairs) to {best['TMR']:.1%} ({best['pair']}, {best['genuine']:,} pairs). The FMR goes from "
+        f"{least['FMR']:.3%} ({least['pair']}) to {most['FMR']:.3%} ({most['pair']}). Strangers seen by one "
+        f"camera are accepted at {inside:.3%}, strangers seen by two at {across:.3%}"
     )
     if inside > 1.25 * across:
         return f"{said}: a shared background and light may make strangers look alike."
