@@ -48,17 +48,6 @@ def if_cameras(cameras: Iterable[int], said: str) -> str:
     return said if several else "One camera is known, or none, so cameras cannot be compared here."
 
 
-def pace(ratio: float) -> str:
-    """Return how long one of two works takes: `ratio` is its time over the other's.
-
-    >>> pace(0.5), pace(1.03), pace(1.4)
-    ('is 2.0 times as fast', 'takes about as long', 'takes 1.4 times as long')
-    """
-    if 0.9 < ratio < 1.1:  # what other work on a machine does
-        return "takes about as long"
-    return f"is {1 / ratio:.1f} times as fast" if ratio < 1 else f"takes {ratio:.1f} times as long"
-
-
 def typeset(text: str) -> str:
     """Return numbers as people write them: a true minus sign, a space before %; `code` stays as it is.
 
