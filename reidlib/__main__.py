@@ -161,6 +161,8 @@ def export(args) -> None:
     if args.images:
         paths = picture_table(args.images)["path"]
         images = [read_image(path) for path in paths[:: -(-len(paths) // 32)]]  # 32 at most
+    if not args.out.strip():
+        raise ValueError("--out is empty: give a folder, or a file ending in .onnx.")
     file, card = export(args.model, args.out, images)
     print(file)
     parity = card["parity"]

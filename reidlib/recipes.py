@@ -12,7 +12,7 @@ from reidlib.words import some
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 def _setting(default: Any, description: str, **limits: float) -> Any:
@@ -32,7 +32,7 @@ class Recipe(BaseModel):
 
     dataset: str = _setting("market1501", "market1501, synthetic, or a path (see reidlib.load)")
     pattern: str = _setting("", "reads identity and camera from file names (see reidlib.load)")
-    hold_out: Annotated[int, Field(ge=0)] | str = _setting(
+    hold_out: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] = _setting(
         0,
         "identities held out of training: how many, or their file; "
         '"market1501" is this repository\'s own, to choose settings on',

@@ -57,6 +57,8 @@ def test_the_variants_have_the_names_their_users_know(loss):
         (dict(steps=1, epochs=1), "either steps or epochs"),
         (dict(steps=0), "steps = 0"),
         (dict(backbone=50), "backbone = 50: should be a valid string"),
+        (dict(dim=10**20), "dim = 1.*: should be less than 2147483648"),
+        (dict(hold_out=""), "hold_out = .*should be"),
     ],
 )
 def test_errors_name_the_setting(changes, message):

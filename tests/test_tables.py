@@ -225,9 +225,10 @@ def test_built_in_data_is_drawn_once_and_refused_of_another_version(data, monkey
     monkeypatch.setattr(synthetic, "draw_dataset", draw_few)
     assert ds.load("synthetic").name == ds.load("synthetic").name == "synthetic"
     assert drawn == [data / "synthetic"]
-    for text in ('{"version": 0}', "[]", "{", None):
+    for text in ('{"version": 0}', "[]", "{", None, "a pipe"):
         marker = data / "synthetic" / "dataset.json"
-        marker.write_text(text) if text else marker.unlink()
+        marker.write_text(text) if text not in (None, "a pipe") else marker.unlink(True)
+        _ = text == "a pipe" and os.mkfifo(marker)
         with pytest.raises(ValueError, match="not of this version of reidlib: remove it"):
             ds.load("synthetic")
 
@@ -548,6 +549,8 @@ def test_some_lists_alone(data):
 def test_image_root_and_lists_elsewhere(data, tmp_path):
     root, csv = lists(data / "root"), str(tmp_path / "csv")
     shutil.copytree(root, csv, ignore=lambda *_: ["images"])
+    with pytest.raises(ValueError, match="image_root goes with CSV lists"):
+        ds.image_list(root, image_root=str(root))
     with pytest.raises(FileNotFoundError, match="8 of 8 images in .* do not exist.*image_root"):
         ds.load(csv)
     got = ds.load(csv, image_root=str(root))
@@ -775,8 +778,10 @@ def test_a_file_names_the_held_out_identities(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             ds.hold_out(train, str(file))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        ds.hold_out(train, "nowhere")
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for name, message in (("nowhere", "nowhere"), (str(pipe), "names no identity")):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            ds.hold_out(train, name)
 
 
 def test_the_split_of_market1501_is_fixed():

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from reidlib.data.files import whole_folder
 from reidlib.data.people import BAGS, TOPS, Pen, look, paint_person, pick, shade
 from reidlib.paths import data_dir
+from reidlib.records import read_json
 
 VERSION = 1  # of the pictures: raise it with every change that alters a drawn pixel
 ZOOM = 4  # drawn so many times larger, then averaged down: smooth edges without any other means
@@ -251,7 +252,7 @@ def built_in_data() -> Path:
         with suppress(FileExistsError):  # another process was first
             draw_dataset(root)
     with suppress(OSError, ValueError, TypeError, LookupError):  # of another shape, too
-        version = json.loads((root / "dataset.json").read_text())["version"]
+        version = read_json(root / "dataset.json")["version"]
     if version != VERSION:
         raise ValueError(f"{root} is not of this version of reidlib: remove it, to draw it again.")
     return root

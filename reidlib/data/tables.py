@@ -184,6 +184,8 @@ def image_list(
     path = files.existing(source)
     if path.is_file():
         rows = files.read_list(path, image_root, pattern, must_exist, labelled=False)
+    elif image_root:
+        raise ValueError(f"image_root goes with CSV lists, and {path} is none.")
     else:
         rows = files.read_folder(path, pattern, [], labelled=False)
     table = _number({"": rows}, [])[""]
@@ -270,8 +272,9 @@ def split_file(name: Source) -> np.ndarray:
     """
     path = Path(__file__).parent / "splits" / f"{name}.txt"
     path = path if path.is_file() else files.existing(name)
-    words = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        words = [line.split("#")[0].strip() for line in text.splitlines()]
         pids = np.array([int(word) for word in words if word])
     except ValueError as error:
         raise ValueError(f"{path} must hold one identity (a number) a line: {error}.") from None
