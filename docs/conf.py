@@ -4,10 +4,12 @@ import os
 import re
 from base64 import b64decode
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from PIL import Image
 from sphinx.errors import ExtensionError
 
 project = html_title = "The triplet re-ID workbook"
@@ -136,10 +138,10 @@ DATA = re.compile(r'(?<=\s)(src="data:image/(\w+);base64,([^"]+)")')
 
 
 def picture(out: Path, kind: str, data: str) -> str:
-    """Write a figure to a file, a quarter smaller than within its page, and return where."""
+    """Write a figure to a file, half as large as within its page, and return where."""
     content = b64decode(data)
-    name = f"_images/{sha256(content).hexdigest()[:16]}.{kind}"
-    (out / name).write_bytes(content)
+    name = f"_images/{sha256(content).hexdigest()[:16]}.webp"
+    Image.open(BytesIO(content)).save(out / name, quality=80, lossless=kind == "png")
     return name
 
 
