@@ -1,6 +1,6 @@
 """Files of a run, read: what stands in them is of the kind that was written, or the file is refused.
 
-Of the JSON files, the classes here have what is read again. All of it may be missing, for runs under
+Of the JSON files, the records here have what is read again. All of it may be missing, for runs under
 way and older ones; other keys are nobody's concern.
 """
 
@@ -8,76 +8,46 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from reidlib.recipes import Share
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_Count = Field(default=0, ge=0, le=10**15)
+_CONFIG = ConfigDict(strict=True, allow_inf_nan=False)
+_Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+def _record(needed: bool = False, **kinds: Any) -> type[BaseModel]:
+    """Return a model of an object with values of these kinds, if they are there or `needed`."""
+    default = ... if needed else None
+    kinds = {name: (kind, default) for name, kind in kinds.items()}
+    return create_model("Record", __config__=_CONFIG, **kinds)
 
 
-class _Scores(_Record):
-    mAP: Share = 0
-    mAP_market: Share = 0
-    top1: Share = 0
-    top2: Share = 0
-    top5: Share = 0
-    top10: Share = 0
-    mINP: Share = 0
-    queries: int = _Count
-    queries_without_match: int = _Count
-
-
-class _HeldOut(_Record):
-    last: dict[str, Share] = {}
-    per_query_sha256: str = ""
-
-
-class _Metrics(_Scores):
-    evaluated_on: str = ""
-    test_data: str = ""
-    weights_sha256: str = ""
-    per_query_sha256: str = ""
-    protocol: str = ""
-    warning: str = ""
-    flip: bool = False
-    intervals: dict[str, list[Share]] = {}
-    baselines: dict[str, _Scores] = {}
-    with_flips: _Scores = _Scores()
-    held_out: _HeldOut = _HeldOut()
-
-
-class _Finding(_Record):
-    name: str
-    says: str
-    evidence: str
-    try_first: str
-
-
-class _Manifest(_Record):
-    status: str = ""
-    step: int = _Count
-    steps: int = _Count
-    train_images: int = _Count
-    train_identities: int = _Count
-    train_data: str = ""
-    weights_sha256: str = ""
-    reproduce: str = ""
-    wall_seconds: float = Field(default=0, ge=0)
-    health: list[_Finding] = []
-    went_on_after: list[int] = []
-    scored: list[dict] = []
-
-
-_RECORDS = {"manifest.json": _Manifest, "metrics.json": _Metrics}  # by the name of the file
+_SCORES = dict.fromkeys(("mAP", "mAP_market", "top1", "top2", "top5", "top10", "mINP"), Share)
+_SCORES |= {"queries": _Count, "queries_without_match": _Count}
+_SAID = ("evaluated_on", "test_data", "weights_sha256", "per_query_sha256", "protocol", "warning")
+_METRICS = _record(
+    **(_SCORES | dict.fromkeys(_SAID, str)),
+    flip=bool,
+    intervals=dict[str, list[Share]],
+    baselines=dict[str, _record(**_SCORES)],
+    with_flips=_record(**_SCORES),
+    held_out=_record(last=dict[str, Share], per_query_sha256=str),
+)
+_MANIFEST = _record(
+    **dict.fromkeys(("status", "train_data", "weights_sha256", "reproduce"), str),
+    **dict.fromkeys(("step", "steps", "train_images", "train_identities"), _Count),
+    wall_seconds=Annotated[float, Field(ge=0)],
+    health=list[_record(True, name=str, says=str, evidence=str, try_first=str)],
+    went_on_after=list[int],
+    scored=list[dict],
+)
+_RECORDS = {"manifest.json": _MANIFEST, "metrics.json": _METRICS}  # by the name of the file
 
 
 class _Content(dict):
@@ -112,7 +82,7 @@ def read_json(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_hook=partial(_Content, path), **refused)
-        _RECORDS.get(path.name, _Record).model_validate(content)
+        _RECORDS.get(path.name, _record()).model_validate(content)
     except (ValueError, RecursionError) as error:
         cause = f"is not valid JSON ({error})"
         if isinstance(error, ValidationError):

@@ -513,7 +513,10 @@ def test_identities_of_a_list_stay_apart(case, data):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pid,path,Path\n1,a.jpg,b.jpg\n", "two.csv has 2 columns path: keep one"),
+        (
+            "pid,path,Path\n1,a.jpg,b.jpg\n",
+            "two.csv, line 2: expected pid,path,path, .*path and camid, each once",
+        ),
         ("1,a.jpg\n1,b.jpg\n2,a.jpg\n", "two.csv gives images to several identities: .*/a.jpg"),
     ],
 )

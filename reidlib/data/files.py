@@ -320,22 +320,21 @@ def read_list(
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
     columns = [cell.lower() for cell in lines[0][1]] if lines else []
     headed = {"path", *["pid"] * labelled} <= set(columns)
-    if headed and (twice := [c for c in ("path", "pid", "camid") if columns.count(c) > 1]):
-        raise ValueError(f"{source} has {columns.count(twice[0])} columns {twice[0]}: keep one.")
     lines = lines[headed:]
-    if not headed:
-        columns = ["pid", "path", "camid"][: max(2, len(columns))]
+    columns = columns if headed else ["pid", "path", "camid"][: max(2, len(columns))]
     if not lines:
         raise ValueError(f"{source} lists no images.")
     pictured = [any(map(_is_image, row)) for _, row in (lines[0], lines[-1])]
-    other = not headed and pictured == [False, True]  # the first line is a header of other names
+    # The first line is a header of other names, or has one of ours twice.
+    other = not headed and pictured == [False, True]
+    other |= any(columns.count(name) > 1 for name in ("pid", "path", "camid"))
     for number, row in lines:
         cells = dict(zip(columns, row, strict=False))
         empty = "" in (cells.get(c) for c in ("pid", "path", "camid"))
         if len(row) != len(columns) or empty or other:
             raise ValueError(
                 f"{source}, line {number}: expected {','.join(columns)}, got {','.join(row)!r}. A "
-                "header names its columns pid, path and camid."
+                "header names its columns pid, path and camid, each once."
             )
     rows = pd.DataFrame([row for _, row in lines], columns=columns)
     if "pid" not in rows:
@@ -346,8 +345,7 @@ def read_list(
     rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
     for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
         rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
-    two = rows["path"][rows.groupby("path")["pid"].transform("nunique") > 1]
-    if len(two):
+    if len(two := rows["path"][rows.groupby("path")["pid"].transform("nunique") > 1]):
         raise ValueError(f"{source} gives images to several identities: {some(two.unique())}.")
     lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
     if lost:
