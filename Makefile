@@ -51,7 +51,7 @@ book-run:
 
 pages: setup $(VENV)/.book ## the book again, of notebooks that `make book` ran
 	$(BOOK) docs/book.py
-	$(PY) -m sphinx --quiet --fail-on-warning --keep-going docs book/site
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -d book/doctrees docs book/site
 
 $(VENV)/.book: pyproject.toml constraints.txt | $(READY)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book]"
