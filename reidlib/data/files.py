@@ -326,9 +326,9 @@ def read_list(
 
     Relative paths start at `image_root` (None: in the list's own folder). The `pattern` over file
     names says the camera where no column does. If `labelled`, a header must name the column `pid`;
-    else it is -1 without it. Of a table of wildlife-datasets, whose pid is `identity`, `split` and
-    `bbox` come too, and a pid may be "". Raises FileNotFoundError if an image `must_exist` and does not, and
-    ValueError: no rows, or a line that cannot be read.
+    else it is -1 without it. Of a table of wildlife-datasets, whose pid is `identity` and may be "",
+    `split` comes too, and a `bbox` is cut out. Raises FileNotFoundError if an image `must_exist` and
+    does not, and ValueError: no rows, or a line that cannot be read.
     """
     base = existing(image_root) if image_root else source.parent
     rows, wild = _read_csv(source, labelled)
@@ -338,20 +338,25 @@ def read_list(
     if "camid" not in rows:
         rows["camid"] = _groups_of([*rows["path"]], pattern, source).get("camid", "-1")
     rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
+    if wild and "bbox" in rows:  # there may be several animals in an image
+        boxes = [re.findall(r"-?[\d.]+", text) for text in rows["bbox"]]
+        cuts = zip(rows["path"], boxes, strict=True)
+        rows["path"] = [cut(p, *map(float, box)) if len(box) == 4 else p for p, box in cuts]
     for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
         rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
+    two = rows["path"][rows.groupby("path")["pid"].transform("nunique") > 1]
+    if len(two):
+        raise ValueError(f"{source} gives images to several identities: {some(two.unique())}.")
     lost = [p for p in rows["path"] if must_exist and not os.path.isfile(cut_of(p)[0])]
     if lost:
         raise FileNotFoundError(
             f"{len(lost)} of {len(rows)} images in {source} do not exist: {some(lost, 3)}. Is "
             f"image_root right? It is {base}."
         )
-    more = []
     if wild and labelled:
         whole = split_of(source.stem) or "all"
         rows["split"] = rows.get("split", rows.get("original_split", whole))
-        more = ["split", *["bbox"] * ("bbox" in rows)]
-    return rows[["path", "pid", "camid", *more]]
+    return rows[["path", "pid", "camid", *["split"] * (wild and labelled)]]
 
 
 def _read_csv(source: Path, labelled: bool) -> tuple[pd.DataFrame, bool]:
@@ -363,9 +368,7 @@ def _read_csv(source: Path, labelled: bool) -> tuple[pd.DataFrame, bool]:
         raise ValueError(f"{source} is no CSV in UTF-8 ({error}): save it as one.") from error
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
     columns = [cell.lower() for cell in lines[0][1]] if lines else []
-    wild = "pid" not in columns and {"identity", "path"} <= {
-        *columns
-    }  # a table of wildlife-datasets
+    wild = "pid" not in columns and {"identity", "path"} <= {*columns}
     columns = ["pid" if wild and c == "identity" else c for c in columns]
     headed = {"path", *["pid"] * labelled} <= set(columns)
     if headed and (twice := [c for c in ("path", "pid", "camid") if columns.count(c) > 1]):
@@ -386,25 +389,7 @@ def _read_csv(source: Path, labelled: bool) -> tuple[pd.DataFrame, bool]:
                 f"{source}, line {number}: expected {','.join(columns)}, got {','.join(row)!r}. A "
                 "header names its columns pid, path and camid."
             )
-    rows = pd.DataFrame([row for _, row in lines], columns=columns)
-    if "pid" not in rows:
-        rows["pid"] = "-1"
-    rows["path"] = rows["path"].str.replace("\\", "/")  # Windows wrote the list
-    if "camid" not in rows:
-        rows["camid"] = _groups_of([*rows["path"]], pattern, source).get("camid", "-1")
-    rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
-    for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
-        rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
-    two = rows["path"][rows.groupby("path")["pid"].transform("nunique") > 1]
-    if len(two):
-        raise ValueError(f"{source} gives images to several identities: {some(two.unique())}.")
-    lost = [p for p in rows["path"] if must_exist and not os.path.isfile(cut_of(p)[0])]
-    if lost:
-        raise FileNotFoundError(
-            f"{len(lost)} of {len(rows)} images in {source} do not exist: {some(lost, 3)}. Is "
-            f"image_root right? It is {base}."
-        )
-    return rows[["path", "pid", "camid"]]
+    return pd.DataFrame([row for _, row in lines], columns=columns), wild
 
 
 def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, list[str]]:

@@ -191,14 +191,11 @@ def find_table(folder: Path) -> Path | None:
 def by_split(rows: pd.DataFrame, notes: list[str]) -> dict[str, pd.DataFrame]:
     """Divide the rows of a table of wildlife-datasets as its column split says.
 
-    A bounding box is cut out. Animals that nobody knows stay in the gallery, as junk. Raises
-    ValueError: the column divides nothing.
+    Animals that nobody knows stay in the gallery, as junk. Raises ValueError: the column divides
+    nothing.
     """
-    if "bbox" in rows:
-        boxes = rows["bbox"].str.findall(r"-?[\d.]+")
-        cut = zip(rows["path"], boxes, boxes.str.len() == 4, strict=True)
-        rows["path"] = [files.cut(path, *map(float, box)) if ok else path for path, box, ok in cut]
-        notes.append(f"{(boxes.str.len() == 4).sum():,} images are cut to their bbox.")
+    if n := sum(files.cut_of(path)[1] is not None for path in rows["path"]):
+        notes.append(f"{n:,} images are cut to their bbox.")
     unknown = rows["pid"].str.lower().isin(["", "unknown", "nan", "none"])
     rows.loc[unknown, "pid"] = "-1"
     words = rows["split"].str.lower()
