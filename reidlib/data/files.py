@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from reidlib.paths import data_dir, temporary
 from reidlib.recipes import DATA_SETS
@@ -23,6 +24,8 @@ from reidlib.words import did_you_mean, some
 
 Source = str | Path
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# Those of IMAGE_SUFFIXES, and GIF; others may run programs, or have no size.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF")
 SPLIT_FOLDERS = {
     "train": ("bounding_box_train", "train"),
     "query": ("query",),
@@ -70,6 +73,13 @@ def cut(path: str, left: float, top: float, width: float, height: float) -> str:
     x, y = max(0, math.floor(left)), max(0, math.floor(top))
     right, bottom = max(x, math.ceil(left + width)), max(y, math.ceil(top + height))
     return f"{path}#xywh={x},{y},{right - x},{bottom - y}"
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image; refuse what would never end, as a named pipe does, and what is not there."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    return Image.open(path, formats=_FORMATS)
 
 
 def find_below(root: Path, name: str) -> Path | None:

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import stat
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import pandas as pd
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from reidlib.data.dataset import fingerprint
-from reidlib.data.files import cut_of
+from reidlib.data.files import cut_of, open_image
 from reidlib.paths import cache_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
@@ -31,8 +30,6 @@ Size = tuple[int, int]  # height, width
 # The texts of these errors name the path once more.
 _CAUSES = {UnidentifiedImageError: "no image format that Pillow knows"}
 _CAUSES |= {FileNotFoundError: "there is no such file"}
-# Those of `files.IMAGE_SUFFIXES`, and GIF; others may run programs, or have no size.
-_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF")
 _FORMAT = 1  # of the cache files; a new one makes old files be ignored
 
 
@@ -137,7 +134,7 @@ def _frame(file: str, changed: float) -> np.ndarray:
 
 def _decoded(path: str | Path) -> np.ndarray:
     try:
-        with _opened(path) as opened:
+        with open_image(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
                 grey = np.asarray(image)
@@ -154,20 +151,13 @@ def _decoded(path: str | Path) -> np.ndarray:
     return pixels
 
 
-def _opened(path: str | Path) -> Image.Image:
-    """Open an image; refuse what would never end, as a named pipe does, and what is not there."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
-    return Image.open(path, formats=_FORMATS)
-
-
 def image_sizes(paths: Sequence[str]) -> list[Size | None]:
     """Return what sizes `read_image` will give, by the files' headers; None for unreadable ones."""
 
     def header(path: str) -> Size | None:
         file, box = cut_of(path)
         try:
-            with _opened(file) as image:
+            with open_image(file) as image:
                 # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
                 lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 down, across = image.size if lying else image.size[::-1]

@@ -9,9 +9,8 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
-from reidlib.data.files import IMAGE_SUFFIXES, cut
+from reidlib.data.files import IMAGE_SUFFIXES, cut, open_image
 from reidlib.words import some
 
 FRAMES, BOXES = "img1", ("gt/gt.txt", "det/det.txt")
@@ -58,7 +57,7 @@ def read_tracks(boxes: Path, notes: list[str]) -> pd.DataFrame:
     sizes, rows, clipped, out = {}, [], 0, []
     for number, frame, who, left, top, width, height, *_ in sorted(used, key=lambda box: box[1]):
         if frame not in sizes:
-            with Image.open(frames[frame]) as image:
+            with open_image(frames[frame]) as image:
                 sizes[frame] = image.size
         x, y = max(0, left), max(0, top)
         right, bottom = min(sizes[frame][0], left + width), min(sizes[frame][1], top + height)
