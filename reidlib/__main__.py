@@ -77,7 +77,8 @@ def score(args) -> None:
     options |= {"unreadable": args.unreadable, "exclude_same_camera": args.exclude_same_camera}
     scored = reidlib.score_run(args.run, args.dataset, **options)
     flipped = {"with_flips": scored.with_flips.scores} if scored.with_flips else {}
-    print(json.dumps(scored.scores | flipped, indent=2, allow_nan=False))
+    each = {"by_data_set": scored.by_data_set} if scored.by_data_set else {}
+    print(json.dumps(scored.scores | flipped | each, indent=2, allow_nan=False))
     say(str(scored), *scored.run.notes, *scored.notes)
 
 
@@ -100,15 +101,20 @@ def evaluate(args) -> None:
 
 def embed(args) -> None:
     """Write the embeddings of images into an HDF5 file."""
+    from reidlib.data.pixels import save_images
+    from reidlib.data.tables import ignored_files
     from reidlib.look.search import left_out
     from reidlib.model.device import pick_device
 
     out = _output(args.out)
     table = reidlib.image_list(args.images, pattern=args.pattern, image_root=args.image_root)
+    say(*filter(None, [ignored_files(args.images)]))
     model = reidlib.load_model(args.model, pick_device(args.device), args.unreadable)
     pixels, readable = reidlib.load_images(table, model.recipe)
     say(*left_out({"images": table}, {"images": readable}))
     table = readable
+    if args.crops:
+        save_images(table, Path(args.crops).expanduser())
     emb = reidlib.embed(model, pixels, model.recipe, flip=args.flip)
     reidlib.write_embeddings(out, emb, table)
     say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
@@ -216,7 +222,7 @@ CAMERAS = {"type": _true_or_false, "default": True, "metavar": "true|false"}
 
 # The commands that have it, its name, its help, and what else `argparse` wants to know.
 OPTIONS = (
-    ("data", "--dataset", "market1501, synthetic, or a path", NEEDED),
+    ("data", "--dataset", "a name, a path, or several with commas", NEEDED),
     ("data", "--k", "the K of PK batches (4)", {"type": int, "default": 4}),
     ("data", "--no-decode", "do not read the images themselves", YES),
     ("train", "--recipe", "plain, trinet (the default) or demo", {"default": "trinet"}),
@@ -237,10 +243,11 @@ OPTIONS = (
     ("evaluate", "--gallery-csv", "its list of images, if it holds embeddings alone"),
     ("score evaluate", "--exclude-same-camera", CAMERA, CAMERAS),
     ("embed search export", "--model", "a run, or a weights.safetensors", NEEDED),
-    ("embed", "--images", "a folder, or a CSV list", NEEDED),
+    ("embed", "--images", "a folder, a CSV list, or a tracker's sequence", NEEDED),
     ("embed", "--out", "the file to write, such as gallery.h5", NEEDED),
-    ("search", "--gallery", "a folder, a CSV list, or embeddings (.h5)", NEEDED),
-    ("search", "--query", "an image, a folder, or a CSV list", NEEDED),
+    ("embed", "--crops", "write the images there, too, a folder for each identity"),
+    ("search", "--gallery", "a folder, list or tracker's sequence, or embeddings (.h5)", NEEDED),
+    ("search", "--query", "an image, a folder, a list, or a tracker's sequence", NEEDED),
     ("search", "--top", "how many of each query (10)", {"type": _count, "default": 10}),
     ("embed search", "--flip", "mean of each image and its mirror image", YES),
     ("data score embed", "--pattern", 'names to pid and camid: a regex, or "market1501"'),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from reidlib.paths import data_dir
 from reidlib.words import some
 
 Positive = Annotated[float, Field(gt=0)]
@@ -30,7 +31,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    dataset: str = _setting("market1501", "market1501, synthetic, or a path (see reidlib.load)")
+    dataset: str = _setting(
+        "market1501", "a name, a path, or several with commas (see reidlib.load)"
+    )
     pattern: str = _setting("", "reads identity and camera from file names (see reidlib.load)")
     hold_out: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] = _setting(
         0,
@@ -143,8 +146,12 @@ RECIPES = {
     | {"checkpoint_every": 100, "evaluate_every": 100},
 }
 
+# Data sets that are asked for by name: `data/layouts.toml` has their places, and what they hold.
+DATA_SETS = ("synthetic", "market1501", "market1501+500k", "msmt17", "msmt17_v1", "msmt17_v2")
+DATA_SETS += ("dukemtmcreid", "occluded_duke", "cuhk03", "cuhk03_labeled", "veri776")
+
 # What is no path, whatever lies in the working directory.
-NAMES = ("market1501", "synthetic", "imagenet", "none")
+NAMES = (*DATA_SETS, "imagenet", "none")
 
 # Settings of older versions that were taken out, and the value at which each changed nothing.
 RETIRED = {"small": 0.0}
@@ -174,18 +181,36 @@ def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
     return _checked(settings)
 
 
+def data_sets(dataset: str) -> list[str]:
+    """Return the data sets that a setting names: one, or several with commas between them.
+
+    >>> data_sets("market1501, msmt17")
+    ['market1501', 'msmt17']
+    """
+    places = (os.path.expanduser(dataset), data_dir() / dataset)
+    whole = any(map(os.path.exists, places))  # a path may have a comma
+    return [dataset] if whole else [name.strip() for name in dataset.split(",")]
+
+
+def data_set_name(recipe: Recipe) -> str:
+    """Return what a model says it was trained on: names, no places."""
+    return "+".join(Path(name).name for name in data_sets(recipe.dataset))
+
+
 def located(recipe: Recipe) -> Recipe:
     """Return a recipe whose paths, seen from the working directory, are whole ones.
 
     It will be read again from other places, and another folder may have the name there. Names, and
     what lies in the data folder, stay as they are.
     """
-    changed = {}
-    for name in ("dataset", "hold_out", "weights"):
-        value = getattr(recipe, name)
-        if isinstance(value, str) and value.strip() and value not in NAMES:
-            path = Path(os.path.abspath(Path(value).expanduser()))
-            changed |= {name: str(path)} if path.exists() else {}
+
+    def whole(value: Any) -> Any:
+        named = not isinstance(value, str) or not value.strip() or value in NAMES
+        path = "" if named else os.path.abspath(os.path.expanduser(value))
+        return path if os.path.exists(path) else value
+
+    changed = {name: whole(getattr(recipe, name)) for name in ("hold_out", "weights")}
+    changed["dataset"] = ",".join(map(whole, data_sets(recipe.dataset)))
     return recipe.model_copy(update=changed)
 
 

@@ -51,9 +51,9 @@ def run_name(dataset: str, recipe: Recipe, tag: str = "") -> str:
     """
     # str: a tag of digits may come as a number
     name = "_".join(part for part in (dataset, recipe.variant, str(tag)) if part)
-    if not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+    if not all(c.isalnum() or c in "._-+" for c in name) or name.startswith("."):
         raise ValueError(
-            f"The run would be named {name!r}: use letters, digits, '.', '_' and '-' alone in its tag."
+            f"The run would be named {name!r}: use letters, digits, '.', '_', '-' and '+' alone in its tag."
         )
     return name
 

@@ -67,7 +67,7 @@ def test_lint():
 # The floor, then the rooms, each with its files: a file imports only files that stand before it.
 ROOMS = {
     "": "paths progress words typed recipes records runs",
-    "data": "files people synthetic corrections tables pixels check augment sampler",
+    "data": "files layouts tracks dataset people synthetic corrections tables pixels check augment sampler",
     "model": "depthwise network weights device embed",
     "evaluation": "distances metrics ranks sides retrieval leaks intervals baselines rerank pairs verify "
     "scoring thresholds",

@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from reidlib.data import files
 from reidlib.data import tables as ds
-from reidlib.data.check import MARKET_COUNTS, check, drop_unreadable
+from reidlib.data.check import check, drop_unreadable
+from reidlib.data.layouts import LAYOUTS
 from reidlib.data.pixels import read_image
 from reidlib.recipes import make_recipe
 
-MARKET = Path(__file__).resolve().parent.parent / "data" / files.MARKET_FOLDER
+MARKET_FOLDER = LAYOUTS["market1501"].folder
+MARKET = Path(__file__).resolve().parent.parent / "data" / MARKET_FOLDER
 needs_market = pytest.mark.skipif(
     not (MARKET / "bounding_box_train").is_dir(), reason=f"Market-1501 is not at {MARKET}"
 )
@@ -90,7 +91,7 @@ def test_real_market_is_complete():
     report = check(data, decode=False)
     assert report.ok and not (report.problems.severity == "warning").any(), str(report)
     counts = report.counts
-    assert counts.images.to_dict() == MARKET_COUNTS
+    assert counts.images.to_dict() == LAYOUTS["market1501"].images
     assert counts.identities.to_dict() == {"train": 751, "query": 750, "gallery": 750}
     assert counts.junk["gallery"] == 3819 and counts.distractors["gallery"] == 2798
     assert (counts.cameras == 6).all()
@@ -126,7 +127,7 @@ def zipped(archive, source):
 def test_market_is_found_wherever_people_put_it(place, dataset, data, tmp_path):
     small_market(tmp_path / place)
     if place.startswith("source"):
-        zipped(data / f"{files.MARKET_FOLDER}.zip", tmp_path / place)
+        zipped(data / f"{MARKET_FOLDER}.zip", tmp_path / place)
     got, again = (ds.load(dataset.format(tmp_path)) for _ in range(2))  # unpacked once, then found
     assert got.name == "market1501" and ds.fingerprint(got) == ds.fingerprint(again)
     assert rows(got.query) == [("0001_c1s1_000001_00.jpg", 1, 1), (SMALL["query"][1], 3, 2)]
@@ -137,7 +138,7 @@ def test_market_is_found_wherever_people_put_it(place, dataset, data, tmp_path):
 
 
 def test_market_that_is_not_there_says_where_to_get_it(data):
-    small_market(data / f".{files.MARKET_FOLDER}.77.part")  # another process is unpacking
+    small_market(data / f".{MARKET_FOLDER}.77.part")  # another process is unpacking
     pictures(data, "Market-1501/1.jpg")  # of this name, but no Market-1501
     with pytest.raises(FileNotFoundError, match=f"is not in {data}: .*Liang Zheng.*Kaggle"):
         ds.load()
@@ -147,7 +148,7 @@ FLAT = ["ann_cam1_x.jpg", "ann_cam2_x.jpg", "bob_cam1_x.jpg", "bob_cam2_x.jpg"]
 # What lies in the folder `x` (pictures, or a list of this text), what is asked for, what is said.
 # fmt: off
 REFUSED = [
-    ([], dict(dataset="no"), 'no \'no\'.*"market1501" and "synthetic"'),
+    ([], dict(dataset="no"), "no 'no'.*one of the names synthetic, market1501,"),
     ([], dict(dataset=""), "no ''"),
     ([], dict(dataset="market1501", pattern="x"), "are for your own data"),
     ([], dict(dataset="synthetic", image_root="x"), "are for your own data"),
@@ -170,7 +171,7 @@ REFUSED = [
     (["train.csv", "a/bounding_box_train/1.jpg"], {}, "holds the lists .*train.csv and the folder"),
     (["query.csv", "gallery.csv", "train/a/1.jpg"], {}, "holds the lists .* and the folder .*train"),
     (["train.csv"], dict(dataset="x/train.csv"), r"train.csv is no CSV in UTF-8 \("),
-    ("path,identity\na.jpg,ann\n", {}, "line 1: expected pid,path, got 'path,identity'. A header"),
+    ("path,who\na.jpg,ann\n", {}, "line 1: expected pid,path, got 'path,who'. A header"),
     ("file,who\na.jpg,ann\n", {}, "line 1: expected pid,path, got 'file,who'. A header"),
     ("1,a.jpg\n".encode("utf-16"), {}, r"train.csv is no CSV in UTF-8 \("),
     ("Jürgen,a.jpg\n".encode("latin-1"), {}, r"train.csv is no CSV in UTF-8 \("),
@@ -253,7 +254,7 @@ def test_zip_that_leaves_its_folder_is_refused(name, data):
 
 @pytest.mark.parametrize("damage", ["short", "flipped", "text"])
 def test_broken_zip_is_named_and_leaves_nothing(damage, data):
-    archive = data / f"{files.MARKET_FOLDER}.zip"
+    archive = data / f"{MARKET_FOLDER}.zip"
     zipped(archive, small_market(data.parent / "source"))
     whole, middle = archive.read_bytes(), archive.stat().st_size // 2
     flipped = whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 20])
@@ -274,9 +275,9 @@ def test_zip_that_unpacks_to_more_than_pictures_do_is_refused(data):
     assert os.listdir(data) == ["bomb.zip"]
 
 
-@pytest.mark.parametrize("asked", ["market1501", f"{files.MARKET_FOLDER}.zip"])
+@pytest.mark.parametrize("asked", ["market1501", f"{MARKET_FOLDER}.zip"])
 def test_zip_that_was_replaced_is_unpacked_anew(asked, data):
-    archive, source = data / f"{files.MARKET_FOLDER}.zip", small_market(data.parent / "source")
+    archive, source = data / f"{MARKET_FOLDER}.zip", small_market(data.parent / "source")
     zipped(archive, source)
     before = ds.load(asked)
     pictures(source, "query/0003_c3s1_000001_00.jpg")
@@ -680,7 +681,7 @@ def test_check_names_unreadable_images_and_drops_them(data):
     ],
 )
 def test_check_compares_market_with_its_counts(split, size, cause, data):
-    few = ds.load(small_market(data / files.MARKET_FOLDER))
+    few = ds.load(small_market(data / MARKET_FOLDER))
     many = few.splits[split].iloc[np.zeros(size, int)].reset_index(drop=True)
     report = check(replace(few, **{split: many}), decode=False)
     assert check(few).ok  # a part of Market-1501 is still a data set

@@ -7,21 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from reidlib.data.layouts import LAYOUTS, cause_of
 from reidlib.data.pixels import read_image
 from reidlib.data.tables import Dataset
 from reidlib.words import some
 
-MARKET_COUNTS = {"train": 12936, "query": 3368, "gallery": 19732}
-MARKET_CAUSES = {
-    3362: "6 files that end in .jpg.jpg are lost: unpack the original archive again.",
-    19714: "18 files that end in .jpg.jpg are lost: unpack the original archive again.",
-    15913: "The junk images are left out; scores stay the same.",
-}
-
 # All that may be wrong: severity, problem, what to do; {n} is how many are concerned, {them} who.
 # fmt: off
 PROBLEMS = {
-    "counts": ("warning", "{split} has {found:,} images, Market-1501 has {wanted:,}: scores do not "
+    "counts": ("warning", "{split} has {found:,} images, {title} has {wanted:,}: scores do not "
                "compare with published ones.", "{cause}"),
     "unreadable": ("error", "{n} images cannot be read: {them}.",
                    "Replace them, or go on without them: drop_unreadable(dataset, report)."),
@@ -170,11 +164,12 @@ def _concerned(
 ) -> Iterator[tuple[str, Sequence, dict]]:
     """Yield the name of each of `PROBLEMS`, whom it concerns (nobody: all is well), and its words."""
     train, query, gallery = dataset.splits.values()
-    for split, table in dataset.splits.items():
-        found, wanted = len(table), MARKET_COUNTS[split]
-        cause = MARKET_CAUSES.get(found, "Unpack the original archive again.")
-        wrong = [split] * (dataset.name == "market1501" and found != wanted)
-        yield "counts", wrong, dict(split=split, found=found, wanted=wanted, cause=cause)
+    for name, part in dataset.parts.items():
+        for split, table in part.splits.items() if name in LAYOUTS else ():
+            cause, wanted = cause_of(name, split, len(table)), LAYOUTS[name].images[split]
+            words = dict(split=split, found=len(table), wanted=wanted, cause=cause)
+            wrong = [split] * (len(table) != wanted)
+            yield "counts", wrong, words | {"title": LAYOUTS[name].title}
     broken = [f"{path} ({cause})" for path, cause in unreadable.items()]
     yield "unreadable", broken, {"most": 10}
     for split, table in dataset.splits.items():

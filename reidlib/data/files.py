@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -10,30 +11,33 @@ import stat
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from reidlib.paths import data_dir, temporary
-from reidlib.words import some
+from reidlib.recipes import DATA_SETS
+from reidlib.words import did_you_mean, some
 
 Source = str | Path
-MARKET_FOLDER = "Market-1501-v15.09.15"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# Those of IMAGE_SUFFIXES, and GIF; others may run programs, or have no size.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF")
 SPLIT_FOLDERS = {
     "train": ("bounding_box_train", "train"),
     "query": ("query",),
     "gallery": ("bounding_box_test", "gallery", "test"),
 }
 SPLIT_WORDS = {"train": "train", "query": "query|querie|probe", "gallery": "gallery|test"}
-# In any capitals, as some copies have it.
-_MARKET_TRAIN = re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", "bounding_box_train")
 _UNPACKED = ".unpacked"  # in an unpacked folder: the digest of the zip's contents
 # The pattern ends at the first dot: 24 official files end in ".jpg.jpg", and a pattern that ends
 # in r"\.jpg$" loses all six queries of identity 1488 and 18 gallery images without a word.
 MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
+# A part of a picture, as the W3C's Media Fragments name it: "frame.jpg#xywh=10,20,64,128".
+_CUT = re.compile(r"#xywh=(\d+),(\d+),(\d+),(\d+)$")
 
 
 def existing(source: Source) -> Path:
@@ -43,37 +47,46 @@ def existing(source: Source) -> Path:
         if str(source).strip() and path.exists():
             return path
     raise FileNotFoundError(
-        f"there is no {str(source)!r} in {os.getcwd()} or {data_dir()}: give a folder, a .zip, "
-        'a .csv, or one of the names "market1501" and "synthetic".'
+        f"there is no {str(source)!r} in {os.getcwd()} or {data_dir()}: give the path of a folder, a "
+        f".zip or a .csv, or one of the names {', '.join(DATA_SETS)}{did_you_mean(str(source), DATA_SETS)}"
     )
 
 
-def is_market1501(path: Path) -> bool:
-    """Say whether a folder or a zip is named like Market-1501, however that is spelt."""
-    return re.sub(r"[^a-z0-9]", "", path.name.lower()).startswith("market1501")
+def cut_of(path: Source) -> tuple[str, tuple[int, ...] | None]:
+    """Return the file of a picture, and what is cut out of it: left, top, width, height; None: all.
+
+    >>> cut_of("frame.jpg#xywh=10,20,64,128"), cut_of("whole.jpg")
+    (('frame.jpg', (10, 20, 64, 128)), ('whole.jpg', None))
+    """
+    found = _CUT.search(str(path))
+    if not found or os.path.exists(path):
+        return str(path), None
+    return str(path)[: found.start()], tuple(map(int, found.groups()))
 
 
-def find_market1501() -> Path:
-    """Return the folder of Market-1501 in the data folder, unpacked where there is only its zip."""
-    places = [p for p in data_dir().glob("[!.]*") if is_market1501(p)]
-    places.sort(key=lambda p: (p.is_file(), not p.name.startswith(MARKET_FOLDER), p.name))
-    for place in places:
-        archive = place if place.is_file() else place.with_name(f"{place.name}.zip")
-        if archive.suffix.lower() == ".zip" and archive.is_file():
-            place = unpack(archive)
-        if place.is_dir() and (found := find_market(place)):
-            return found
-    raise FileNotFoundError(
-        f"Market-1501 is not in {data_dir()}: get it from the project page of its author, Liang "
-        f"Zheng, or from Kaggle, and put the folder {MARKET_FOLDER} (with bounding_box_train in it) "
-        'or its zip there; or use dataset="synthetic".'
-    )
+def cut(path: str, left: float, top: float, width: float, height: float) -> str:
+    """Return the name of a part of a picture, see `cut_of`: whole pixels, from its edge on.
+
+    >>> cut("frame.jpg", -4.5, 20, 64, 128)
+    'frame.jpg#xywh=0,20,60,128'
+    """
+    x, y = max(0, math.floor(left)), max(0, math.floor(top))
+    right, bottom = max(x, math.ceil(left + width)), max(y, math.ceil(top + height))
+    return f"{path}#xywh={x},{y},{right - x},{bottom - y}"
 
 
-def find_market(root: Path) -> Path | None:
-    """Return the folder with bounding_box_train in it, `root` or up to two levels below; or None."""
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image; refuse what would never end, as a named pipe does, and what is not there."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    return Image.open(path, formats=_FORMATS)
+
+
+def find_below(root: Path, name: str) -> Path | None:
+    """Return the folder with this one in it, in any capitals, `root` or up to two levels below; or None."""
+    pattern = re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", name)
     for level in ("", "*/", "*/*/"):
-        hits = sorted(p.parent for p in root.glob(level + _MARKET_TRAIN) if p.is_dir())
+        hits = sorted(p.parent for p in root.glob(level + pattern) if p.is_dir())
         hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
         if len(hits) > 1:
             raise ValueError(f"{root} holds several data sets, give one: {some(hits)}.")
@@ -267,14 +280,29 @@ def _utf8(names: list[str], where: str) -> list[str]:
     return names
 
 
-def read_folder(place: Path, pattern: str | None, notes: list[str], labelled: bool) -> pd.DataFrame:
+def read_folder(
+    place: Path,
+    pattern: str | None,
+    notes: list[str],
+    labelled: bool,
+    listed: Sequence[str] | None = None,
+) -> pd.DataFrame:
     """Return the rows of one folder; `notes` get sentences on what is passed over.
 
     Where the `pattern` over file names does not say the pid, it is -1, or, if `labelled`, the first
-    sub-folder. Raises ValueError: no images, or names that say no identity.
+    sub-folder. If images are `listed`, by names relative to it, it is those alone. Raises
+    FileNotFoundError: listed images are missing; ValueError: no images, or names that say no identity.
     """
     names, strays = walk(place)
-    notes += strays
+    notes += [stray for stray in strays if stray not in notes]
+    if listed is not None:
+        there = {*names}
+        if lost := [name for name in listed if name not in there]:
+            raise FileNotFoundError(
+                f"{place} lacks {len(lost):,} of the {len(listed):,} images of its list: {some(lost)}. "
+                "Unpack the original again."
+            )
+        names = [*listed]
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     folders = {Path(name).parent for name in names}
@@ -308,10 +336,41 @@ def read_list(
 
     Relative paths start at `image_root` (None: in the list's own folder). The `pattern` over file
     names says the camera where no column does. If `labelled`, a header must name the column `pid`;
-    else it is -1 without it. Raises FileNotFoundError if an image `must_exist` and does not, and
-    ValueError: no rows, or a line that cannot be read.
+    else it is -1 without it. Of a table of wildlife-datasets, whose pid is `identity` and may be "",
+    `split` comes too, and a `bbox` is cut out. Raises FileNotFoundError if an image `must_exist` and
+    does not, and ValueError: no rows, or a line that cannot be read.
     """
     base = existing(image_root) if image_root else source.parent
+    rows, wild = _read_csv(source, labelled)
+    if "pid" not in rows:
+        rows["pid"] = "-1"
+    rows["path"] = rows["path"].str.replace("\\", "/")  # Windows wrote the list
+    if "camid" not in rows:
+        rows["camid"] = _groups_of([*rows["path"]], pattern, source).get("camid", "-1")
+    rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
+    if wild and "bbox" in rows:  # there may be several animals in an image
+        boxes = [re.findall(r"-?[\d.]+", text) for text in rows["bbox"]]
+        cuts = zip(rows["path"], boxes, strict=True)
+        rows["path"] = [cut(p, *map(float, box)) if len(box) == 4 else p for p, box in cuts]
+    for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
+        rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
+    two = rows["path"][rows.groupby("path")["pid"].transform("nunique") > 1]
+    if len(two):
+        raise ValueError(f"{source} gives images to several identities: {some(two.unique())}.")
+    lost = [p for p in rows["path"] if must_exist and not os.path.isfile(cut_of(p)[0])]
+    if lost:
+        raise FileNotFoundError(
+            f"{len(lost)} of {len(rows)} images in {source} do not exist: {some(lost, 3)}. Is "
+            f"image_root right? It is {base}."
+        )
+    if wild and labelled:
+        whole = split_of(source.stem) or "all"
+        rows["split"] = rows.get("split", rows.get("original_split", whole))
+    return rows[["path", "pid", "camid", *["split"] * (wild and labelled)]]
+
+
+def _read_csv(source: Path, labelled: bool) -> tuple[pd.DataFrame, bool]:
+    """Return the cells of a list, checked, and whether it is a table of wildlife-datasets."""
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
             lines = [[cell.strip() for cell in row] for row in csv.reader(file)]
@@ -319,6 +378,8 @@ def read_list(
         raise ValueError(f"{source} is no CSV in UTF-8 ({error}): save it as one.") from error
     lines = [(number, row) for number, row in enumerate(lines, 1) if any(row)]
     columns = [cell.lower() for cell in lines[0][1]] if lines else []
+    wild = "pid" not in columns and {"identity", "path"} <= {*columns}
+    columns = ["pid" if wild and c == "identity" else c for c in columns]
     headed = {"path", *["pid"] * labelled} <= set(columns)
     lines = lines[headed:]
     columns = columns if headed else ["pid", "path", "camid"][: max(2, len(columns))]
@@ -330,30 +391,14 @@ def read_list(
     other |= any(columns.count(name) > 1 for name in ("pid", "path", "camid"))
     for number, row in lines:
         cells = dict(zip(columns, row, strict=False))
-        empty = "" in (cells.get(c) for c in ("pid", "path", "camid"))
+        needed = ("path", "camid") if wild else ("pid", "path", "camid")
+        empty = "" in map(cells.get, needed)
         if len(row) != len(columns) or empty or other:
             raise ValueError(
                 f"{source}, line {number}: expected {','.join(columns)}, got {','.join(row)!r}. A "
                 "header names its columns pid, path and camid, each once."
             )
-    rows = pd.DataFrame([row for _, row in lines], columns=columns)
-    if "pid" not in rows:
-        rows["pid"] = "-1"
-    rows["path"] = rows["path"].str.replace("\\", "/")  # Windows wrote the list
-    if "camid" not in rows:
-        rows["camid"] = _groups_of([*rows["path"]], pattern, source).get("camid", "-1")
-    rows["path"] = [os.path.abspath(base / p) for p in rows["path"]]
-    for column in ("pid", "camid"):  # pandas writes 7.0 where a column has a blank
-        rows[column] = rows[column].str.replace(r"^(-?\d+)\.0*$", r"\1", regex=True)
-    if len(two := rows["path"][rows.groupby("path")["pid"].transform("nunique") > 1]):
-        raise ValueError(f"{source} gives images to several identities: {some(two.unique())}.")
-    lost = [p for p in rows["path"] if must_exist and not os.path.isfile(p)]
-    if lost:
-        raise FileNotFoundError(
-            f"{len(lost)} of {len(rows)} images in {source} do not exist: {some(lost, 3)}. Is "
-            f"image_root right? It is {base}."
-        )
-    return rows[["path", "pid", "camid"]]
+    return pd.DataFrame([row for _, row in lines], columns=columns), wild
 
 
 def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, list[str]]:

@@ -9,18 +9,18 @@ import errno
 import hashlib
 import json
 import os
-import stat
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from reidlib.data.tables import fingerprint
+from reidlib.data.dataset import fingerprint
+from reidlib.data.files import cut_of, open_image
 from reidlib.paths import cache_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
@@ -30,8 +30,6 @@ Size = tuple[int, int]  # height, width
 # The texts of these errors name the path once more.
 _CAUSES = {UnidentifiedImageError: "no image format that Pillow knows"}
 _CAUSES |= {FileNotFoundError: "there is no such file"}
-# Those of `files.IMAGE_SUFFIXES`, and GIF; others may run programs, or have no size.
-_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF")
 _FORMAT = 1  # of the cache files; a new one makes old files be ignored
 
 
@@ -104,12 +102,39 @@ def load_pixels(
 def read_image(path: str | Path) -> np.ndarray:
     """Decode one image file to (H, W, 3) uint8 RGB: the only decoder of the library.
 
-    EXIF orientation is applied; grey, palette and CMYK become RGB; alpha is dropped; 16-bit grey
-    keeps the upper 8 of as many bits (8, 10, 12, 14 or 16) as the image needs, for many sensors have
-    12. A ValueError names a file that cannot be read, and the cause.
+    A part of an image, as `files.cut_of` knows it, is cut out of it. EXIF orientation is applied; grey,
+    palette and CMYK become RGB; alpha is dropped; 16-bit grey keeps the upper 8 of as many bits (8, 10,
+    12, 14 or 16) as the image needs, for many sensors have 12. A ValueError names a file that cannot be
+    read, and the cause.
     """
+    file, box = cut_of(path)
+    if not box:
+        return _decoded(path)
+    left, top, width, height = box
+    whole = _frame(file, os.path.getmtime(file) if os.path.exists(file) else 0)
+    part = whole[top : top + height, left : left + width].copy()
+    if not part.size:
+        raise ValueError(f"cannot read the image {path}: the box lies outside of it")
+    return part
+
+
+def save_images(table: pd.DataFrame, folder: Path) -> None:
+    """Write the images of a table as JPEG, a sub-folder for each identity, as `load` takes them."""
+    for row, (path, pid) in enumerate(zip(table["path"], table["pid"], strict=True)):
+        place = folder / str(pid)
+        place.mkdir(parents=True, exist_ok=True)
+        stem = Path(cut_of(path)[0]).stem
+        Image.fromarray(read_image(path)).save(place / f"{stem}_{row:06d}.jpg", quality=95)
+
+
+@lru_cache(maxsize=2)  # the many boxes of a frame follow one another
+def _frame(file: str, changed: float) -> np.ndarray:
+    return _decoded(file)
+
+
+def _decoded(path: str | Path) -> np.ndarray:
     try:
-        with _opened(path) as opened:
+        with open_image(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
                 grey = np.asarray(image)
@@ -126,22 +151,18 @@ def read_image(path: str | Path) -> np.ndarray:
     return pixels
 
 
-def _opened(path: str | Path) -> Image.Image:
-    """Open an image; refuse what would never end, as a named pipe does, and what is not there."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
-    return Image.open(path, formats=_FORMATS)
-
-
 def image_sizes(paths: Sequence[str]) -> list[Size | None]:
     """Return what sizes `read_image` will give, by the files' headers; None for unreadable ones."""
 
     def header(path: str) -> Size | None:
+        file, box = cut_of(path)
         try:
-            with _opened(path) as image:
+            with open_image(file) as image:
                 # EXIF orientations 5 to 8 lie on their side: decoding turns them upright.
                 lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-                return image.size if lying else image.size[::-1]
+                down, across = image.size if lying else image.size[::-1]
+                left, top, width, height = box or (0, 0, across, down)
+                return max(0, min(height, down - top)), max(0, min(width, across - left))
         except Exception:  # Pillow raises a dozen unrelated types; `load_pixels` names the file
             return None
 

@@ -5,56 +5,22 @@ One row is one image. Columns: `path` (absolute), `pid` (identity; -1 junk, 0 di
 numbers, are numbered 1, 2, … over all splits together, and keep the name in a column `label`.
 """
 
-import hashlib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from reidlib.data import corrections, files
+from reidlib.data import corrections, files, layouts, tracks
+from reidlib.data.dataset import Dataset, union
+from reidlib.data.dataset import fingerprint as fingerprint
 from reidlib.data.files import Source
 from reidlib.data.synthetic import built_in_data
+from reidlib.recipes import DATA_SETS, data_sets
 from reidlib.runs import sha256
 from reidlib.words import some
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Three tables of images, and plain sentences on what was seen and passed over.
-
-    The gallery keeps junk (pid -1) and distractors (pid 0): the evaluation drops junk itself.
-
-    >>> dataset = load("synthetic")
-    >>> set(dataset.query["pid"]) <= set(dataset.gallery["pid"])
-    True
-    >>> set(dataset.query["pid"]) & set(dataset.train["pid"])
-    set()
-    """
-
-    name: str
-    root: Path
-    train: pd.DataFrame
-    query: pd.DataFrame
-    gallery: pd.DataFrame
-    notes: tuple[str, ...] = ()
-
-    @property
-    def test(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The tables query and gallery; a ValueError where the data set has no test."""
-        if not len(self.query) or not len(self.gallery):
-            raise ValueError(
-                f"The data set {self.name} ({self.root}) has no test: {len(self.query)} queries and "
-                f"{len(self.gallery)} gallery images. It can train; name another to be tested on."
-            )
-        return self.query, self.gallery
-
-    @property
-    def splits(self) -> dict[str, pd.DataFrame]:
-        """The tables by name: train, query, gallery."""
-        return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
 
 def load(
@@ -71,12 +37,16 @@ def load(
 
     Args:
         dataset: one of
-            - `"market1501"`: the folder `Market-1501-v15.09.15`, or its zip, in the data folder;
             - `"synthetic"`: the built-in data, drawn into the data folder when it is not there;
-            - a folder in Market-1501's layout, its parent, or a zip of it;
+            - `"market1501"` or another name of `layouts.LAYOUTS`: its folder, or its zip, in the data
+              folder;
+            - a folder in one of their layouts, its parent, or a zip of it;
             - a folder of identities, split or not: `train/<identity>/any.jpg`;
             - a folder with the lists train.csv, query.csv and gallery.csv (or …_test.csv), or one
               CSV for training only. Without a list its table is empty, and a note says so.
+            - several of these, with commas between them: people and cameras are kept apart.
+            - a table of wildlife-datasets: a CSV with the columns path and identity, and split, if it
+              is to be divided so;
             A relative path is looked for in the working directory, then in the data folder.
         pattern: a regular expression over file names, such as `r"(?P<pid>[a-z]+)_cam(?P<camid>\d)"`,
             or, where they do not fit, over names with their folders, such as `"cam(?P<camid>\d)/"`;
@@ -96,11 +66,16 @@ def load(
     """
     # "" is how a notebook says None; papermill turns digits into a number.
     pattern, image_root = str(pattern or "") or None, image_root or None
-    known = {"market1501": files.find_market1501, "synthetic": built_in_data}
-    if find := known.get(str(dataset)):
-        if pattern or image_root:
-            raise ValueError(f"pattern and image_root are for your own data, not for {dataset!r}.")
-        return replace(_folder(find(), None), name=str(dataset))
+    name, names = str(dataset), data_sets(str(dataset))
+    if len(names) > 1:
+        yours = {"pattern": pattern, "image_root": image_root}
+        return union([load(one, **({} if one in DATA_SETS else yours)) for one in names])
+    if name in DATA_SETS and (pattern or image_root):
+        raise ValueError(f"pattern and image_root are for your own data, not for {name!r}.")
+    if name == "synthetic":
+        return replace(_folder(built_in_data(), None), name=name)
+    if name in DATA_SETS:
+        return _known(*layouts.find(name))
     path = files.existing(dataset)
     if path.is_file() and path.suffix.lower() == ".csv":
         return _lists({"train": path}, image_root, pattern)
@@ -108,8 +83,16 @@ def load(
         path = files.unpack(path)
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder, a .zip nor a .csv list.")
+    if any((path / name).is_file() for name in tracks.BOXES):
+        raise ValueError(
+            f"{path} is a tracker's sequence: `embed --crops FOLDER` makes a data set of it."
+        )
     lists = files.find_lists(path)
-    market = files.find_market(path) if len(lists) < 3 else None
+    if not lists and (table := layouts.find_table(path)):
+        return _lists({"train": table}, image_root, pattern)
+    if not lists and not pattern and (known := layouts.recognise(path)):
+        return _known(*known)
+    market = files.find_below(path, "bounding_box_train") if len(lists) < 3 else None
     others = (
         p for p in path.iterdir() if p.is_dir() and files.split_of(p.name) not in {None, *lists}
     )
@@ -123,9 +106,14 @@ def load(
         return _lists(lists, image_root, pattern)
     if image_root:
         raise ValueError(f"image_root goes with CSV lists, and {path} has none.")
-    data = _folder(market or path, pattern)
-    official = market and not pattern and files.is_market1501(market)
-    return replace(data, name="market1501") if official else data
+    return _folder(market or path, pattern)
+
+
+def _known(name: str, root: Path) -> Dataset:
+    """Load a data set in a layout that is known."""
+    notes = []
+    raw = layouts.read(name, root, notes)
+    return replace(_dataset(root.name, root, raw, notes, layouts.LAYOUTS[name].pattern), name=name)
 
 
 def _folder(root: Path, pattern: str | None) -> Dataset:
@@ -153,8 +141,10 @@ def _lists(lists: dict[str, Path], image_root: Source | None, pattern: str | Non
         split: files.read_list(path, image_root, pattern, must_exist=True, labelled=True)
         for split, path in lists.items()
     }
-    folder = next(iter(lists.values())).parent
-    return _dataset(folder.name, files.existing(image_root or folder), raw, [], pattern)
+    folder, notes = next(iter(lists.values())).parent, []
+    if [*raw] == ["train"] and "split" in raw["train"]:
+        raw = layouts.by_split(raw["train"], notes)
+    return _dataset(folder.name, files.existing(image_root or folder), raw, notes, pattern)
 
 
 def image_list(
@@ -164,10 +154,11 @@ def image_list(
     image_root: Source | None = None,
     must_exist: bool = True,
 ) -> pd.DataFrame:
-    """Return one table of a folder (all images in it, at any depth) or of a CSV list.
+    """Return one table of a folder (all images in it, at any depth), a CSV list or a tracker's boxes.
 
     Args:
-        source: the folder or the list. With a header a list needs no `pid`: then it is -1.
+        source: the folder or the list. With a header a list needs no `pid`: then it is -1. Or a
+            sequence in MOTChallenge's form, see `tracks`.
         pattern: says identities and cameras of a folder; without it both are -1.
         image_root: where the relative paths of a list start; None: in its own folder.
         must_exist: False where a list belongs to embeddings from elsewhere, and its images need not
@@ -182,7 +173,9 @@ def image_list(
     {-1}
     """
     path = files.existing(source)
-    if path.is_file():
+    if boxes := tracks.boxes_of(path):
+        rows = tracks.read_tracks(boxes, [])
+    elif path.is_file():
         rows = files.read_list(path, image_root, pattern, must_exist, labelled=False)
     elif image_root:
         raise ValueError(f"image_root goes with CSV lists, and {path} is none.")
@@ -195,9 +188,11 @@ def image_list(
 
 
 def ignored_files(source: Source) -> str:
-    """Return a sentence on what `image_list` passes over in a folder: no images, or hidden; or ""."""
-    path = files.existing(source)
-    return "".join(files.walk(path)[1]) if path.is_dir() else ""
+    """Return sentences on what `image_list` passes over: no images, hidden, or no boxes; or ""."""
+    path, notes = files.existing(source), []
+    if boxes := tracks.boxes_of(path):
+        tracks.read_tracks(boxes, notes)
+    return "\n".join(notes if boxes or path.is_file() else files.walk(path)[1])
 
 
 def hold_out(
@@ -281,31 +276,6 @@ def split_file(name: Source) -> np.ndarray:
     if len(pids) == 0 or len(set(pids)) < len(pids):
         raise ValueError(f"{path} names no identity, or one of them twice.")
     return pids
-
-
-def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
-    """Return the SHA-256 (hex) of relative path, size in bytes, pid and camid of each row, in order.
-
-    No file is read. The same data on another machine has the same fingerprint.
-
-    Paths are relative to a Dataset's root, or to the folder that a table's images share. With
-    `mtime` the time of change counts too, so that a cache here sees an edit that keeps the size.
-    """
-    if isinstance(data, Dataset):
-        parts = [(split, table, str(data.root)) for split, table in data.splits.items()]
-    else:
-        shared = os.path.commonpath([os.path.dirname(p) for p in data["path"]]) if len(data) else ""
-        parts = [("", data, shared)]
-    digest = hashlib.sha256()
-    for split, table, root in parts:
-        for path, pid, camid in zip(table["path"], table["pid"], table["camid"], strict=True):
-            info = os.stat(path) if os.path.exists(path) else None  # a dead link is read later on
-            name = os.path.relpath(path, root).replace(os.sep, "/")
-            row = (split, name, info and info.st_size, int(pid), int(camid))
-            digest.update(
-                repr(row + ((info and info.st_mtime_ns,) if mtime else ())).encode() + b"\n"
-            )
-    return digest.hexdigest()
 
 
 def _number(

@@ -27,7 +27,7 @@ from reidlib.model.device import pick_device
 from reidlib.model.embed import embed_views, read_embeddings, write_embeddings
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import load_model
-from reidlib.recipes import Recipe, located, stored_recipe
+from reidlib.recipes import Recipe, data_sets, located, stored_recipe
 
 PER_QUERY = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}  # in a run, by split
 
@@ -70,9 +70,11 @@ class OpenRun:
         """Sentences on the data set, and on what a score on it is worth."""
         said = [*self.data.notes, on_both_sides(self.data) if self.own else ""]
         if not self.own:
+            trained = {*data_sets(self.recipe.dataset)} & {self.data.name, str(self.data.root)}
+            of = "one of the data sets" if trained else "not the data set"
             said.append(
-                f"{self.data.name} in {self.data.root} is not the data set that {self.folder.name} was "
-                f"trained on: results on it are kept apart, in {self.place().name}/."
+                f"{self.data.name} in {self.data.root} is {of} that {self.folder.name} was trained on: "
+                f"results on it are kept apart, in {self.place().name}/."
             )
         if self.left_out:
             said.append(f"{self.left_out:,} images cannot be read: all results are without them.")
@@ -105,6 +107,19 @@ class OpenRun:
     def retrieval(self, **options) -> Retrieval:
         """Return the queries against the gallery; the options are those of `embeddings`."""
         return self.ranked(*self.embeddings(**options))
+
+    def by_data_set(self, *embs: np.ndarray) -> dict[str, dict[str, float]]:
+        """Return the scores on each data set by itself, where there are several, of all with a test."""
+        found = {}
+        for name in self.data.roots:
+            sides = []
+            for emb, table in zip(embs, (self.query, self.gallery), strict=True):
+                own = (table["dataset"] == name).to_numpy()
+                sides += [emb[own], table[own].reset_index(drop=True)]
+            if all(map(len, sides)):
+                retrieval = Retrieval(*sides, exclude_same_camera=self.exclude_same_camera)
+                found[name] = retrieval.evaluate().scores
+        return found
 
     def ranked(self, query_emb: np.ndarray, gallery_emb: np.ndarray) -> Retrieval:
         """Return the queries against the gallery by other embeddings, (Q, D) and (G, D)."""
@@ -242,6 +257,7 @@ class Scored:
     baselines: dict[str, Evaluation]  # by name: see `score_baselines`
     with_flips: Evaluation | None  # None if it was not asked for
     notes: tuple[str, ...]  # what could not be had, as sentences
+    by_data_set: dict[str, dict[str, float]]  # scores, where there are several
 
     @property
     def scores(self) -> dict[str, float | int]:
@@ -249,13 +265,14 @@ class Scored:
         return self.evaluation.scores
 
     def table(self) -> pd.DataFrame:
-        """Return the scores in per cent: a row for the run, its flips and each baseline."""
+        """Return the scores in per cent: a row for the run, each data set, its flips, each baseline."""
         where = self.place.relative_to(self.run.folder.parent).as_posix()
-        rows = {where: self.evaluation}
+        rows = {where: self.scores}
+        rows |= {f"{name} by itself": scores for name, scores in self.by_data_set.items()}
         if self.with_flips:
-            rows["with flips averaged"] = self.with_flips
-        rows |= {name.replace("_", " "): found for name, found in self.baselines.items()}
-        scores = pd.DataFrame({name: found.scores for name, found in rows.items()}).T
+            rows["with flips averaged"] = self.with_flips.scores
+        rows |= {name.replace("_", " "): found.scores for name, found in self.baselines.items()}
+        scores = pd.DataFrame(rows).T
         return 100 * scores[list(SCORES)].astype(float).rename(columns=SCORES)
 
     def spread_in_words(self) -> str:
@@ -293,6 +310,9 @@ def score_run(
     Written together, as soon as the scores are known: `embeddings_query.h5`, `embeddings_gallery.h5`,
     `per_query.csv`, `metrics.json`, and an entry under `scored` in `manifest.json`; then what the
     scores are compared with, into `metrics.json`. Where: see `OpenRun.place`.
+
+    Of a run on several data sets these are all queries against all galleries; the scores of each by
+    itself are under `by_data_set`.
 
     Args:
         run: as in `open_run`, or what it returned.
@@ -337,7 +357,8 @@ def score_run(
         if warning := " ".join(filter(None, (both, copied))):
             evaluation = replace(evaluation, protocol=f"{evaluation.protocol} {warning}")
         intervals = confidence_interval(evaluation.per_query, seed=seed)
-        scored = Scored(run, place, retrieval, evaluation, intervals, {}, None, ())
+        each = run.by_data_set(retrieval.query_side.emb, retrieval.gallery_side.emb)
+        scored = Scored(run, place, retrieval, evaluation, intervals, {}, None, (), each)
         _write(scored, before | {"warning": warning}, flip, run.about(precision))
         if baselines:
             compared, notes = score_baselines(run, **options)
@@ -381,6 +402,7 @@ def _write(scored: Scored, before: dict, flip: bool, about: dict[str, str]) -> N
         content = scored.scores | {"intervals": intervals, "flip": False}
         content |= {"precision": about["precision"], "protocol": scored.evaluation.protocol}
         content["per_query_sha256"] = runs.text_sha256(rows)
+        content |= {"by_data_set": scored.by_data_set} if scored.by_data_set else {}
         runs.write_json(place / "metrics.json", before | content)
         # Whoever chooses settings on a test split scores it more than once, and the manifest tells.
         file = folder / "manifest.json"

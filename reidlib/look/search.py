@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from reidlib.data.files import cut_of
 from reidlib.data.pixels import image_sizes, load_images, read_image
 from reidlib.data.tables import ignored_files, image_list
 from reidlib.evaluation.retrieval import Retrieval
@@ -19,16 +20,17 @@ from reidlib.words import some
 
 
 def picture_table(source: str | Path) -> pd.DataFrame:
-    """Return the table (path, pid, camid) of one picture, of a folder or of a CSV list.
+    """Return the table (path, pid, camid) of one picture, of a folder, a CSV list or a tracker's boxes.
 
-    Folders are read at any depth. Only a list can say who is in a picture; else pid and camid are -1.
+    Folders are read at any depth. Only a list or gt.txt can say who is in a picture; else pid and camid
+    are -1.
     """
     path = Path(source).expanduser()
     if not path.exists() or not str(source).strip():
         raise FileNotFoundError(
             f"There is no image {str(source)!r}: give an image, a folder of images or a CSV list."
         )
-    if path.is_dir() or path.suffix.lower() == ".csv":
+    if path.is_dir() or path.suffix.lower() in (".csv", ".txt"):
         return image_list(os.path.abspath(path))
     return pd.DataFrame({"path": [os.path.abspath(path)], "pid": [-1], "camid": [-1]})
 
@@ -159,7 +161,9 @@ def _check_origin(
             f"The gallery has embeddings of {emb.shape[1]} numbers, this model gives {model.dim}: "
             "embed the gallery with this model."
         )
-    here = [row for row, path in enumerate(table["path"]) if path and os.path.isfile(path)]
+    here = [
+        row for row, path in enumerate(table["path"]) if path and os.path.isfile(cut_of(path)[0])
+    ]
     again = {}
     for row in here[:: max(1, len(here) // 8)][:8]:
         with contextlib.suppress(ValueError):  # an image that cannot be read

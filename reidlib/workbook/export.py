@@ -38,6 +38,7 @@ from reidlib.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from reidlib.model.embed import embed
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import load_model, weights_file
+from reidlib.recipes import data_set_name
 from reidlib.runs import sha256, write_atomically, write_json
 
 TOLERANCE = 1e-4  # the largest difference of any number of an embedding …
@@ -131,7 +132,7 @@ def _card(model: EmbeddingNet, name: str, digest: str) -> dict:
     card["output"]["shape"] = ["batch", model.dim]
     card["preprocessing"]["resize"] |= {"height": height, "width": width}
     card["preprocessing"]["normalisation"] |= {"mean": list(mean), "std": list(std)}
-    origin = {"run": name, "trained_on": Path(recipe.dataset).name, "variant": recipe.variant}
+    origin = {"run": name, "trained_on": data_set_name(recipe), "variant": recipe.variant}
     origin |= recipe.model_dump(include={"backbone", "last_stride", "head"})
     card["model"] = origin | {"weights_sha256": digest}
     card["made_with"] = {"torch": torch.__version__, "opset": OPSET}

@@ -9,6 +9,7 @@ from reidlib import runs
 from reidlib.evaluation.scoring import score_run
 from reidlib.look import board
 from reidlib.model.weights import load_model, save_weights
+from reidlib.recipes import data_set_name
 
 # What is released; the rest of a run is large, or shows people.
 FILES = ["README.md", "config.json", "manifest.json", "metrics.json", "history.csv"]
@@ -67,7 +68,7 @@ def model_card(folder: Path) -> str:
         keys=keys if recipe.head else ".",
         scaled=scaled if recipe.normalise == "imagenet" else "",
         stride=",\nits last stride 1 instead of 2" if recipe.last_stride == 1 else "",
-        trained_on=Path(recipe.dataset).name,
+        trained_on=data_set_name(recipe),
         weights=Path(recipe.weights).name,
         flips="averaged" if metrics["flip"] else "not averaged",
         table=_score_table(metrics),

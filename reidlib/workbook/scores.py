@@ -73,6 +73,7 @@ def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]],
     rows, notes = {folder.name: metrics}, []
     if "with_flips" in metrics:
         rows["  with flips averaged"] = metrics["with_flips"]
+    rows |= {f"  {name} by itself": s for name, s in metrics.get("by_data_set", {}).items()}
     if (held_out := folder / PER_QUERY["held_out"]).is_file():
         table = read_per_query(folder, "held_out")
         rows["  on people held out"] = score_values(table).mean().to_dict()
