@@ -41,7 +41,7 @@ COMPARED = ("loss", "margin", "mean", "lr", "seed")
 FIRST = ("test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss")
 SCORE_TAGS = [*dict.fromkeys([*FIRST, *(f"test/{key}" for key in SCORES)])]
 # What a run does beside its computation, or what another column says better.
-NO_COLUMN = {*WATCHING, "unreadable", "hold_out", "height", "width", "epochs"}
+NO_COLUMN = {*WATCHING, "unreadable", "hold_out", "height", "width", "epochs", "chunk"}
 
 
 class Board(SummaryWriter):
