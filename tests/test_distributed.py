@@ -472,4 +472,4 @@ def test_two_processes_learn_what_one_learns(pool):
         assert low <= two.scores[key] <= high, key
     for folder in (one.run.folder, two.run.folder):
         row = pd.read_csv(folder / "history.csv").iloc[-1]
-        assert row["negative_p50"] > 1.2 * row["positive_p50"]  # it was learnt
+        assert row["negative_p50"] > 1.05 * row["positive_p50"]  # it was learnt
