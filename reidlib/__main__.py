@@ -49,6 +49,7 @@ def data(args) -> int:
 
 def train(args) -> None:
     """Train one run and print its folder."""
+    from reidlib.training import distributed
     from reidlib.training.health import run_text
 
     settings = {name: getattr(args, name) for name in Recipe.model_fields}
@@ -58,6 +59,8 @@ def train(args) -> None:
     recipe = make_recipe(args.recipe, **settings)
     with redirect_stdout(sys.stderr):  # whatever is told on the way
         folder = reidlib.train(recipe, args.tag, args.resume, args.device)
+    if distributed.rank():  # the first of several processes speaks
+        return
     print(folder)
     say(run_text(folder), f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
 

@@ -87,6 +87,9 @@ class Recipe(BaseModel):
         0.001, "what the learning rate is multiplied by at the last step"
     )
     seed: int = _setting(0, "of weights, batches and augmentation", ge=0, lt=2**63)
+    chunk: Annotated[int, Field(ge=2)] | None = _setting(
+        None, "images embedded at once: a big batch in little memory, for a third more time"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto", "float32, bfloat16, or auto: bfloat16 where the device is fast at it"
     )

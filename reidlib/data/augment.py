@@ -1,5 +1,7 @@
 """Augmentation: the same few operations on a whole batch, on whatever device it lies."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +29,9 @@ class Augmentation:
         seed: of the generator.
 
     `augmentation(pixels)` takes (B, H, W, 3) uint8 on any device and returns (B, 3, h, w) float32
-    there; `augmentation.plain(pixels)` resizes and normalises only, as evaluation does.
+    there; `augmentation.plain(pixels)` resizes and normalises only, as evaluation does. Of a batch
+    that several processes share, `augmentation(pixels, own, of)` takes the images at the places `own`
+    of all the `of` images, and does with them what it would do in the whole batch.
 
     >>> augment = Augmentation((32, 16), enlarge=1.125)
     >>> augment(torch.zeros(5, 128, 64, 3, dtype=torch.uint8)).shape
@@ -48,20 +52,23 @@ class Augmentation:
         self.flip, self.erasing, self.normalise = flip, erasing, normalise
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, own: Tensor | None = None, of: int = 0) -> Tensor:
         """Return (B, 3, h, w) with random crop, flip and erasing."""
-        images = self._normalised(self._resized_crop_and_flip(pixels).permute(0, 3, 1, 2))
-        return self._erased(images) if self.erasing else images
+
+        def uniform() -> Tensor:
+            """Draw (B,) numbers in [0, 1)."""
+            drawn = torch.rand(of or len(pixels), generator=self.generator)
+            return drawn if own is None else drawn[own]
+
+        images = self._resized_crop_and_flip(pixels, uniform)
+        images = self._normalised(images.permute(0, 3, 1, 2))
+        return self._erased(images, uniform) if self.erasing else images
 
     def plain(self, pixels: Tensor) -> Tensor:
         """Return (B, 3, h, w) resized and normalised, with nothing random."""
         return self._normalised(_resized(pixels, self.size))
 
-    def _uniform(self, n: int) -> Tensor:
-        """Draw (n,) numbers in [0, 1)."""
-        return torch.rand(n, generator=self.generator)
-
-    def _resized_crop_and_flip(self, pixels: Tensor) -> Tensor:
+    def _resized_crop_and_flip(self, pixels: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
         """(B, H, W, 3) uint8 to (B, h, w, 3) float32 in [0, 255].
 
         The enlarged image has whole numbers, as Pillow's has: in uint8 the CPU makes it ten times as
@@ -70,9 +77,9 @@ class Augmentation:
         b, (h, w) = len(pixels), self.size
         room_y, room_x = self.enlarged[0] - h, self.enlarged[1] - w
         # Always drawn, so that switching one kind off does not change the others.
-        top = (self._uniform(b) * (room_y + 1)).long()
-        left = (self._uniform(b) * (room_x + 1)).long()
-        flipped = (self._uniform(b) < 0.5) & self.flip
+        top = (uniform() * (room_y + 1)).long()
+        left = (uniform() * (room_x + 1)).long()
+        flipped = (uniform() < 0.5) & self.flip
         left = torch.where(flipped, room_x - left, left).tolist()
         mirror = flipped.to(pixels.device)[:, None, None, None]
         pixels = torch.where(mirror, pixels.flip(2), pixels)
@@ -102,17 +109,17 @@ class Augmentation:
         rows = rows.div_(255).sub_(mean).div_(std)
         return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
-    def _erased(self, images: Tensor) -> Tensor:
+    def _erased(self, images: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
         """Fill one rectangle of some images with the data's mean colour."""
-        b, (h, w) = len(images), self.size
-        chosen = self._uniform(b) < self.erasing
-        area = (0.02 + 0.38 * self._uniform(b)) * h * w
-        log_aspect = (2 * self._uniform(b) - 1) * np.log(1 / 0.3)
+        h, w = self.size
+        chosen = uniform() < self.erasing
+        area = (0.02 + 0.38 * uniform()) * h * w
+        log_aspect = (2 * uniform() - 1) * np.log(1 / 0.3)
         inside = []  # true inside the rectangle: (B, h) and (B, w)
         for whole, side in ((h, area * log_aspect.exp()), (w, area / log_aspect.exp())):
             # One that would not fit is cut at the image's size, where the paper draws again.
             side = side.sqrt().round().clamp(1, whole)[:, None]
-            start = (self._uniform(b)[:, None] * (whole - side + 1)).floor()
+            start = (uniform()[:, None] * (whole - side + 1)).floor()
             at = torch.arange(whole)
             inside.append((at >= start) & (at < start + side))
         mask = chosen[:, None, None, None] & inside[0][:, None, :, None] & inside[1][:, None, None]

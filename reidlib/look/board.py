@@ -44,7 +44,7 @@ FIRST = ("test/mAP", "test/top1", "held_out/mAP", "held_out/top1", "loss")
 SCORE_TAGS = [*dict.fromkeys([*FIRST, *(f"test/{key}" for key in SCORES)])]
 COLUMNS = {"lr": "learning rate", "p": "people a batch", "k": "images of each", "mean": "mean over"}
 # What a run does beside its computation, or what another column says better.
-NO_COLUMN = {*WATCHING, "unreadable", "hold_out", "height", "width", "epochs"}
+NO_COLUMN = {*WATCHING, "unreadable", "hold_out", "height", "width", "epochs", "chunk"}
 # An overview has these, released on Market-1501, and at most so many runs in all, each with pictures: of
 # more than 40 TensorBoard shows none until some are ticked.
 FOUR, MOST = ("batchall", "batchall_softplus", "batchhard", "batchhard_softplus"), 17

@@ -20,7 +20,7 @@ from reidlib.model.device import device_name
 from reidlib.model.embed import embed
 from reidlib.progress import in_notebook
 from reidlib.recipes import Recipe
-from reidlib.training import health
+from reidlib.training import distributed, health
 from reidlib.training.checkpoint import State, save_checkpoint
 from reidlib.training.checks import AT_ONCE, CHECKS, diverging
 from reidlib.training.losses import TripletLoss, diagnostics
@@ -39,8 +39,24 @@ class Stopped(KeyboardInterrupt):
 
 
 def tell(text: str) -> None:
-    """Print to standard error at once."""
-    print(text, file=sys.stderr, flush=True)
+    """Print to standard error at once; of several processes, the first alone."""
+    if not distributed.rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+class Onlooker:
+    """In place of a `Journal` in the processes beside the first: nothing is written twice."""
+
+    def after_step(self, *_) -> None:
+        """Do nothing."""
+
+    def stop(self, number: int) -> NoReturn:
+        """Leave as the signal would have it; the first process says so."""
+        raise SystemExit(128 + number)
+
+    def fail(self, _what: str) -> None:
+        """End, when the first process has said why."""
+        distributed.leave()
 
 
 class Journal:
@@ -207,6 +223,7 @@ class Journal:
             health=[finding._asdict() for finding in findings],
             reproduce=" && ".join(reproduce_command(one, plan.tag) for one in [*stages, recipe]),
             device=device_name(plan.device),
+            processes=distributed.size(),
             threads=torch.get_num_threads(),
             **(ended | runs.environment()),
         )
@@ -218,4 +235,7 @@ def reproduce_command(recipe: Recipe, tag: str = "") -> str:
         {"tag": tag} if tag else {}
     )
     options = [f"--{key.replace('_', '-')} {shlex.quote(str(changed[key]))}" for key in changed]
-    return " ".join(["python -m reidlib train", *options])
+    start = "python -m reidlib train"
+    if (several := distributed.size()) > 1:  # after "--", torchrun takes no option for its own
+        start = f"torchrun --nproc-per-node {several} -m reidlib -- train"
+    return " ".join([start, *options])

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
@@ -42,8 +42,10 @@ from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.paths import outputs_dir
 from reidlib.progress import progress
 from reidlib.recipes import WATCHING, Recipe, located
+from reidlib.training import distributed
 from reidlib.training.checkpoint import State, load_checkpoint
-from reidlib.training.journal import Journal, tell
+from reidlib.training.chunks import check_chunk, in_chunks
+from reidlib.training.journal import Journal, Onlooker, tell
 from reidlib.training.losses import LOSSES, TripletLoss
 
 Resume = Literal["auto", "previous", "never", "restart"]
@@ -81,6 +83,7 @@ class Plan:
         return partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
 
 
+@distributed.in_turn()
 def prepare(
     recipe: Recipe,
     tag: str = "",
@@ -118,6 +121,7 @@ def prepare(
     pixels, table = load_training_images(table, recipe, show_progress)
     epoch = len(PKSampler(table["pid"], recipe.p, recipe.k, recipe.epoch))
     steps = recipe.steps or recipe.epochs * epoch
+    check_chunk(recipe.chunk, len(distributed.shares(recipe.p, recipe.k)[0]))
     data = fingerprint(table)
     return Plan(recipe, tag, target, folder, table, pixels, data, held_out, steps, epoch)
 
@@ -135,7 +139,8 @@ def train(
     """Train one run to its last step, and return its folder.
 
     Ctrl-C and SIGTERM end the step under way, write a checkpoint, and leave by KeyboardInterrupt or
-    SystemExit; a kill loses what came after the last checkpoint.
+    SystemExit; a kill loses what came after the last checkpoint. Where torchrun has started several
+    processes, they train the run together (see `distributed`).
 
     Args:
         recipe: all settings; or what `prepare` returned, which then has tag, device and dataset.
@@ -150,7 +155,7 @@ def train(
         ValueError: data that does not suit; a run with other settings; a broken checkpoint.
         FileExistsError: the run exists and `resume` is `"never"`.
         TrainingFailed: NaN or infinite loss or weights; the last checkpoint is from before.
-        RuntimeError: another process is writing this run.
+        RuntimeError: another process is writing this run; this one has lost those it trains with.
 
     >>> from reidlib.recipes import make_recipe
     >>> recipe = make_recipe("demo", hold_out=0, height=32, width=16, p=4, k=2, steps=1)
@@ -160,38 +165,63 @@ def train(
     """
     if resume not in get_args(Resume):
         raise ValueError(f"resume = {resume!r}: choose {', '.join(get_args(Resume))}.")
-    plan = recipe
-    if isinstance(recipe, Recipe):
-        plan = prepare(recipe, tag, device=device, dataset=dataset, show_progress=show_progress)
-    folder = plan.folder
-    with runs.lock(folder):
-        checkpoint = _existing(plan, resume, longer)
-        if resume != "restart" and _is_done(plan, checkpoint):
-            tell(
-                f"{folder.name} was trained before, with these settings and data, and is left as it is. "
-                'To train it again, give another tag, or resume = "restart" to replace it.'
-            )
-            return folder
-        # Says whatever is wrong with the network or its weights, before anything is replaced.
-        state = _start(plan, checkpoint)
-        with _replaced(folder) if resume == "restart" else nullcontext():
-            _run(plan, state, show_progress)
-    return folder
+    show_progress = show_progress and not distributed.rank()
+    options = {"device": device, "dataset": dataset, "show_progress": show_progress}
+    with distributed.joined(), ExitStack() as held:
+        plan = recipe
+        if isinstance(recipe, Recipe):
+            plan = distributed.together(partial(prepare, recipe, tag, **options))
+        begin = partial(_begin, plan, resume, longer, held)
+        resume, *begun = distributed.together(begin, by_first=True)
+        if begun:
+            # Says whatever is wrong with the network or its weights, before anything is replaced.
+            state = distributed.together(partial(_start, plan, *begun))
+            distributed.align(state.model, plan.device)
+            replaced = resume == "restart" and not distributed.rank()
+            with _replaced(plan.folder) if replaced else nullcontext():
+                _run(plan, state, show_progress)
+    return plan.folder
+
+
+def _begin(plan: Plan, resume: Resume, longer: bool, held: ExitStack) -> tuple:
+    """Lock the run, and return what to do: how to resume, the data, and the checkpoint to go on from.
+
+    If the run is done, it is how to resume alone.
+    """
+    folder, manifest = plan.folder, plan.folder / "manifest.json"
+    held.enter_context(runs.lock(folder))
+    if distributed.is_second_start() and resume != "previous" and manifest.exists():
+        # What was asked was done, if the run had begun.
+        resume = "auto" if runs.read_json(manifest)["status"] == "running" else resume
+    checkpoint = _existing(plan, resume, longer)
+    if resume != "restart" and _is_done(plan, checkpoint):
+        tell(
+            f"{folder.name} was trained before, with these settings and data, and is left as it is. "
+            'To train it again, give another tag, or resume = "restart" to replace it.'
+        )
+        return (resume,)
+    return resume, checkpoint, plan.data
 
 
 def _run(plan: Plan, state: State, show_progress: bool) -> None:
     """Train from a state to the end, and write down all of it."""
-    folder = plan.folder
+    if distributed.rank():
+        with stop_signals() as asked:
+            _steps(plan, state, Onlooker(), asked, progress(show=False))
+        return
+    folder, recipe = plan.folder, plan.recipe
+    if said := distributed.in_words(recipe.p, plan.device):
+        tell(said)
     if not (folder / "checkpoint.pt").exists():
         board.erase(folder)  # event files of steps that will come again
         for kept in runs.asides(folder):
             tell(f"The run that this one replaces is {kept} until a checkpoint is written.")
-    with stop_signals() as asked, board.Board(folder, plan.recipe, plan.steps, state.step) as shown:
-        journal = Journal(plan, state, shown, Live(plan.recipe, plan.steps, show_progress))
+    with stop_signals() as asked, board.Board(folder, recipe, plan.steps, state.step) as shown:
+        journal = Journal(plan, state, shown, Live(recipe, plan.steps, show_progress))
         words = {"desc": "train", "unit": "step", "show": show_progress}
         with progress(total=plan.steps, initial=state.step, **words) as bar:  # ends before an error
             _steps(plan, state, journal, asked, bar)
-        save_weights(folder / "weights.safetensors", state.model, plan.recipe)
+        save_weights(folder / "weights.safetensors", state.model, recipe)
         journal.write_manifest("finished")
 
 
@@ -253,6 +283,10 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
     old |= {"data fingerprint": before["train_data"], "went on after": before.get("went_on_after")}
     now = plan.recipe.model_dump(exclude=free) | {"data fingerprint": plan.data}
     now |= {"went on after": old["went on after"] if longer else None}
+    old, now = (
+        old | {"processes": before.get("processes", 1)},
+        now | {"processes": distributed.size()},
+    )
     if differ := [f"{k}: {old[k]!r} there, {now[k]!r} now" for k in now if old[k] != now[k]]:
         raise ValueError(
             f"The run {folder.name} was made with other settings ({'; '.join(differ)}). Give another "
@@ -273,8 +307,10 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
     return None
 
 
-def _start(plan: Plan, checkpoint: dict | None) -> State:
+def _start(plan: Plan, checkpoint: dict | None, data: str) -> State:
     """Make all that a step changes, fresh or as the checkpoint says."""
+    if data != plan.data:
+        raise ValueError("it sees other training images than process 0.")
     torch.manual_seed(plan.recipe.seed)
     model = build_model(plan.recipe, pretrained=checkpoint is None)
     model.to(plan.device, memory_format=torch.channels_last).train()
@@ -294,33 +330,39 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
     if pixels.nbytes < 4e9:  # they fit beside the network: no transfer in a step
         pixels = pixels.to(plan.device)
     started = time.monotonic() - state.seconds
-    # Epoch after epoch, (P·K,) row numbers a step.
+    # Epoch after epoch, (P·K,) row numbers a step; `own` (b,) says which this process embeds.
     batches = chain.from_iterable(repeat(state.sampler))
+    shares = distributed.shares(recipe.p, recipe.k)
+    own = shares[distributed.rank()]
     for rows in map(torch.from_numpy, islice(batches, plan.steps - state.step)):
-        # (P·K, H, W, 3) uint8 -> (P·K, 3, h, w)
-        batch = state.augmentation(pixels[rows.to(pixels.device)].to(plan.device))
+        # (b, H, W, 3) uint8 -> (b, 3, h, w)
+        batch = pixels[rows[own].to(pixels.device)].to(plan.device)
+        batch = state.augmentation(batch, own, len(rows))
         lr = recipe.learning_rate(state.step, plan.steps)
         for group in state.optimiser.param_groups:
             group["lr"] = lr
-        # (P·K, 3, h, w) -> (P·K, D)
+        # (b, 3, h, w) -> (b, D)
         with autocast(plan.device, recipe.precision):
-            emb = state.model(batch.contiguous(memory_format=torch.channels_last))
-        result = loss(emb, pids[rows.to(pids.device)])
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            emb = in_chunks(state.model, batch, recipe.chunk)
+        result = distributed.across(loss, emb, pids[rows.to(pids.device)], shares)
         state.step += 1
         if not math.isfinite(result.loss.item()):
             journal.fail("the loss")
         state.optimiser.zero_grad(set_to_none=True)
         (result.total if recipe.reduction == "sum" else result.loss).backward()
+        distributed.average(state.model)
         state.optimiser.step()
         bar.update()
 
         state.seconds = time.monotonic() - started
-        stopping = bool(asked)  # looked at once: a signal may come at any line
-        journal.after_step(result, lr, stopping)
-        bar.set_postfix_str(f"loss {state.history[-1]['loss']:.3f}", refresh=False)
+        # Looked at once: a signal may come at any line, and may have come to one process alone.
+        stopping = distributed.agreed(asked[0] if asked else 0)
+        journal.after_step(result, lr, bool(stopping))
+        bar.set_postfix_str(f"loss {result.loss.item():.3f}", refresh=False)
         if stopping and state.step < plan.steps:
             bar.close()
-            journal.stop(asked[0])
+            journal.stop(stopping)
 
 
 @contextmanager

@@ -73,7 +73,8 @@ class TripletLoss(NamedTuple):
 
     loss: Tensor  # () to call `backward` on. An exact 0, still part of the graph, if no triplets
     total: Tensor  # () the sum that `loss` is the mean of
-    # (B,) mean loss of each anchor over the triplets that `loss` counts; NaN if it has none at all,
+    counted: Tensor  # () int64, over how many triplets; 0 if there are none
+    # (A,) mean loss of each anchor over the triplets that `loss` counts; NaN if it has none at all,
     # 0 if it has some and none of them is counted
     per_anchor: Tensor
     triplets: Tensor  # () int64, how many: anchors for batch-hard and random, all (a, p, n) else
@@ -81,34 +82,47 @@ class TripletLoss(NamedTuple):
     # "soft", where every triplet has some loss: gap ≥ 0, the negative is no farther than the positive,
     # which is where the loss is ln 2 or more. A collapsed network shows 1 in both cases (m > 0).
     active: Tensor
-    distances: Tensor  # (B, B) that the loss was computed from
+    distances: Tensor  # (A, B) from anchors to all images, that the loss was computed from
+    anchors: Tensor  # (A,) int64, which images are anchors; all of them unless the loss was asked
     pids: Tensor  # (B,) the identities
     norms: Tensor  # (B,) the Euclidean norms of the embeddings
 
     @property
     def positives(self) -> Tensor:
         """(pairs,) distances within identities, each pair once, none to itself."""
-        return self.distances[(self.pids[:, None] == self.pids).triu(diagonal=1)]
+        return self.distances[_shares_identity(self.pids, self.anchors) & self._once]
 
     @property
     def negatives(self) -> Tensor:
         """(pairs,) distances between identities, each pair once."""
-        return self.distances[(self.pids[:, None] != self.pids).triu(diagonal=1)]
+        return self.distances[~_shares_identity(self.pids, self.anchors) & self._once]
+
+    @property
+    def _once(self) -> Tensor:
+        """(A, B), true where the image stands behind the anchor: each pair has one such place."""
+        return self.anchors[:, None] < torch.arange(len(self.pids), device=self.pids.device)
 
     @property
     def hardest_positive(self) -> Tensor:
-        """(B,) each anchor's largest distance to a positive; NaN if it has none."""
-        hardest = _to_positives(self.distances, self.pids).amax(dim=1)
+        """(A,) each anchor's largest distance to a positive; NaN if it has none."""
+        hardest = _to_positives(self.distances, self.pids, self.anchors).amax(dim=1)
         return hardest.masked_fill(hardest == -INF, math.nan)
 
     @property
     def hardest_negative(self) -> Tensor:
-        """(B,) each anchor's smallest distance to a negative; NaN if it has none."""
-        hardest = _to_negatives(self.distances, self.pids).amin(dim=1)
+        """(A,) each anchor's smallest distance to a negative; NaN if it has none."""
+        hardest = _to_negatives(self.distances, self.pids, self.anchors).amin(dim=1)
         return hardest.masked_fill(hardest == INF, math.nan)
 
 
-def batch_hard(emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = False) -> TripletLoss:
+def batch_hard(
+    emb: Tensor,
+    pids: Tensor,
+    margin: Margin,
+    *,
+    squared: bool = False,
+    anchors: Tensor | None = None,
+) -> TripletLoss:
     """Batch-hard: each anchor with its farthest positive and its nearest negative.
 
     L_BH = mean of loss(max_p D(a, p) − min_n D(a, n)) over the anchors a that have both a positive and
@@ -119,6 +133,7 @@ def batch_hard(emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = Fal
         pids: (B,) their identities, integers, on the same device.
         margin: a number ≥ 0, or "soft".
         squared: take squared distances.
+        anchors: (A,) int64, the images that are anchors, against all; None: every image.
 
     Returns:
         If no anchor has both (B = 1, K = 1, one identity): loss 0 with gradient 0, and `triplets` 0.
@@ -131,18 +146,23 @@ def batch_hard(emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = Fal
     >>> result.per_anchor.tolist(), result.loss.item(), result.active.item()
     ([0.0, 0.5, 0.0, 0.0], 0.125, 0.25)
     """
-    distances = _distances(emb, pids, margin, squared)
-    # (B, B) -> (B,)
-    positive = _to_positives(distances, pids).amax(dim=1)
-    negative = _to_negatives(distances, pids).amin(dim=1)
-    anchor = torch.arange(len(emb), device=emb.device)
-    # (B,) -> (B, 1)
+    distances, anchors = _distances(emb, pids, margin, squared, anchors)
+    # (A, B) -> (A,)
+    positive = _to_positives(distances, pids, anchors).amax(dim=1)
+    negative = _to_negatives(distances, pids, anchors).amin(dim=1)
+    # (A,) -> (A, 1)
     gap = (positive - negative)[:, None]
-    return _reduce(gap, anchor, margin, "valid", emb, pids, distances)
+    return _reduce(gap, None, margin, "valid", emb, pids, distances, anchors)
 
 
 def batch_all(
-    emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = False, mean: str = "active"
+    emb: Tensor,
+    pids: Tensor,
+    margin: Margin,
+    *,
+    squared: bool = False,
+    anchors: Tensor | None = None,
+    mean: str = "active",
 ) -> TripletLoss:
     """Batch-all: every triplet (a, p, n) of the batch.
 
@@ -152,7 +172,8 @@ def batch_all(
     counts less than all (see `TripletLoss`).
 
     Args:
-        emb, pids, margin, squared: as in `batch_hard`, and so are errors and batches without triplets.
+        emb, pids, margin, squared, anchors: as in `batch_hard`, and so are errors and batches without
+            triplets.
         mean: "valid": over all triplets, the paper's L_BA. "active": over those with a loss above
             zero, its L_BA≠0, and 0 if there are none. That is the default: late in training nearly all
             triplets are easy, and their zeros would wash out the few that still teach.
@@ -166,43 +187,50 @@ def batch_all(
     """
     if mean not in ("active", "valid"):
         raise ValueError(f'mean is "active" or "valid", not {mean!r}.')
-    distances = _distances(emb, pids, margin, squared)
-    # (B, B) -> (pairs,), (pairs,): who is whose positive. Waits for the GPU, to count the pairs.
-    anchor, positive = _is_positive(pids).nonzero(as_tuple=True)
-    # (B, B) -> (pairs, B). index_select, not [anchor]: torch promises no fixed order for adding up
+    distances, anchors = _distances(emb, pids, margin, squared, anchors)
+    # (A, B) -> (pairs,), (pairs,): who is whose positive. Waits for the GPU, to count the pairs.
+    row, positive = _is_positive(pids, anchors).nonzero(as_tuple=True)
+    # (A, B) -> (pairs, B). index_select, not [row]: torch promises no fixed order for adding up
     # the gradient of the latter on a CPU. On CUDA, torch.use_deterministic_algorithms fixes it.
-    negatives = _to_negatives(distances, pids).index_select(0, anchor)
+    negatives = _to_negatives(distances, pids, anchors).index_select(0, row)
     # (pairs,) -> (pairs, 1) -> (pairs, B)
-    gap = distances[anchor, positive][:, None] - negatives
-    return _reduce(gap, anchor, margin, mean, emb, pids, distances)
+    gap = distances[row, positive][:, None] - negatives
+    return _reduce(gap, row, margin, mean, emb, pids, distances, anchors)
 
 
 def random_triplet(
-    emb: Tensor, pids: Tensor, margin: Margin, *, squared: bool = False, generator=None
+    emb: Tensor,
+    pids: Tensor,
+    margin: Margin,
+    *,
+    squared: bool = False,
+    anchors: Tensor | None = None,
+    generator=None,
 ) -> TripletLoss:
     """One random triplet an anchor: a positive and a negative, each drawn uniformly.
 
     Args:
-        emb, pids, margin, squared: as in `batch_hard`, and so are errors and batches without triplets.
+        emb, pids, margin, squared, anchors: as in `batch_hard`, and so are errors and batches without
+            triplets. An anchor draws the same triplet whichever others are anchors, too.
         generator: torch's, of the draws, on the device of `emb`; by default the global one.
 
     >>> emb, pids = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([7, 7, 8])
     >>> random_triplet(emb, pids, margin=1.0).triplets.item()  # the third has no positive
     2
     """
-    distances = _distances(emb, pids, margin, squared)
+    distances, anchors = _distances(emb, pids, margin, squared, anchors)
     # The largest of uniform numbers is a uniform choice. One matrix serves both draws: an image is
-    # never positive and negative at once, so they use different entries of it.
-    draw = torch.rand(distances.shape, generator=generator, device=emb.device)
-    # (B, B) -> (B, 1)
-    positive = _to_positives(draw, pids).argmax(dim=1, keepdim=True)
-    negative = _to_negatives(draw, pids).argmin(dim=1, keepdim=True)
-    anchor = torch.arange(len(emb), device=emb.device)
+    # never positive and negative at once, so they use different entries of it. (B, B) -> (A, B)
+    draw = torch.rand(len(emb), len(emb), generator=generator, device=emb.device)
+    draw = draw.index_select(0, anchors)
+    # (A, B) -> (A, 1)
+    positive = _to_positives(draw, pids, anchors).argmax(dim=1, keepdim=True)
+    negative = _to_negatives(draw, pids, anchors).argmin(dim=1, keepdim=True)
     # Where there is nothing to draw from, the index means nothing, and the distance there is ∓∞.
-    # (B, B) -> (B, 1)
-    gap = _to_positives(distances, pids).gather(1, positive)
-    gap = gap - _to_negatives(distances, pids).gather(1, negative)
-    return _reduce(gap, anchor, margin, "valid", emb, pids, distances)
+    # (A, B) -> (A, 1)
+    gap = _to_positives(distances, pids, anchors).gather(1, positive)
+    gap = gap - _to_negatives(distances, pids, anchors).gather(1, negative)
+    return _reduce(gap, None, margin, "valid", emb, pids, distances, anchors)
 
 
 LOSSES = {"batch_all": batch_all, "batch_hard": batch_hard, "random": random_triplet}
@@ -232,8 +260,10 @@ def diagnostics(result: TripletLoss) -> dict[str, float]:
     return dict(zip(values, numbers, strict=True))
 
 
-def _distances(emb: Tensor, pids: Tensor, margin: Margin, squared: bool) -> Tensor:
-    """(B, D) -> (B, B), after a look at all that goes into a loss: says what is wrong with it."""
+def _distances(
+    emb: Tensor, pids: Tensor, margin: Margin, squared: bool, anchors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(B, D) -> (A, B), and the anchors (A,), after a look at all that goes into a loss."""
     if emb.ndim != 2 or not len(emb):
         raise ValueError(f"emb has shape (B, D) with B ≥ 1, not {tuple(emb.shape)}.")
     if not isinstance(pids, Tensor) or pids.is_floating_point() or pids.dtype == torch.bool:
@@ -246,27 +276,38 @@ def _distances(emb: Tensor, pids: Tensor, margin: Margin, squared: bool) -> Tens
         )
     if margin != "soft" and not (isinstance(margin, Real) and 0 <= margin < INF):
         raise ValueError(f'margin is a finite number ≥ 0 or "soft", not {margin!r}.')
-    return pairwise_distance(emb, squared=squared)
+    if anchors is None:
+        return pairwise_distance(emb, squared=squared), torch.arange(len(emb), device=emb.device)
+    # (B, D) -> (A, D); as in `batch_all`, in an order that is fixed
+    return pairwise_distance(emb.index_select(0, anchors), emb, squared=squared), anchors
 
 
-def _is_positive(pids: Tensor) -> Tensor:
-    """(B,) -> (B, B), true where two different images share an identity."""
-    other = ~torch.eye(len(pids), dtype=torch.bool, device=pids.device)
-    return (pids[:, None] == pids) & other
+def _shares_identity(pids: Tensor, anchors: Tensor) -> Tensor:
+    """(B,), (A,) -> (A, B), true where the column is an image of the anchor's identity, or itself."""
+    return pids[anchors][:, None] == pids
 
 
-def _to_positives(distances: Tensor, pids: Tensor) -> Tensor:
-    """(B, B) distances, −∞ where the column is no positive of the row."""
-    return distances.masked_fill(~_is_positive(pids), -INF)
+def _is_positive(pids: Tensor, anchors: Tensor) -> Tensor:
+    """(B,), (A,) -> (A, B), true where the column is another image of the anchor's identity."""
+    itself = anchors[:, None] == torch.arange(len(pids), device=pids.device)
+    return _shares_identity(pids, anchors) & ~itself
 
 
-def _to_negatives(distances: Tensor, pids: Tensor) -> Tensor:
-    """(B, B) distances, +∞ where the column is no negative of the row."""
-    return distances.masked_fill(pids[:, None] == pids, INF)
+def _to_positives(distances: Tensor, pids: Tensor, anchors: Tensor) -> Tensor:
+    """(A, B) distances, −∞ where the column is no positive of the anchor."""
+    return distances.masked_fill(~_is_positive(pids, anchors), -INF)
 
 
-def _reduce(gap, anchor, margin, mean, emb, pids, distances) -> TripletLoss:
-    """Turn gaps (R, N), −∞ where there is no triplet, and their anchors (R,) into a loss."""
+def _to_negatives(distances: Tensor, pids: Tensor, anchors: Tensor) -> Tensor:
+    """(A, B) distances, +∞ where the column is no negative of the anchor."""
+    return distances.masked_fill(_shares_identity(pids, anchors), INF)
+
+
+def _reduce(gap, row, margin, mean, emb, pids, distances, anchors) -> TripletLoss:
+    """Turn gaps (R, N), −∞ where there is no triplet, into a loss.
+
+    `row` (R,) says which of the anchors (A,) each line belongs to; None: line after line.
+    """
     # (R, N) each: true where there is a triplet, its loss, true where it is active
     valid = ~gap.isneginf()
     soft = margin == "soft"
@@ -277,19 +318,21 @@ def _reduce(gap, anchor, margin, mean, emb, pids, distances) -> TripletLoss:
     total = terms.sum()
 
     def per_anchor(values: Tensor) -> Tensor:
-        # (R, N) -> (R,) -> (B,)
-        rows = values.detach().sum(dim=1)
-        return rows.new_zeros(len(emb)).index_add(0, anchor, rows)
+        # (R, N) -> (R,) -> (A,)
+        sums = values.detach().sum(dim=1)
+        return sums if row is None else sums.new_zeros(len(anchors)).index_add(0, row, sums)
 
     means = per_anchor(terms) / per_anchor(counted).clamp(min=1)
     return TripletLoss(
         # At least 1: without triplets the sum is 0, part of the graph, and so is the loss.
         loss=total / counted.sum().clamp(min=1),
         total=total,
+        counted=counted.sum(),
         per_anchor=means.masked_fill(per_anchor(valid) == 0, math.nan),
         triplets=valid.sum(),
         active=active.sum() / valid.sum().clamp(min=1),
         distances=distances.detach(),
+        anchors=anchors,
         pids=pids,
         norms=torch.linalg.vector_norm(emb.detach(), dim=1, dtype=distances.dtype),
     )
