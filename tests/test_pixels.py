@@ -91,7 +91,7 @@ def test_two_runs_that_decode_at_once_do_not_disturb_each_other(table, monkeypat
 
 def test_a_second_start_opens_no_image_and_sees_what_changed(table, monkeypatch):
     recipe, opened, real = make_recipe("demo"), [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(Image, "open", lambda path, **how: opened.append(path) or real(path, **how))
     for first in (True, False):
         for load_them in (load_images, load_training_images):
             load_them(table, recipe, show_progress=False)
@@ -114,7 +114,7 @@ def test_the_size_of_what_cannot_be_read_is_looked_for_again(table, monkeypatch)
     Image.new("RGB", (30, 50), "red").save(table["path"][0])
     with monkeypatch.context() as away:
         real = Image.open
-        away.setattr(Image, "open", lambda path: real("" if "0.png" in path else path))
+        away.setattr(Image, "open", lambda path, **how: real("" if "0.png" in path else path, **how))
         assert load_quietly(table, unreadable="skip")[0].shape == (5, 24, 12, 3)
     assert load_quietly(table)[0].shape == (6, 9, 9, 3)
 

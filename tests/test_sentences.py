@@ -166,7 +166,7 @@ def scored_of(shape):
     """What 04 has of a retrieval, without a run on disk."""
     evaluation = shape.evaluate()
     intervals = confidence_interval(evaluation.per_query)
-    return Scored(None, Path(), shape, evaluation, intervals, {}, None, ())
+    return Scored(None, Path(), shape, evaluation, intervals, {}, None, (), {})
 
 
 def test_distances_are_said_as_they_lie(shape):
