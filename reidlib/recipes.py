@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from reidlib.extras import NORMALISATIONS, own_normalisation
 from reidlib.paths import data_dir
 from reidlib.words import some
 
@@ -42,7 +43,9 @@ class Recipe(BaseModel):
     )
     unreadable: Literal["fail", "skip"] = _setting("fail", "broken images: fail or skip")
 
-    backbone: str = _setting("resnet50", "resnet8 to resnet101, mobilenet_v2 or mobilenet_v3_small")
+    backbone: str = _setting(
+        "resnet50", "resnet8 to resnet101, mobilenet_v2 or _v3_small, timm:NAME"
+    )
     weights: str = _setting("imagenet", '"imagenet", the path of a file, or "none"')
     dim: Count = _setting(128, "length of an embedding")
     hidden: Count = _setting(1024, "width of the head's hidden layer")
@@ -56,7 +59,7 @@ class Recipe(BaseModel):
     )
     flip: bool = _setting(True, "flip half the images from left to right")
     erasing: Share = _setting(0.0, "share of images with a random rectangle erased")
-    normalise: Literal["imagenet", "unit"] = _setting(
+    normalise: Literal[*NORMALISATIONS] = _setting(
         "imagenet", "imagenet: ImageNet's mean and deviation; unit: pixels in [0, 1]"
     )
 
@@ -166,10 +169,12 @@ WATCHING = ("log_every", "checkpoint_every", "evaluate_every")
 def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
     """Return a named recipe with some settings changed; None leaves one as the recipe says.
 
-    Setting `epochs` replaces the recipe's `steps`, and the other way round.
+    Setting `epochs` replaces the recipe's `steps`, and the other way round. A backbone of timm brings
+    its own `normalise`, where neither the recipe nor you say another.
 
     Raises:
         ValueError: unknown recipe, unknown setting, or a value of the wrong type; names all of them.
+        RuntimeError: a backbone of timm, which is not installed.
 
     >>> make_recipe("plain", loss="batch_all", margin="soft").variant
     'batchall_softplus'
@@ -181,6 +186,8 @@ def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in changes and other not in changes:
             settings[other] = None
+    if str(backbone := settings.get("backbone")).startswith("timm:"):
+        settings = {"normalise": own_normalisation(backbone)} | settings
     return _checked(settings)
 
 

@@ -18,14 +18,14 @@ def some(items: Iterable, most: int = 5) -> str:
     return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return how a sentence on an unknown name ends: with the nearest known one, if one is near.
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """Return how a sentence on an unknown name ends: with the nearest known ones, if any is near.
 
     >>> did_you_mean("marign", ["margin", "lr"]), did_you_mean("x", ["margin", "lr"])
     ("; did you mean 'margin'?", '.')
     """
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    close = difflib.get_close_matches(name, dict.fromkeys(known), most)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
 
 
 def span(values: Iterable[int]) -> str:

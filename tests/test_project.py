@@ -66,9 +66,9 @@ def test_lint():
 
 # The floor, then the rooms, each with its files: a file imports only files that stand before it.
 ROOMS = {
-    "": "paths progress words typed recipes records runs",
+    "": "paths progress words typed extras recipes records runs",
     "data": "files layouts tracks dataset people synthetic corrections tables pixels check augment sampler",
-    "model": "depthwise network weights device embed",
+    "model": "depthwise network elsewhere weights device embed",
     "evaluation": "distances metrics ranks sides retrieval leaks intervals baselines rerank pairs verify "
     "scoring thresholds",
     "look": "figures live photographs search suspects copies maps why pages embedding_map lists "

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from reidlib.extras import NORMALISATIONS
 
 
 class Augmentation:
@@ -25,7 +24,8 @@ class Augmentation:
         flip: flip each image with probability ½.
         erasing: probability that a rectangle of an image is erased (arXiv 1708.04896: an area of 2 to
             40 % of the image, aspect ratio 0.3 to 3.33, filled with the mean colour).
-        normalise: `"imagenet"` (mean and deviation) or `"unit"` (pixels in [0, 1]).
+        normalise: one of `NORMALISATIONS`: `"imagenet"` (mean and deviation), `"unit"` (pixels in
+            [0, 1]), …
         seed: of the generator.
 
     `augmentation(pixels)` takes (B, H, W, 3) uint8 on any device and returns (B, 3, h, w) float32
@@ -103,7 +103,7 @@ class Augmentation:
             return images.div_(255)
         # A row of the image as one, channels last: a vector as short as three numbers is slow.
         width = images.shape[3]
-        constants = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device)
+        constants = torch.tensor(NORMALISATIONS[self.normalise], device=images.device)
         mean, std = constants.repeat(1, width)
         rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, h, w 3)
         rows = rows.div_(255).sub_(mean).div_(std)
@@ -123,7 +123,7 @@ class Augmentation:
             at = torch.arange(whole)
             inside.append((at >= start) & (at < start + side))
         mask = chosen[:, None, None, None] & inside[0][:, None, :, None] & inside[1][:, None, None]
-        fill = 0.0 if self.normalise == "imagenet" else 0.5
+        fill = 0.5 if self.normalise == "unit" else 0.0
         return images.masked_fill(mask.to(images.device), fill)
 
 

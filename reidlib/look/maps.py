@@ -1,6 +1,7 @@
 """What did the network look at? Maps of one image: where features are strong, and what hiding changes."""
 
 import copy
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,14 +29,24 @@ def activation_maps(model: nn.Module, pixels: np.ndarray, recipe: Recipe) -> np.
     `model` is an `EmbeddingNet`, its backbone a sequence of layers, and `pixels` are (N, H, W, 3)
     uint8, N from 1. Maps are (N, h, w) float32, not normalised, so that images can be compared.
     """
-    model, features = _prepared(model, pixels, recipe)
-    # MobileNets hold their layers one level deeper.
-    for layer in getattr(model.backbone, "features", model.backbone):
-        features = layer(features)  # (N, C, h, w)
-        if features.shape[2] < ROWS:
+    model, images = _prepared(model, pixels, recipe)
+    kept = None
+    for features in _layers(model.backbone, images):  # (N, C, h, w)
+        if kept is not None and features.shape[2] < ROWS:
             break
         kept = features
     return kept.float().square().sum(dim=1).cpu().numpy()  # (N, C, h, w) -> (N, h, w)
+
+
+def _layers(backbone: nn.Module, features: Tensor) -> Iterator[Tensor]:
+    """Yield the features (N, C, h, w) after each layer."""
+    if hasattr(backbone, "forward_intermediates"):  # timm's
+        yield from backbone.forward_intermediates(features, intermediates_only=True)
+        return
+    # MobileNets hold their layers one level deeper.
+    for layer in getattr(backbone, "features", backbone):
+        features = layer(features)
+        yield features
 
 
 @torch.inference_mode()

@@ -268,9 +268,12 @@ def folded(model: nn.Module) -> nn.Module:
     """Return a copy for inference in which each convolution has taken in the BatchNorm after it.
 
     γ (W∗x − μ) / √(σ² + ε) + β is itself a convolution with a bias. The BatchNorm of a convolution is
-    taken to be the module that is registered after it, as in every backbone here.
+    taken to be the module that is registered after it, as in every backbone here. Networks of timm, where
+    it may be another, or hold an activation, stay as they are.
     """
     model = copy.deepcopy(model).eval()
+    if hasattr(getattr(model, "backbone", None), "pretrained_cfg"):
+        return model
     leaves = [(name, m) for name, m in model.named_modules() if not [*m.children()]]
     for (name, convolution), (norm_name, norm) in pairwise(leaves):
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from reidlib.model.network import EmbeddingNet
+from reidlib.extras import need, timm_entry
+from reidlib.model.elsewhere import of_backbone
+from reidlib.model.network import EmbeddingNet, timm_network
 from reidlib.paths import data_dir
 from reidlib.recipes import Recipe, stored_recipe
 from reidlib.runs import find_run, read_json, write_atomically
 from reidlib.words import some
+
+HUB = "hf-hub:"
+PUBLISHED = "model.safetensors"  # what the Hub calls the file of a model
 
 
 def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
@@ -29,7 +34,7 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
 
     Raises:
         FileNotFoundError, ValueError: no such file of weights, or one that does not fit.
-        RuntimeError: torchvision's weights could not be downloaded.
+        RuntimeError: the weights could not be downloaded, or timm is not installed.
 
     >>> from reidlib.recipes import make_recipe
     >>> build_model(make_recipe("demo", dim=64)).dim
@@ -38,9 +43,9 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
     sizes = recipe.model_dump(include={"backbone", "dim", "hidden", "last_stride", "head"})
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        model = EmbeddingNet(**sizes)
+        model = EmbeddingNet(**sizes, size=(recipe.height, recipe.width))
     if pretrained and recipe.weights != "none":
-        _load_pretrained(model, recipe.backbone, recipe.weights)
+        _load_pretrained(model, recipe)
     return model
 
 
@@ -63,8 +68,15 @@ def save_weights(path: Path, model: nn.Module, recipe: Recipe, *, half: bool = F
 
 
 def weights_file(run: str | Path) -> Path:
-    """Return the file of a trained model: of a run, by its name or folder, or the file itself."""
+    """Return the file of a trained model: of a run, by its name or folder, the file itself, or the Hub's.
+
+    `hf-hub:owner/name[@revision]` is downloaded, once. A folder that `publish` made is as good as a run.
+    """
+    if str(run).startswith(HUB):
+        return _from_hub(str(run))
     path = Path(run).expanduser()
+    if (path / PUBLISHED).is_file():
+        path = path / PUBLISHED
     if not (path.suffix == ".safetensors" and path.is_file()):
         path = find_run(run) / "weights.safetensors"
     if not path.is_file():
@@ -73,6 +85,20 @@ def weights_file(run: str | Path) -> Path:
             f"{_way_out(path)}"
         )
     return path.resolve()
+
+
+def _from_hub(name: str) -> Path:
+    """Download a model from the Hub of Hugging Face, or take it from its cache."""
+    hub = need("huggingface_hub", name)
+    place, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(hub.hf_hub_download(place, PUBLISHED, revision=revision or None))
+    except Exception as error:  # of the Hub's, of its client's, and of the file system
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RuntimeError(
+            f"{name} could not be had ({cause}). Write hf-hub:owner/name, or download its {PUBLISHED} "
+            "where you can and give the path of that file."
+        ) from error
 
 
 def _way_out(path: Path) -> str:
@@ -90,12 +116,13 @@ def load_model(
     """Return a trained network in evaluation mode; its attribute `recipe` says what input it expects.
 
     Args:
-        run: a run's name, its folder, or a file that `save_weights` wrote.
+        run: a run's name, its folder, a file that `save_weights` wrote, or `hf-hub:owner/name`.
         device: where to put it.
         unreadable: what its recipe shall say of broken images; None: what it says.
 
     Raises:
         FileNotFoundError, ValueError: no such run, no weights in it, or a broken or foreign file.
+        RuntimeError: a model of the Hub that could not be had, or a package that it needs is missing.
 
     >>> model = load_model("outputs/synthetic_batchhard_softplus_example")
     >>> model.recipe.backbone, model.dim
@@ -174,28 +201,30 @@ def _load(network: nn.Module, state: dict[str, Tensor], what: str, hint: str = "
     network.load_state_dict(state, strict=False)
 
 
-def _load_pretrained(model: EmbeddingNet, name: str, weights: str) -> None:
+def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
     """Load `"imagenet"` weights or a file of weights, every key or none, but for a classifier's.
 
     The file of a trained run gives its head, too, where the sizes are the same.
     """
-    state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
+    name, weights = recipe.backbone, recipe.weights
+    state = _imagenet_weights(recipe) if weights == "imagenet" else _read_weights(weights)
     state = {k.removeprefix("module."): v for k, v in state.items()}
     both = (state, model.state_dict())
     head, own = ({k: v.shape for k, v in s.items() if k.startswith("head.")} for s in both)
-    whole = head == own and any(k.startswith("backbone.") for k in state)
+    whole = own and head == own and any(k.startswith("backbone.") for k in state)
     network = model if whole else model.backbone
     if not whole:
-        leave = ("fc.", "classifier.", "head.")
-        state = {
-            k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith(leave)
-        }
-    hint = f" It must be a state dict of torchvision's {name}, or a trained run's weights."
+        state = of_backbone(state, name, model.backbone)
+    source = name if name.startswith("timm:") else f"torchvision's {name}"
+    hint = f" It must be a state dict of {source}, or a trained run's weights."
     _load(network, state, f"The weights {weights!r} do not fit {name}", hint)
 
 
-def _imagenet_weights(name: str) -> dict[str, Tensor]:
-    """Download torchvision's ImageNet weights, or take them from its cache."""
+def _imagenet_weights(recipe: Recipe) -> dict[str, Tensor]:
+    """Download torchvision's ImageNet weights, or those of timm, or take them from their caches."""
+    name = recipe.backbone
+    if name.startswith("timm:"):
+        return _timm_weights(recipe)
     if name not in models.list_models():
         raise ValueError(f'There are no ImageNet weights of {name}: choose weights="none".')
     source = models.get_model_weights(name).IMAGENET1K_V1
@@ -205,6 +234,22 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
         raise RuntimeError(
             f"The ImageNet weights of {name} could not be had from {source.url} ({error}). Download "
             'that file where you can, and give its path: weights=PATH. Or train without: "none".'
+        ) from error
+
+
+def _timm_weights(recipe: Recipe) -> dict[str, Tensor]:
+    name, entry = recipe.backbone, timm_entry(recipe.backbone)
+    if not entry.has_weights:
+        raise ValueError(f'timm has no pretrained weights of {name}: choose weights="none".')
+    try:
+        size = (recipe.height, recipe.width)
+        return timm_network(name, size, pretrained=True)[0].state_dict()
+    except Exception as error:  # of the Hub's, of its client's, and of timm
+        place = f"hf-hub:{entry.hf_hub_id}" if entry.hf_hub_id else entry.url
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RuntimeError(
+            f"The pretrained weights of {name} could not be had from {place} ({cause}). Download their "
+            'file where you can, and give its path: weights=PATH. Or train without: "none".'
         ) from error
 
 

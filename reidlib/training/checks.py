@@ -9,8 +9,10 @@ steps and on Market-1501, are healthy; the numbers of those runs stand beside th
 """
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
+from reidlib.extras import own_normalisation
 from reidlib.training.watched import MIN_ROWS, Watched, falls, stretch
 from reidlib.words import some
 
@@ -68,11 +70,14 @@ def weights_did_not_load(run: Watched) -> Sentences:
 def wrong_normalisation(run: Watched) -> Sentences:
     """Pretrained weights expect the pixels that they were trained on."""
     weights, normalise = run.recipe.weights, run.recipe.normalise
-    if weights != "none" and normalise != "imagenet":
+    own = normalise
+    with suppress(RuntimeError):  # where timm is no longer there to be asked
+        own = own_normalisation(run.recipe.backbone)
+    if weights != "none" and normalise != own:
         return (
-            "The backbone's weights expect pixels of ImageNet's mean and deviation, and get others.",
+            f"The backbone's weights expect pixels of {own}'s mean and deviation, and get others.",
             f'normalise = "{normalise}" with weights = {Path(weights).name!r}',
-            'normalise="imagenet"',
+            f'normalise="{own}"',
         )
 
 

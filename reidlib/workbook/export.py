@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from reidlib.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from reidlib.extras import NORMALISATIONS
 from reidlib.model.embed import embed
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import load_model, weights_file
@@ -125,8 +125,7 @@ def _card(model: EmbeddingNet, name: str, digest: str) -> dict:
     """Return what a program must know to use the graph, and where it came from."""
     recipe = model.recipe
     height, width = recipe.height, recipe.width
-    of_imagenet = recipe.normalise == "imagenet"
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if of_imagenet else ((0.0,) * 3, (1.0,) * 3)
+    mean, std = NORMALISATIONS[recipe.normalise]
     card = json.loads(Path(__file__).with_name("onnx_card.json").read_text(encoding="utf-8"))
     card["input"]["shape"] = ["batch", 3, height, width]
     card["output"]["shape"] = ["batch", model.dim]
