@@ -172,7 +172,7 @@ def export(args) -> None:
         images = [read_image(path) for path in paths[:: -(-len(paths) // 32)]]  # 32 at most
     if not args.out.strip():
         raise ValueError("--out is empty: give a folder, or a file ending in .onnx.")
-    file, card = export(args.model, args.out, images)
+    file, card = export(args.model, args.out, images, args.normalised)
     print(file)
     parity = card["parity"]
     say(
@@ -195,8 +195,16 @@ def release(args) -> None:
     print(*release(args.run), sep="\n")
 
 
+def publish(args) -> None:
+    """Write a scored run as the Hub of models expects it: weights, settings, scores and a card."""
+    from reidlib.workbook.release import publish
+
+    print(*publish(args.run, args.to), sep="\n")
+
+
 # Their docstrings are the help.
 COMMANDS = (data, train, health, score, scores, evaluate, embed, search, export, run, release)
+COMMANDS += (publish,)
 
 
 def _count(text: str) -> int:
@@ -232,7 +240,7 @@ OPTIONS = (
     ("train", "--tag", "appended to the run's name", {"default": ""}),
     ("train", "--resume", RESUME, RESUMES),
     ("health", "runs", "a run's name, or its folder", {"nargs": "+", "metavar": "RUN"}),
-    ("score release", "run", "a run's name, or its folder", {"metavar": "RUN"}),
+    ("score release publish", "run", "a run's name, or its folder", {"metavar": "RUN"}),
     ("score", "--dataset", "score on another data set than the run's own"),
     ("score", "--flip", "score the mean of each image and its mirror, too", YES),
     ("score", "--precision", "(float32)", {"choices": FLOATS, "default": "float32"}),
@@ -245,7 +253,7 @@ OPTIONS = (
     ("evaluate", "--gallery", "HDF5 file of the gallery embeddings", NEEDED),
     ("evaluate", "--gallery-csv", "its list of images, if it holds embeddings alone"),
     ("score evaluate", "--exclude-same-camera", CAMERA, CAMERAS),
-    ("embed search export", "--model", "a run, or a weights.safetensors", NEEDED),
+    ("embed search export", "--model", "a run, a weights.safetensors, or hf-hub:owner/name", NEEDED),
     ("embed", "--images", "a folder, a CSV list, or a tracker's sequence", NEEDED),
     ("embed", "--out", "the file to write, such as gallery.h5", NEEDED),
     ("embed", "--crops", "write the images there, too, a folder for each identity"),
@@ -260,6 +268,8 @@ OPTIONS = (
     ("search", "--picture", "draw the ranked lists, 20 at most", {"metavar": "FILE.jpg"}),
     ("search", "--html", "a page to browse the ranked lists", {"metavar": "FILE.html"}),
     ("export", "--out", "a folder, or a file ending in .onnx", NEEDED),
+    ("export", "--normalised", "the graph takes normalised pixels, as trackers give them", YES),
+    ("publish", "--to", "the folder to write", NEEDED | {"metavar": "FOLDER"}),
     ("export", "--images", "compare model and file on these: an image, a folder, a CSV list"),
     ("run", "notebooks", "03_train, 03, or a path", {"nargs": "+"}),
     ("run", "-p", "a parameter of the notebooks; repeat it", PAIR | {"dest": "parameters"}),

@@ -80,6 +80,24 @@ def other(tmp_path_factory):
     return export(run, run / "model.onnx")
 
 
+@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_convnext", "timm:test_vit"])
+def test_a_network_of_timm_as_trackers_call_it(name, tmp_path):
+    """BoxMOT and OpenCV's samples: BGR crops resized to RGB, normalised outside, names not known."""
+    pytest.importorskip("timm")
+    run = save_run(tmp_path / "run", backbone=name)
+    path, card = export(run, tmp_path / "normalised.onnx", normalised=True)
+    assert not card["preprocessing"]["normalisation"]["inside_the_graph"]
+    mean, std = (np.float32(card["preprocessing"]["normalisation"][k]) for k in ("mean", "std"))
+    crops = np.random.default_rng(3).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
+    batch = ((crops / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    asked = [session.get_outputs()[0].name], {session.get_inputs()[0].name: batch}
+    model = load_model(run)
+    expected = embed(model, crops, model.recipe, show_progress=False)
+    assert expected.std(axis=0).max() > 100 * card["parity"]["tolerance"]
+    np.testing.assert_allclose(session.run(*asked)[0], expected, atol=card["parity"]["tolerance"])
+
+
 @pytest.mark.parametrize("which", ["exported", "other"])
 def test_the_file_computes_what_the_model_computes(which, run, request):
     path, card = request.getfixturevalue(which)

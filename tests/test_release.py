@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,55 @@ def test_a_release_that_fails_leaves_the_run_as_it_was(folder, monkeypatch, what
     with pytest.raises(OSError, match="disk full"):
         release.release(folder)
     assert content(folder) == before
+
+
+# --- the Hub of models
+
+
+def test_a_published_run_is_what_the_hub_reads_and_loads_from_there(folder, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    run, to = ROOT / "outputs" / runs.EXAMPLE, tmp_path / "hub"
+    files = release.publish(run, to)
+    assert {*files} == {*to.iterdir()} and [f.name for f in files] == release.HUB_FILES
+    metrics = runs.read_json(run / "metrics.json")
+    card = hub.ModelCard.load(to / "README.md")
+    said = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert said == {key: metrics[key] for key in metrics["intervals"]} and "mAP" in said
+    assert {r.dataset_name for r in card.data.eval_results} == {metrics["evaluated_on"]}
+    assert card.data.model_name == run.name and f"hf-hub:OWNER/{run.name}" in card.text
+    asked = []
+
+    def download(repo_id, filename, *, revision=None):
+        asked.append((repo_id, filename, revision))
+        if repo_id != "me/mine":
+            raise OSError("404: no such repository")
+        return str(to / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    expected = load_model(run).state_dict()
+    for name in (to, "hf-hub:me/mine", "hf-hub:me/mine@v1"):
+        state = load_model(name).state_dict()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+    assert [a[1:] for a in asked] == [("model.safetensors", None), ("model.safetensors", "v1")]
+    with pytest.raises(RuntimeError, match=r"hf-hub:you/none could not be had \(404.*owner/name"):
+        load_model("hf-hub:you/none")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(RuntimeError, match=r"hf-hub:me/mine needs .* huggingface_hub.*\[timm\]"):
+        load_model("hf-hub:me/mine")
+
+
+def test_what_cannot_be_published_is_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="no scores of its weights.*reidlib score"):
+        release.publish(folder, tmp_path / "hub")
+    runs.write_json(folder / "metrics.json", {"mAP": 0.5, "weights_sha256": "0" * 64})
+    with pytest.raises(ValueError, match="no scores of its weights"):
+        release.publish(folder, tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    run = ROOT / "outputs" / runs.EXAMPLE
+    (tmp_path / "file").touch()
+    for to in (run, tmp_path / "file"):
+        with pytest.raises(ValueError, match="cannot be written: give a new folder"):
+            release.publish(run, to)
 
 
 # --- the runs that came with the repository

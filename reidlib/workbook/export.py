@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from reidlib.extras import NORMALISATIONS
 from reidlib.model.embed import embed
 from reidlib.model.network import EmbeddingNet
-from reidlib.model.weights import load_model, weights_file
+from reidlib.model.weights import HUB, load_model, weights_file
 from reidlib.recipes import data_set_name
 from reidlib.runs import sha256, write_atomically, write_json
 
@@ -49,7 +49,10 @@ BATCHES = (1, 2, 3)  # sizes that are checked beside the whole set
 
 
 def export(
-    run: str | Path, out: str | Path, images: Sequence[np.ndarray] | None = None
+    run: str | Path,
+    out: str | Path,
+    images: Sequence[np.ndarray] | None = None,
+    normalised: bool = False,
 ) -> tuple[Path, dict]:
     """Write a trained network as ONNX, once it is shown to compute what the network computes.
 
@@ -59,6 +62,8 @@ def export(
             is written beside it.
         images: (H, W, 3) uint8 pictures of any sizes on which model and file are compared; by
             default random ones.
+        normalised: the graph takes pixels that are normalised already, as BoxMOT and OpenCV's samples
+            give them, and does not do it again.
 
     Returns:
         The ONNX file, and what the JSON beside it says. Both files are complete or not written; ones
@@ -74,17 +79,20 @@ def export(
             f"To export, you need more packages: python -m pip install {' '.join(missing)}"
         )
     weights, out = weights_file(run), Path(out).expanduser()
-    name = weights.parent.name if weights.stem == "weights" else weights.stem
+    name = weights.parent.name if weights.stem in ("weights", "model") else weights.stem
+    name = Path(run).name if str(run).startswith(HUB) else name
     out = out if out.suffix.lower() == ".onnx" else out / f"{name}.onnx"
     if out.is_dir() or (out.parent.exists() and not out.parent.is_dir()):
         raise ValueError(f"{out} cannot be written: give a folder, or a file ending in .onnx.")
     model = load_model(weights)
-    card = _card(model, name, sha256(weights))
+    card = _card(model, name, sha256(weights), normalised)
     content = _graph(model, card)
     what = "pictures that were given" if images is not None else "random pictures"
     if images is None:
         images = _random_images(model.recipe.height, model.recipe.width)
-    card["parity"] = _parity(content, model, images) | {"checked_on": f"{len(images)} {what}"}
+    card["parity"] = _parity(content, model, images, normalised) | {
+        "checked_on": f"{len(images)} {what}"
+    }
     card["sha256"] = hashlib.sha256(content).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_name(out.name + ".json"), card)
@@ -121,7 +129,7 @@ class _WithNormalisation(nn.Module):
         return self.model((images / 255 - self.mean) / self.std)
 
 
-def _card(model: EmbeddingNet, name: str, digest: str) -> dict:
+def _card(model: EmbeddingNet, name: str, digest: str, normalised: bool) -> dict:
     """Return what a program must know to use the graph, and where it came from."""
     recipe = model.recipe
     height, width = recipe.height, recipe.width
@@ -131,6 +139,9 @@ def _card(model: EmbeddingNet, name: str, digest: str) -> dict:
     card["output"]["shape"] = ["batch", model.dim]
     card["preprocessing"]["resize"] |= {"height": height, "width": width}
     card["preprocessing"]["normalisation"] |= {"mean": list(mean), "std": list(std)}
+    if normalised:
+        card["input"]["range"] = "normalised"
+        card["preprocessing"]["normalisation"]["inside_the_graph"] = False
     origin = {"run": name, "trained_on": data_set_name(recipe), "variant": recipe.variant}
     origin |= recipe.model_dump(include={"backbone", "last_stride", "head"})
     card["model"] = origin | {"weights_sha256": digest}
@@ -145,6 +156,7 @@ def _graph(model: EmbeddingNet, card: dict) -> bytes:
 
     normalisation = card["preprocessing"]["normalisation"]
     network = _WithNormalisation(model, normalisation["mean"], normalisation["std"]).eval()
+    network = network if normalisation["inside_the_graph"] else model
     images = torch.zeros(2, *card["input"]["shape"][1:])  # sizes 0 and 1 are taken for constants
     options = {"dynamo": True, "opset_version": OPSET, "verbose": False}
     options |= {f"{side}_names": [card[side]["name"]] for side in ("input", "output")}
@@ -168,7 +180,9 @@ def _random_images(height: int, width: int) -> list[np.ndarray]:
     return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def _parity(content: bytes, model: EmbeddingNet, images: Sequence[np.ndarray]) -> dict[str, float]:
+def _parity(
+    content: bytes, model: EmbeddingNet, images: Sequence[np.ndarray], normalised: bool
+) -> dict[str, float]:
     """Return how far the file's embeddings of pictures are from the library's, and how far they may.
 
     Raises:
@@ -181,6 +195,9 @@ def _parity(content: bytes, model: EmbeddingNet, images: Sequence[np.ndarray]) -
     recipe = model.recipe
     expected = np.concatenate([embed(model, i[None], recipe, show_progress=False) for i in images])
     batch = np.stack([network_input(i, recipe.height, recipe.width) for i in images])
+    if normalised:
+        mean, std = np.float32(NORMALISATIONS[recipe.normalise])[..., None, None]
+        batch = (batch / np.float32(255) - mean) / std
     allowed = max(TOLERANCE, ROUNDING * float(np.abs(expected).max()))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

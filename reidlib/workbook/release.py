@@ -1,5 +1,6 @@
-"""A finished run made ready for others: weights in half precision, scored, and a model card."""
+"""A finished run made ready for others: weights in half precision, scored, a model card, and the Hub."""
 
+import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,13 +8,16 @@ from typing import Any
 
 from reidlib import runs
 from reidlib.evaluation.scoring import score_run
+from reidlib.extras import NORMALISATIONS
 from reidlib.look import board
-from reidlib.model.weights import load_model, save_weights
+from reidlib.model.weights import PUBLISHED, load_model, save_weights, weights_file
 from reidlib.recipes import data_set_name
 
 # What is released; the rest of a run is large, or shows people.
 FILES = ["README.md", "config.json", "manifest.json", "metrics.json", "history.csv"]
 FILES += ["per_query.csv", "weights.safetensors"]
+# What is published.
+HUB_FILES = [PUBLISHED, "README.md", "config.json", "manifest.json", "metrics.json"]
 
 
 def release(run: str | Path) -> list[Path]:
@@ -52,12 +56,49 @@ def release(run: str | Path) -> list[Path]:
     return [*(folder / name for name in FILES), *sorted(folder.glob("events.out.tfevents.*"))]
 
 
-def model_card(folder: Path) -> str:
+def publish(run: str | Path, to: str | Path) -> list[Path]:
+    """Write what the Hub of models expects of a scored run into a folder: weights, settings, scores, card.
+
+    The card is that of `release`, which also halves the weights. `load_model` takes the folder, and
+    `hf-hub:owner/name` once it is uploaded. Files of these names there are replaced, together.
+
+    Raises:
+        FileNotFoundError: no such run, or one whose training has not ended.
+        ValueError: its scores are not there, or of other weights; `to` is the run itself, or a file.
+    """
+    folder, to = runs.find_run(run), Path(to).expanduser()
+    weights, scores = weights_file(folder), folder / "metrics.json"
+    load_model(folder)  # or an error: it is whole, and fits its recipe
+    scored = runs.read_json(scores) if scores.is_file() else {}
+    digest = runs.sha256(
+        weights
+    )  # scores of older versions say no digest: the run vouches for them
+    if "mAP" not in scored or scored.get("weights_sha256", digest) != digest:
+        raise ValueError(
+            f"{folder.name} has no scores of its weights for the card: python -m reidlib score {run}"
+        )
+    if to.resolve() == folder.resolve() or (to.exists() and not to.is_dir()):
+        raise ValueError(f"{to} cannot be written: give a new folder, or one that was published.")
+    to.mkdir(parents=True, exist_ok=True)
+    with runs.together(to) as ready:
+        shutil.copy(weights, ready / PUBLISHED)
+        for name in HUB_FILES[2:]:
+            shutil.copy(folder / name, ready)
+        card = _hub_head(folder.name, scored) + model_card(folder, published=True)
+        runs.write_text(ready / "README.md", card)
+    return [to / name for name in HUB_FILES]
+
+
+def model_card(folder: Path, published: bool = False) -> str:
     """Return the model card of a scored run, in Markdown; every number is from its files."""
     recipe, metrics = runs.read_recipe(folder), runs.read_json(folder / "metrics.json")
     head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
     keys = ";\n`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`."
-    scaled = ", less ImageNet's mean, over its standard deviation"
+    mean, std = (
+        ", ".join(f"{v:.4g}" for v in values) for values in NORMALISATIONS[recipe.normalise]
+    )
+    scaled = {"imagenet": ", less ImageNet's mean, over its standard deviation", "unit": ""}
+    of_timm = recipe.backbone.startswith("timm:")
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
         name=folder.name,
@@ -66,13 +107,32 @@ def model_card(folder: Path) -> str:
         metrics=metrics,
         head=head if recipe.head else "(no head)",
         keys=keys if recipe.head else ".",
-        scaled=scaled if recipe.normalise == "imagenet" else "",
+        scaled=scaled.get(recipe.normalise, f", less ({mean}), over ({std})"),
+        pooling="its own" if of_timm else "global average",
+        source="timm" if of_timm else "torchvision",
+        file=PUBLISHED if published else "weights.safetensors",
+        place=f"hf-hub:OWNER/{folder.name}" if published else folder.name,
         stride=",\nits last stride 1 instead of 2" if recipe.last_stride == 1 else "",
         trained_on=data_set_name(recipe),
         weights=Path(recipe.weights).name,
         flips="averaged" if metrics["flip"] else "not averaged",
         table=_score_table(metrics),
     )
+
+
+def _hub_head(name: str, metrics: dict[str, Any]) -> str:
+    """Return what the Hub reads at the head of a card: YAML, its values in JSON, which YAML is, too."""
+    data, task = metrics["evaluated_on"], {"type": "image-retrieval", "name": "Re-identification"}
+    values = [{"type": key, "name": key, "value": metrics[key]} for key in metrics["intervals"]]
+    result = {"task": task, "dataset": {"type": data, "name": data, "split": "test"}}
+    said = {
+        "library_name": "reidlib",
+        "license": "other",
+        "pipeline_tag": "image-feature-extraction",
+    }
+    said |= {"tags": ["person-re-identification", "triplet-loss"]}
+    said |= {"model-index": [{"name": name, "results": [result | {"metrics": values}]}]}
+    return "".join(["---\n", *(f"{k}: {json.dumps(v)}\n" for k, v in said.items()), "---\n\n"])
 
 
 def _score_table(metrics: dict[str, Any]) -> str:
