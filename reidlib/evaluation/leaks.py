@@ -29,7 +29,7 @@ def copied_queries(
     match = (status == MATCH) & (retrieval.query_side.camids[query] == -1)
     if not match.any():
         return ""
-    asked, shown = _thumbnails(query_pixels), _thumbnails(gallery_pixels)
+    asked, shown = (thumbnails(pixels, (32, 16)) for pixels in (query_pixels, gallery_pixels))
     pairs = zip(query[match], rows[match], strict=True)
     near = [np.abs(asked[i] - shown[j]).mean() < NEAR for i, j in pairs]
     copied = len(np.unique(query[match][near]))
@@ -39,11 +39,12 @@ def copied_queries(
     )
 
 
-def _thumbnails(pixels: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8 to (N, 3, 32, 16) float32."""
-    out = np.empty((len(pixels), 3, 32, 16), np.float32)
+def thumbnails(pixels: np.ndarray, size: tuple[int, int], grey: bool = False) -> np.ndarray:
+    """Return small pictures, (N, H, W, 3) uint8 to (N, 3, h, w) float32, grey ones to (N, 1, h, w)."""
+    out = np.empty((len(pixels), 1 if grey else 3, *size), np.float32)
     for start in range(0, len(pixels), 1024):
-        block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 1024]))
-        # (B, H, W, 3) -> (B, 3, 32, 16)
-        out[start : start + 1024] = adaptive_avg_pool2d(block.permute(0, 3, 1, 2).float(), (32, 16))
+        block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 1024])).float()
+        block = block.mean(dim=3, keepdim=True) if grey else block
+        # (B, H, W, C) -> (B, C, h, w)
+        out[start : start + 1024] = adaptive_avg_pool2d(block.permute(0, 3, 1, 2), size)
     return out

@@ -206,13 +206,9 @@ def halves(retrieval: Retrieval, *, seed: int = 0) -> list[Retrieval]:
     first = [rng.permutation(kind)[: len(kind) // 2] for kind in (queried, others, strangers)]
     q_first, g_first = np.isin(q.pids, first[0]), np.isin(g.pids, np.concatenate(first[:2]))
     g_first[first[2]] = True
+    query, gallery = retrieval.query, retrieval.gallery
+    options = {"exclude_same_camera": retrieval.exclude_same_camera}
     return [
-        Retrieval(
-            q.emb[queries],
-            retrieval.query[queries].reset_index(drop=True),
-            g.emb[images],
-            retrieval.gallery[images].reset_index(drop=True),
-            exclude_same_camera=retrieval.exclude_same_camera,
-        )
-        for queries, images in ((q_first, g_first), (~q_first, ~g_first & (g.pids != -1)))
+        Retrieval(q.emb[asked], query[asked], g.emb[rows], gallery[rows], **options)
+        for asked, rows in ((q_first, g_first), (~q_first, ~g_first & (g.pids != -1)))
     ]

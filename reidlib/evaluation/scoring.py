@@ -115,7 +115,7 @@ class OpenRun:
             sides = []
             for emb, table in zip(embs, (self.query, self.gallery), strict=True):
                 own = (table["dataset"] == name).to_numpy()
-                sides += [emb[own], table[own].reset_index(drop=True)]
+                sides += [emb[own], table[own]]
             if all(map(len, sides)):
                 retrieval = Retrieval(*sides, exclude_same_camera=self.exclude_same_camera)
                 found[name] = retrieval.evaluate().scores

@@ -7,16 +7,10 @@ import numpy as np
 import pandas as pd
 
 from reidlib.data.tables import load
+from reidlib.evaluation import verify
 from reidlib.evaluation.pairs import Pairs, halves, pair_distances
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.scoring import OpenRun, open_run, trained_on
-from reidlib.evaluation.verify import (
-    at_threshold,
-    auc,
-    equal_error_rate,
-    match_probability,
-    true_match_rate,
-)
 from reidlib.runs import write_json
 
 MIN_FALSE_MATCHES = 30  # the rule of 30, see `verify.true_match_rate`
@@ -53,7 +47,7 @@ def two_groups(
     if not recipe.hold_out:
         if testing.query["pid"].nunique() == 1:
             pairs, file = pair_distances(testing), run.place(precision) / "verification.json"
-            found = {"AUC": auc(pairs), "EER": equal_error_rate(pairs)}
+            found = {"AUC": verify.auc(pairs), "EER": verify.equal_error_rate(pairs)}
             counts = {"genuine_pairs": len(pairs.genuine), "impostor_pairs": pairs.impostors}
             file.parent.mkdir(exist_ok=True)
             write_json(file, {"evaluated_on": run.data.name} | found | counts)
@@ -156,7 +150,7 @@ def choose_threshold(
         raise ValueError(
             f"{pairs.impostors} impostor pairs are too few to choose on: hold out more."
         )
-    there = true_match_rate(pairs, [rate], draws=draws, seed=seed).iloc[0]
+    there = verify.true_match_rate(pairs, [rate], draws=draws, seed=seed).iloc[0]
     return Threshold(float(there["threshold"]), fmr, rate, pairs.impostors, there)
 
 
@@ -199,7 +193,7 @@ def try_threshold(threshold: Threshold, pairs: Pairs, *, draws: int = 500, seed:
     """Try a threshold on the pairs of other people; the arguments are those of `choose_threshold`."""
     there = threshold.there
     values = [threshold.value, there["threshold_low"], there["threshold_high"]]
-    found, least, most = (at_threshold(pairs, v, draws=draws, seed=seed) for v in values)
+    found, least, most = (verify.at_threshold(pairs, v, draws=draws, seed=seed) for v in values)
     found.insert(0, "promised", [threshold.rate, there["TMR"]])
     return Trial(found, least.loc["FMR"], most.loc["FMR"])
 
@@ -250,7 +244,7 @@ def camera_rates_in_words(cameras: pd.DataFrame) -> str:
 def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed: float) -> str:
     """Say what a threshold's rates on some pairs mean to their queries, and which share is alarmed."""
     strangers, genuine = pairs.impostors / queries, len(pairs.genuine) / queries
-    right = match_probability(genuine / (genuine + strangers), tmr, fmr)
+    right = verify.match_probability(genuine / (genuine + strangers), tmr, fmr)
     said = (
         f"A query here meets {strangers:,.0f} strangers, so expect "
         f"{fmr * strangers:,.1f} false alarms; {alarmed:.1%} of the queries have at least one. "
@@ -261,7 +255,7 @@ def alarms_in_words(pairs: Pairs, queries: int, fmr: float, tmr: float, alarmed:
     said += (
         f" With the {genuine:.1f} genuine images a query has here, {right:.1%} of the accepted "
         "images are right. Were there only one, it would be "
-        f"{match_probability(1 / (strangers + 1), tmr, fmr):.1%}."
+        f"{verify.match_probability(1 / (strangers + 1), tmr, fmr):.1%}."
     )
     if fmr:
         said += f" Beyond {tmr / fmr:,.0f} strangers (TMR / FMR) most accepted images are wrong."

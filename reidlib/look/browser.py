@@ -100,17 +100,10 @@ def ranked_list_page(
     about["notes"] += [choice, _on_follow(about["follows"], len(near))]
     if broken:
         about["notes"].append(f"No picture of {len(broken):,} images. The first: {broken[0]}")
-    return fill(
-        PAGE,
-        title=html.escape(encodable(title)),
-        script_digest=_digest(SCRIPT),
-        style_digest=_digest(PAGE_STYLE),
-        style=PAGE_STYLE,
-        data=script_json({"about": about, **data}),
-        photos=script_json(photos),
-        why=script_json(why or {}),
-        script=SCRIPT,
-    )
+    content = {"data": {"about": about, **data}, "photos": photos, "why": why or {}}
+    texts = {"title": html.escape(encodable(title)), "style": PAGE_STYLE, "script": SCRIPT}
+    digests = {f"{name}_digest": _digest(texts[name]) for name in ("style", "script")}
+    return fill(PAGE, **texts, **digests, **{n: script_json(part) for n, part in content.items()})
 
 
 def with_why(page: str, why: Mapping[str, Any]) -> str:

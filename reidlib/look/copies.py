@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
+from reidlib.evaluation.leaks import thumbnails
 from reidlib.look.suspects import suspect_table
 
 # What a pair of copies does, the worst first.
@@ -88,11 +87,7 @@ def _same_picture(pixels, rows: np.ndarray) -> Iterator[tuple[str, float, int, i
 
 def _thumbnails(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Grey thumbnails (N, h, w), each of mean 0 and norm 1; zero where a picture is flat."""
-    out = np.empty((len(pixels), *size), np.float32)
-    for start in range(0, len(pixels), 1024):
-        block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 1024]))
-        grey = block.float().mean(dim=3)  # (B, H, W, 3) -> (B, H, W)
-        out[start : start + 1024] = nn.functional.adaptive_avg_pool2d(grey[:, None], size)[:, 0]
+    out = thumbnails(pixels, size, grey=True)[:, 0]
     out -= out.mean(axis=(1, 2), keepdims=True)
     norm = np.sqrt(np.square(out).sum(axis=(1, 2), keepdims=True))
     return np.where(norm > 1e-3 * np.sqrt(size[0] * size[1]), out / np.maximum(norm, 1e-9), 0)

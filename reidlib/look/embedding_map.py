@@ -64,17 +64,13 @@ def linked_map(
     dots = []
     table = pd.DataFrame({"key": "", "AP": np.nan, **table})
     for i, (row, name) in enumerate(zip(table.itertuples(), short_names(table), strict=True)):
-        who = (
-            f"identity {row.pid}" if row.pid > 0 else "unknown person" if row.pid else "distractor"
-        )
+        who = {0: "distractor", -1: "unknown person"}.get(row.pid, f"identity {row.pid}")
         camera = f"camera {row.camid}" if row.camid >= 0 else ""
         dot = dict(zip("xy", places[i].round(1).tolist(), strict=True))
-        dot |= {"pid": row.pid, "camera": camera, "split": row.split}
+        dot |= {"pid": row.pid, "camera": camera, "split": row.split, "file": name, "key": row.key}
+        dot |= {"ap": None if np.isnan(row.AP) else row.AP, "near": neighbours[i].tolist()}
         dot["text"] = ", ".join(filter(None, [who, camera, row.split]))
-        dot |= {"file": name, "key": row.key, "ap": None if np.isnan(row.AP) else row.AP}
         dot["list"] = f"ranked_lists.html#{row.key}" if row.key in lists else ""
         dot["photo"] = "data:image/webp;base64," + thumbnail(pixels[i], 96, 80)
-        dot["near"] = neighbours[i].tolist()
-        dot["far"] = [float(f"{far:.3g}") for far in distances[i]]
-        dots.append(dot)
+        dots.append(dot | {"far": [float(f"{far:.3g}") for far in distances[i]]})
     return fill(PAGE, title=html.escape(title), data=script_json(dots))

@@ -169,18 +169,16 @@ def curves(
     series: Mapping[str, tuple[Sequence, Sequence]],
     x_label: str,
     y_label: str,
-    title: str = "",
     width: float = 9,
-    height: float = 3.6,
     y_limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw one line for each name, (x, y), each with a colour and a line style of its own."""
-    figure, axes = subplots(width=width, height=height)
+    figure, axes = subplots(width=width, height=3.6)
     for i, (name, (x, y)) in enumerate(series.items()):
         few = {"marker": MARKERS[i % 10], "ms": 4} if len(x) <= 30 else {}
         style = {"color": PALETTE[i % 7], "ls": LINES[(i + i // 7) % 7]}  # a pair repeats after 49
         axes.plot(x, y, label=name, **style, **few)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title, ylim=y_limits)
+    axes.set(xlabel=x_label, ylabel=y_label, ylim=y_limits)
     if len(series) > 1:
         axes.legend()
     return figure

@@ -147,14 +147,15 @@ class Lists:
 
     def about(self, rows: np.ndarray, title: str) -> dict:
         """Return what stands over the lists, and the table of the queries that can be picked."""
-        query = self.tables["q"].iloc[rows].assign(row=rows)
-        aps = [run.ap[rows].tolist() for run in self.runs]
-        names = [table["name"].tolist() for table in self.tables.values()]
+        tables = self.tables.items()
+        names = [table["name"].tolist() for _, table in tables]
         first = self.runs[0].retrieval.ranked_lists(rows, topk=1, show_excluded=False)
-        near = first.set_index("query").reindex(index=rows, columns=["camid"], fill_value=-1)[
-            "camid"
-        ]
-        cameras = {SIDES[key]: {*table["camid"].tolist()} for key, table in self.tables.items()}
+        near = first.set_index("query").reindex(index=rows, columns=["camid"], fill_value=-1)
+        query = self.tables["q"][["name", "pid", "camid"]].iloc[rows]
+        listed = query.assign(row=rows, near=near["camid"].array).to_dict("list")
+        aps = [run.ap[rows].tolist() for run in self.runs]
+        listed["ap"] = [[None if np.isnan(value) else value for value in ap] for ap in aps]
+        listed["wrong"] = [run.wrong[rows].tolist() for run in self.runs]
         what = (
             f"A list holds the {self.topk} nearest ranked images, or more if you ask, the images that the "
             "protocol leaves out where they would have stood among them, and all further matches with "
@@ -167,14 +168,12 @@ class Lists:
             "total": len(self.tables["q"]),
             "most": len(self.tables["g"]),
             "id": hashlib.sha256(repr(names).encode()).hexdigest()[:16],  # of whom tags are kept
-            "folders": {key: _folder(table) for key, table in self.tables.items()},
+            "folders": {key: _folder(table) for key, table in tables},
             "follows": any(run.follows for run in self.runs),
             "colours": COLOURS,
             "notes": [*dict.fromkeys(run.protocol for run in self.runs if run.scored), what],
-            "cameras": {side: sorted(found - {-1}) for side, found in cameras.items()},
-            "queries": query[["row", "name", "pid", "camid"]].to_dict("list")
-            | {"ap": [[None if np.isnan(value) else value for value in ap] for ap in aps]}
-            | {"wrong": [run.wrong[rows].tolist() for run in self.runs], "near": near.tolist()},
+            "cameras": {SIDES[key]: sorted({*t["camid"].tolist()} - {-1}) for key, t in tables},
+            "queries": listed,
         }
 
     # --- lists and images

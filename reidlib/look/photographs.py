@@ -231,10 +231,7 @@ def ranked_lists(rows: Sequence[RankedRow], height: float = 1.27) -> Figure:
 
 def _legend(rows: Sequence[RankedRow]) -> str:
     """Return what the marks of ranked lists mean, as far as they can occur."""
-    judged = [
-        f"{RIGHT.sign} full frame: same person",
-        f"{WRONG.sign} dashed frame: somebody else",
-    ]
+    judged = [f"{RIGHT.sign} full frame: same person", f"{WRONG.sign} dashed frame: somebody else"]
     under = "c: camera, id: identity, last: distance"
     if all((row.results["status"] == "unknown").any() for row in rows):
         judged = []

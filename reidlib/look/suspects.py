@@ -300,7 +300,7 @@ def short_label(pid: int, camid: int) -> str:
     >>> short_label(7, 2), short_label(0, -1)
     ('id 7 c2', 'distractor')
     """
-    who = f"id {pid}" if pid > 0 else "junk" if pid else "distractor"
+    who = {0: "distractor", -1: "junk"}.get(pid, f"id {pid}")
     return f"{who} c{camid}" if camid >= 0 else who
 
 

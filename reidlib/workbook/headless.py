@@ -69,10 +69,8 @@ def execute(
         say("done in", f", {copy}")
     except BaseException:
         running.replace(failed)
-        say(
-            "failed after" if stop.signal is None else "stopped after",
-            f". What ran is in {failed}.",
-        )
+        how = "failed" if stop.signal is None else "stopped"
+        say(f"{how} after", f". What ran is in {failed}.")
         if stop.signal is None:
             raise
     if stop.signal is not None:

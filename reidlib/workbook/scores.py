@@ -1,6 +1,7 @@
 """The scores of runs in one table, and what each gained over another, from the files of the runs."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -79,9 +80,8 @@ def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]],
         rows["  on people held out"] = score_values(table).mean().to_dict()
     for name, scores in metrics.get("baselines", {}).items() if baselines else ():
         rows[f"  {name.replace('_', ' ')}"] = scores
-    elsewhere = {
-        place.parent.name: read_json(place) for place in sorted(folder.glob("*/metrics.json"))
-    }
+    others = sorted(folder.glob("*/metrics.json"))
+    elsewhere = {place.parent.name: read_json(place) for place in others}
     rows |= {f"  {name}": scores for name, scores in elsewhere.items()}
     weights = folder / "weights.safetensors"
     for name, scores in ({folder.name: metrics} | elsewhere).items():
@@ -117,12 +117,10 @@ def _gains(folders: Sequence[Path], against: Path) -> tuple[pd.DataFrame, list[s
             except Exception as error:
                 notes.append(f"{folder.name}: not compared. {error}")
                 continue
-            try:
-                found = difference(*tables)
-            except ValueError:  # of other queries: another data set, or other people held out
-                continue
-            label = folder.name + (" (held out)" if split == "held_out" else "")
-            gains[label] = [100 * v for v in (found.value, found.low, found.high)] + [found.p]
+            with suppress(ValueError):  # of other queries: another data set, other people held out
+                value, low, high, p, *_ = difference(*tables)
+                label = folder.name + (" (held out)" if split == "held_out" else "")
+                gains[label] = 100 * value, 100 * low, 100 * high, p
     if not gains:
         nothing = f"No run here was scored on the same queries as {against.name}."
         raise ValueError("\n".join([nothing, *notes]))

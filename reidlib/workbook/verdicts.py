@@ -260,9 +260,8 @@ def ladder_of(
         sides[mining] = (hard, chance)
     if flipped is not None:
         sides[flips] = ([flipped], [found[BASE, 0].per_query])
-    what = {gain.label: gain.what for gain in gains}
-    what[mining] = "mining: each anchor's hardest triplet, not a random one"
-    what[flips] = "the mirror image at test time too"
+    what = {mining: "mining: each anchor's hardest triplet, not a random one"}
+    what |= {flips: "the mirror image at test time too"} | {gain.label: gain.what for gain in gains}
     return claims(sides, spread, one_network=[flips]).assign(
         mAP=[100 * score_values(pd.concat(after))["mAP"].mean() for after, _ in sides.values()],
         what=[what[label] for label in sides],
