@@ -111,4 +111,4 @@ format: setup   ## ruff's formatter, and notebooks stripped of their outputs, th
 	$(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb
 
 clean:          ## remove the environment, caches, the book and the built-in data; runs stay
-	rm -rf $(VENV) book docs/notebooks data/synthetic data/.cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) book docs/notebooks data/synthetic data/people-* data/.cache .pytest_cache .ruff_cache *.egg-info

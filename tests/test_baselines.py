@@ -6,7 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reidlib.evaluation.baselines import colour_histogram, gain_in_words, without_camera
+from reidlib.evaluation.baselines import (
+    colour_histogram,
+    gain_in_words,
+    lead_in_words,
+    without_camera,
+)
 
 
 def test_colour_histogram_is_the_loop():
@@ -53,3 +58,45 @@ def test_what_training_added_in_words(mAP, baselines, wanted):
     said = gain_in_words(mAP, scored)
     assert wanted in said
     assert ("does not show" in said) == (mAP <= 0.09 and bool(baselines))
+
+
+@pytest.mark.parametrize(
+    ("trained", "untrained", "wanted"),
+    [
+        (
+            [0.9, 0.8, 0.9, 0.8],
+            [0.2, 0.1, 0.2, 0.1],
+            "70.0 points of mAP above the best of the others",
+        ),
+        (
+            [0.9, 0.8, 0.9, 0.8],
+            [0.2, 0.1, 0.2, 0.1],
+            "(difference 70.0, with other people 70.0 to 70.0)",
+        ),
+        ([0.9, 0.8, 0.9, 0.8], [0.2, 0.1, 0.2, 0.1], "**That is more than luck"),
+        ([0.2, 0.1, 0.2, 0.1], [0.9, 0.8, 0.9, 0.8], "**What never learnt from these pictures is"),
+        ([0.9, 0.1, 0.9, 0.1], [0.1, 0.9, 0.1, 0.8], "**That may be luck"),
+        (
+            [1.0],
+            [1.0],
+            "Queries of one person cannot say whether the network is better than no net.",
+        ),
+        (
+            [1.0, 1.0, np.nan],
+            [1.0, 1.0, np.nan],
+            "0.0 points of mAP above the best of the others, no net",
+        ),
+    ],
+)
+def test_the_lead_over_what_cost_nothing_in_words(trained, untrained, wanted):
+    def table(aps):
+        return pd.DataFrame(
+            {"query": range(len(aps)), "pid": range(len(aps)), "AP": aps, "matches": 1}
+        )
+
+    others = {"no_net": untrained, "worse": [0.05] * len(untrained)}
+    others = {
+        name: SimpleNamespace(scores={"mAP": np.nanmean(aps)}, per_query=table(aps))
+        for name, aps in others.items()
+    }
+    assert wanted in lead_in_words(table(trained), others)

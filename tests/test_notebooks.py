@@ -169,7 +169,20 @@ def test_data_of_three_people_without_cameras_are_told_as_they_are(tmp_path, dat
             folder.mkdir(parents=True)
             for file in [file for file in files if file.name.startswith(name)][:4]:
                 shutil.copy(file, folder / file.name[5:])
-    line = ["reidlib", "run", "00", "01", "-p", "dataset", str(tmp_path / "few"), "-p", "p", "2"]
+    line = [
+        "reidlib",
+        "run",
+        "00",
+        "01",
+        "06",
+        "-p",
+        "dataset",
+        str(tmp_path / "few"),
+        "-p",
+        "p",
+        "2",
+    ]
+    line += ["-p", "folder", str(tmp_path / "few"), "-p", "start", "", "-p", "steps", "2"]
     done = execute(line, tmp_path, tmp_path / "outputs", data_root)
     assert done.returncode == 0, done.stderr[-3000:]
     for path in (tmp_path / "outputs" / "notebooks").iterdir():

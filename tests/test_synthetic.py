@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 
 from reidlib.data import people, synthetic
 from reidlib.data.people import Pen, look, paint_person
-from reidlib.data.synthetic import draw_dataset, draw_person
+from reidlib.data.synthetic import draw_dataset, draw_folder, draw_person
+from reidlib.data.tables import load
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 # The pattern that datasets know Market-1501's files by.
@@ -217,3 +218,15 @@ def test_cameras_differ_more_than_pictures_of_one_camera():
     means = np.mean(drawn, axis=(1, 2)).reshape(-1, 6, 3)  # (cameras, pictures, 3)
     hue = means / means.sum(-1, keepdims=True)
     assert hue.mean(1).std(0).max() > hue.std(1).mean()
+
+
+def test_a_folder_of_people_is_read_as_it_is_drawn_and_drawn_once(tmp_path):
+    root = draw_folder(tmp_path / "people", 4)
+    data = load(root, pattern=r"camera(?P<camid>\d)")
+    people = [{*table["label"]} for table in (data.train, data.query)]
+    assert set.union(*people) == {f"person_{i:03d}" for i in range(1, 5)}
+    assert len(data.train) == 18 and len(data.query) == 6 and len(data.gallery) == 12
+    assert {*data.train.groupby("pid")["camid"].nunique()} == {3}
+    first = files(root)
+    (root / "person_001" / "mine.jpg").write_bytes(b"")
+    assert draw_folder(root, 9) == root and len(files(root)) == len(first) + 1

@@ -242,6 +242,26 @@ def draw_dataset(root: str | Path, **settings) -> Path:
     return root
 
 
+def draw_folder(root: str | Path, people: int, seed: int = 1) -> Path:
+    """Draw a folder as somebody's own pictures may lie, if nothing is there, and return it.
+
+    `root/person_001/camera3_0.jpg`: a folder for each person, who was seen by three cameras, three times
+    by each. By another seed than that of the built-in data these are other people, in other streets.
+    """
+    root = Path(root)
+    if not root.exists():
+        with whole_folder(root) as part:
+            for pid in range(1, people + 1):
+                home = part / f"person_{pid:03d}"
+                home.mkdir()
+                for camera in 1 + default_rng([seed, 6, pid]).permutation(len(CAMERAS))[:3]:
+                    for frame in range(3):
+                        pixels = draw_person(pid, int(camera), frame, seed, (128, 64))
+                        place = home / f"camera{camera}_{frame}.jpg"
+                        Image.fromarray(pixels).save(place, quality=90)
+    return root
+
+
 def built_in_data() -> Path:
     """Return the folder of the built-in data, of any size, drawn when it is not there.
 

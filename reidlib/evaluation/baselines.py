@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from reidlib.evaluation.intervals import difference
 from reidlib.evaluation.metrics import Evaluation
 from reidlib.model.embed import embed
 from reidlib.model.weights import build_model
@@ -108,3 +109,22 @@ def gain_in_words(mAP: float, baselines: Mapping[str, Evaluation]) -> str:
     return (
         f"{said}**{name} does at least as well as this network: its training does not show here.**"
     )
+
+
+def lead_in_words(per_query: pd.DataFrame, others: Mapping[str, Evaluation]) -> str:
+    """Say how far a network, by its `per_query`, is before the best of others, and how sure that is."""
+    best = max(others, key=lambda name: others[name].scores["mAP"])
+    name = best.replace("_", " ")
+    if per_query.dropna(subset="AP")["pid"].nunique() < 2:
+        return f"Queries of one person cannot say whether the network is better than {name}."
+    found = difference([per_query], [others[best].per_query])
+    gap, low, high = (100 * value for value in found[:3])
+    said = (
+        f"On the same queries the network is {abs(gap):.1f} points of mAP {'below' if gap < 0 else 'above'} "
+        f"the best of the others, {name} (difference {gap:.1f}, with other people {low:.1f} to {high:.1f})."
+    )
+    if low > 0:
+        return f"{said} **That is more than luck: the training has paid.**"
+    if high < 0:
+        return f"{said} **What never learnt from these pictures is better.**"
+    return f"{said} **That may be luck: with other people it could be the other way round.**"
