@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     unreadable: Literal["fail", "skip"] = _setting("fail", "broken images: fail or skip")
 
     backbone: str = _setting(
-        "resnet50", "resnet8 to resnet101, mobilenet_v2 or _v3_small, timm:NAME"
+        "resnet50", "resnet8 to resnet101, mobilenet_v2, mobilenet_v3_small, or timm:NAME"
     )
     weights: str = _setting("imagenet", '"imagenet", the path of a file, or "none"')
     dim: Count = _setting(128, "length of an embedding")
