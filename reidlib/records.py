@@ -68,14 +68,17 @@ def _advice(file: Path) -> str:
     return f"Restore it from a copy, or move it away and {again}."
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, absent: dict | None = None) -> dict:
     """Read the object in a JSON file; a ValueError names a file that holds anything else.
 
-    So does whoever asks for a key that it lacks: no reader has to look for it first.
+    So does whoever asks for a key that it lacks: no reader has to look for it first. `absent` is given
+    back where there is nothing of that name.
 
     Raises:
         FileNotFoundError: no such file; a pipe, on which one would wait for ever, is none.
     """
+    if absent is not None and not path.exists():
+        return absent
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     refused = {"parse_constant": lambda name: int(name)}  # NaN, which `write_json` refuses, too

@@ -160,8 +160,7 @@ class OpenRun:
 
 def trained_on(run: Path, recipe: Recipe, data: Dataset) -> bool | None:
     """Return whether a run was trained on a data set's images; None where its manifest does not say."""
-    file = run / "manifest.json"
-    known = runs.read_json(file).get("train_data") if file.exists() else None
+    known = runs.read_json(run / "manifest.json", {}).get("train_data")
     if known is None:
         return None
     train = data.train
@@ -182,8 +181,7 @@ def _is_own(folder: Path, recipe: Recipe, data: Dataset, given: bool) -> bool:
     if not same or not (given or here):
         return not given if same is None else same
     # Other queries and another gallery may go with the same training images.
-    file = folder / "metrics.json"
-    scored = runs.read_json(file) if file.exists() else {}
+    scored = runs.read_json(folder / "metrics.json", {})
     return "mAP" not in scored or scored.get("test_data") == fingerprint(data)
 
 
@@ -375,7 +373,7 @@ def _before(run: OpenRun, file: Path) -> dict:
     """Return what stays of a `metrics.json`: what is of the same images and weights, or of none."""
     subject = {"evaluated_on": run.data.name, "test_data": run.test_data}
     subject |= {"weights_sha256": run.weights_sha256}
-    kept = runs.read_json(file) if file.exists() else {}
+    kept = runs.read_json(file, {})
     if any(kept.get(key, value) != value for key, value in subject.items()):
         kept = {key: kept[key] for key in kept if key not in ("baselines", "with_flips")}
     return {"baselines": {}} | kept | subject
@@ -405,7 +403,6 @@ def _write(scored: Scored, before: dict, flip: bool, about: dict[str, str]) -> N
         content |= {"by_data_set": scored.by_data_set} if scored.by_data_set else {}
         runs.write_json(place / "metrics.json", before | content)
         # Whoever chooses settings on a test split scores it more than once, and the manifest tells.
-        file = folder / "manifest.json"
-        manifest = runs.read_json(file) if file.exists() else {}
+        manifest = runs.read_json(folder / "manifest.json", {})
         manifest["scored"] = [*manifest.get("scored", []), entry]
         runs.write_json(fresh / "manifest.json", manifest)

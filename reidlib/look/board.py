@@ -129,10 +129,9 @@ def write_scores(folder: Path, scores: Mapping[str, float], name: str = "test") 
         for key, score in scores.items():
             if not key.startswith("queries"):
                 writer.add_scalar(f"{tag}/{key}", score, manifest["step"])
-        if name == "test" and (folder / "metrics.json").is_file():
-            kept = runs.read_json(folder / "metrics.json").get("baselines", {})
-            for baseline, its in kept.items():
-                writer.add_scalar(f"{tag}/mAP of {baseline}", its["mAP"], manifest["step"])
+        metrics = runs.read_json(folder / "metrics.json", {}) if name == "test" else {}
+        for baseline, its in metrics.get("baselines", {}).items():
+            writer.add_scalar(f"{tag}/mAP of {baseline}", its["mAP"], manifest["step"])
 
 
 @contextmanager

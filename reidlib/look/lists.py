@@ -33,19 +33,18 @@ class Run:
         about: for JSON: `name`, `scored`, and `scores` in words, or why it has none.
         protocol: what was left out and counted.
         ap: (Q,), NaN for queries without one.
-        wrong: (Q,), is a stranger nearest? None for queries without AP.
+        first: (Q,), the rank of the first match, or NaN.
         follows: can gallery images be its queries?
     """
 
     def __init__(self, name: str, retrieval: Retrieval):
         self.name, self.retrieval = encodable(name), retrieval
-        self.ap, self.protocol = np.full(len(retrieval.query), np.nan), ""
-        self.wrong = np.full(len(retrieval.query), None)
+        self.protocol, self.ap = "", np.full(len(retrieval.query), np.nan)
+        self.first = self.ap
         try:
             evaluation = retrieval.evaluate()
-            self.protocol, self.ap = evaluation.protocol, evaluation.per_query["AP"].to_numpy()
-            first = evaluation.per_query["first_rank"]
-            self.wrong = (first > 1).astype(object).where(~np.isnan(self.ap), None).to_numpy()
+            self.protocol, table = evaluation.protocol, evaluation.per_query
+            self.ap, self.first = table["AP"].to_numpy(), table["first_rank"].to_numpy()
             scores = _in_words(evaluation.scores)
         except ValueError as error:  # nobody is known, or has a match: lists are there still
             nobody = (retrieval.query["pid"] < 1).all() or (retrieval.gallery["pid"] == -1).all()
@@ -154,8 +153,9 @@ class Lists:
         query = self.tables["q"][["name", "pid", "camid"]].iloc[rows]
         listed = query.assign(row=rows, near=near["camid"].array).to_dict("list")
         aps = [run.ap[rows].tolist() for run in self.runs]
-        listed["ap"] = [[None if np.isnan(value) else value for value in ap] for ap in aps]
-        listed["wrong"] = [run.wrong[rows].tolist() for run in self.runs]
+        firsts = [run.first[rows].tolist() for run in self.runs]
+        listed["ap"] = [[None if np.isnan(ap) else ap for ap in its] for its in aps]
+        listed["wrong"] = [[None if np.isnan(rank) else rank > 1 for rank in its] for its in firsts]
         what = (
             f"A list holds the {self.topk} nearest ranked images, or more if you ask, the images that the "
             "protocol leaves out where they would have stood among them, and all further matches with "

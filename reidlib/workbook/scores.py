@@ -69,8 +69,7 @@ def scores_text(
 
 def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Return the rows of one run by their labels, and sentences on what they do not say."""
-    file, picture = folder / "metrics.json", folder / "ranked_lists.jpg"
-    metrics = read_json(file) if file.is_file() else {}
+    metrics, picture = read_json(folder / "metrics.json", {}), folder / "ranked_lists.jpg"
     rows, notes = {folder.name: metrics}, []
     if "with_flips" in metrics:
         rows["  with flips averaged"] = metrics["with_flips"]
@@ -138,11 +137,10 @@ def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
     file = folder / PER_QUERY[split]
     numbers = ("query", "pid", "matches", "AP", "AP_market", "first_rank", "INP")
     table = read_table(file, numbers)
-    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    metrics = read_json(folder / "metrics.json", {})
     written = metrics.get("per_query_sha256")
     if split == "held_out":  # while it trains, the table is ahead
-        manifest = folder / "manifest.json"
-        ended = manifest.exists() and read_json(manifest).get("status") == "finished"
+        ended = read_json(folder / "manifest.json", {}).get("status") == "finished"
         held_out = metrics.get("held_out", {}) if ended else {}
         written = held_out.get("per_query_sha256")
         last = held_out.get("last", {})
