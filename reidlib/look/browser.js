@@ -14,6 +14,7 @@ const STATUS = {
 const COLUMNS = "run asked query rank gallery pid camid distance status query_path path".split(" ");
 const TAGS = "path action pid tag note".split(" "); // a file for `reidlib.data.corrections`
 const PAGE = 60; // queries that the picker draws at a time
+const ARROWS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
 const KEYS = [
   ["arrows, Home, End", "move in the list that has the focus"],
   ["Enter, Tab", "the result in focus becomes the query; go to its tick and its larger view"],
@@ -47,8 +48,7 @@ function fromKernel(model, about, late) {
 
   const listen = ({ id, error, answer }) => {
     const question = waiting.get(id);
-    if (!question) return;
-    waiting.delete(id);
+    if (!waiting.delete(id)) return;
     clearTimeout(question.timer);
     late(false);
     if (error) question.reject(new Error(error));
@@ -66,10 +66,8 @@ function fromKernel(model, about, late) {
   const fetchPhotos = () => {
     while (wanted.length) {
       const part = wanted.splice(0, PAGE);
-      ask("photos", part.map(([key]) => key)).then(
-        (found) => part.forEach(([key, resolve]) => resolve(url(found[key]))),
-        () => part.forEach(([, resolve]) => resolve(null)),
-      );
+      const found = ask("photos", part.map(([key]) => key)).catch(() => ({}));
+      found.then((photos) => part.forEach(([key, resolve]) => resolve(url(photos[key]))));
     }
   };
 
@@ -101,22 +99,6 @@ function fromKernel(model, about, late) {
 
 const url = (photo) => (photo ? `data:image/webp;base64,${photo}` : null);
 
-function make(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in node && !name.startsWith("aria")) node[name] = value;
-    else if (value !== null) node.setAttribute(name, value);
-  }
-  node.append(...children.filter((child) => child !== null && child !== ""));
-  return node;
-}
-
-function button(text, click, properties = {}) {
-  const node = make("button", { type: "button", ...properties }, text);
-  node.addEventListener("click", click);
-  return node;
-}
-
 const percent = (value, digits = 1) => (value === null ? "none" : `${(100 * value).toFixed(digits)} %`);
 const points = (value) => {
   const size = Math.abs(100 * value).toFixed(1);
@@ -146,15 +128,6 @@ function luck(i, seed) {
   return (hash ^ (hash >>> 16)) >>> 0;
 }
 
-function saveCsv(file, columns, rows) {
-  const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const cells = (row) => columns.map((name) => quoted(String(row[name] ?? "")));
-  const text = [columns, ...rows.map(cells)].map((line) => line.join(",") + "\n").join("");
-  const href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
-  make("a", { href, download: file }).click();
-  setTimeout(() => URL.revokeObjectURL(href), 1000);
-}
-
 // Filters that fold on a narrow screen; on a wide one they stand open, without a line to fold them.
 function folding(title, ...controls) {
   const fold = make("details", { className: "fold", open: true }, make("summary", {}, title), make("div", {}, ...controls));
@@ -169,7 +142,7 @@ function folding(title, ...controls) {
 // One tab stop for a whole list; arrow keys, Home and End move inside it.
 function roving(list, items, more = () => {}) {
   list.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -1e9, End: 1e9 };
+    const step = { ...ARROWS, Home: -1e9, End: 1e9 };
     if (!(event.key in step) || !items().includes(event.target)) return;
     event.preventDefault();
     const at = items().indexOf(event.target) + step[event.key];
@@ -255,16 +228,14 @@ function header(app) {
   const { about, runs, two, scored, heading } = app;
   const scores = runs.map((run) => make("p", {}, two ? make("b", {}, `${run.name}: `) : "", run.scores));
   const entry = (kind, text) => make("span", { className: kind }, make("i"), text);
-  const right = entry("right", "✓ right: same person");
-  const wrong = entry("wrong", "✗ wrong: somebody else");
-  const excluded = entry("excluded", "– excluded: left out of the ranking, with the reason");
-  const key = scored ? make("p", { className: "key" }, right, wrong, excluded) : "";
+  const key = make("p", { className: "key" }, entry("right", "✓ right: same person"), entry("wrong", "✗ wrong: somebody else"),
+    entry("excluded", "– excluded: left out of the ranking, with the reason"));
   const notes = about.notes.map((note) => make("p", {}, note));
   const details = make("details", {}, make("summary", {}, "what is shown, and how"), ...notes);
   const lines = KEYS.flatMap(([keys, does]) => [make("dt", {}, keys), make("dd", {}, does)]);
   const letters = make("label", { className: "check" }, app.letters, "single letters are keys");
   const keys = make("details", {}, make("summary", {}, "keys"), make("dl", {}, ...lines), letters);
-  return make("header", {}, heading(0, {}, about.title), ...scores, key, details, keys);
+  return make("header", {}, heading(0, {}, about.title), ...scores, scored ? key : "", details, keys);
 }
 
 // --- in a notebook

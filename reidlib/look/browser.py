@@ -24,12 +24,12 @@ from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look import figures, photographs
 from reidlib.look.lists import CODES, Lists
 from reidlib.look.maps import Sides
-from reidlib.look.pages import encodable, fill, script_json, thumbnail
+from reidlib.look.pages import HELPERS, encodable, fill, script_json, thumbnail
 
 HERE = Path(__file__).parent
 NAMES = ("picker", "lists", "larger")  # the parts of the script; what follows them starts it
 PARTS = [*(f"browser_{name}.js" for name in NAMES), "browser.js"]
-SCRIPT = "\n".join((HERE / part).read_text(encoding="utf-8") for part in PARTS)
+SCRIPT = "\n".join([HELPERS, *((HERE / part).read_text(encoding="utf-8") for part in PARTS)])
 PAGE = (HERE / "browser.html").read_text(encoding="utf-8")
 STYLE = (HERE / "browser.css").read_text(encoding="utf-8")
 MORE = 3  # a page holds so many times the ranked images that a list shows at first

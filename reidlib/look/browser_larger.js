@@ -2,7 +2,7 @@
 
 // Query, a result and the nearest match, side by side, as large as the window lets them be.
 function makeLarger(app) {
-  const [before, next] = [["‹ result before", -1], ["next result ›", 1]].map(([text, by]) => button(text, () => step(by)));
+  const [before, next] = [["‹ result before", -1], ["next result ›", 1]].map(([text, by]) => button(text, () => draw(by)));
   const close = button("close", () => node.close());
   const overlay = make("input", { type: "checkbox", name: "overlay", checked: true });
   const check = make("label", { className: "check" }, overlay, "what makes two alike (orange) or tells them apart (blue)");
@@ -25,7 +25,8 @@ function makeLarger(app) {
     node.showModal();
   }
 
-  function draw() {
+  function draw(by = 0) {
+    at = Math.max(0, Math.min(results.length - 1, at + by));
     const { key } = app.shown;
     const result = results[at];
     const match = resultsOf(app.shown.records[r]).find(({ code }) => code === "m");
@@ -40,18 +41,12 @@ function makeLarger(app) {
     tags.replaceChildren(app.tags.form(`g${result.row}`, "tag the result"));
   }
 
-  function step(by) {
-    at = Math.max(0, Math.min(results.length - 1, at + by));
-    draw();
-  }
-
-  overlay.addEventListener("change", draw);
+  overlay.addEventListener("change", () => draw());
   node.addEventListener("close", () => opener.isConnected && opener.focus());
   node.addEventListener("keydown", (event) => {
-    if (event.target.matches("input:not([type=checkbox]), select")) return;
-    const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    if (by) event.preventDefault();
-    if (by) step(by);
+    if (event.target.matches("input:not([type=checkbox]), select") || !(event.key in ARROWS)) return;
+    event.preventDefault();
+    draw(ARROWS[event.key]);
   });
   return { node, open };
 }

@@ -48,12 +48,8 @@ function makeAnswer(app) {
     app.selection.tell();
   }
 
-  for (const filter of [camera, excluded]) {
-    filter.addEventListener("change", () => {
-      Object.assign(app, { camera: camera.value, excluded: excluded.checked });
-      draw();
-    });
-  }
+  const filter = () => (Object.assign(app, { camera: camera.value, excluded: excluded.checked }), draw());
+  for (const control of [camera, excluded]) control.addEventListener("change", filter);
   const check = make("label", { className: "check" }, excluded, "excluded images");
   const ofCamera = about.cameras.gallery.length > 1 ? labelled("camera of the results", camera) : "";
   const fold = folding("filter and save results", ofCamera, check, app.selection.node);
@@ -77,11 +73,9 @@ function drawQuery(app) {
   const facts = [name || `row ${rowOf(key)} of the ${sideOf(key)} table`];
   if (sideOf(key) === "gallery") facts.push("a gallery image, asked as a query");
   if (app.two && records[0]?.ap != null && records[1]?.ap != null) facts.push(changes(app));
-  const texts = records.map((record, r) => {
-    const text = statement(app, record, app.runs[r].name);
-    return app.two ? `${app.runs[r].name}: ${text}` : text;
-  });
-  app.said.textContent = `${title}. ${texts.join(" ")}`;
+  const texts = records.map((record, r) => statement(app, record, app.runs[r].name));
+  const named = texts.map((text, r) => (app.two ? `${app.runs[r].name}: ${text}` : text));
+  app.said.textContent = `${title}. ${named.join(" ")}`;
   const lines = facts.map((fact, i) => make("p", { className: i ? "" : "file" }, fact));
   const photo = app.photo(key, `query, ${joined(who(pid), where(camid))}`);
   const larger = button("larger view", (event) => app.larger.open(event.target));
@@ -110,13 +104,9 @@ const shownOf = (app) => Math.min(app.topk, app.source.most(app.shown.key));
 
 function statement(app, record, name) {
   const topk = shownOf(app);
-  if (record === null) {
-    return `${name || "This run"} knows the distances of its own queries only: this image cannot ask here.`;
-  }
+  if (record === null) return `${name || "This run"} knows the distances of its own queries only: this image cannot ask here.`;
   const ranks = [...matchRanks(record).values()];
-  if (record.status.includes("u")) {
-    return "Nothing is right or wrong here, for it is not known who is asked for.";
-  }
+  if (record.status.includes("u")) return "Nothing is right or wrong here, for it is not known who is asked for.";
   if (ranks.length === 0) return "No match: the gallery holds no other image of this person that counts.";
   const first = ranks.filter((rank) => rank <= topk).length;
   return (
@@ -130,9 +120,7 @@ function statement(app, record, name) {
 // The list of one run, of the query in view.
 function drawList(app, r) {
   const { two } = app;
-  const topk = shownOf(app);
-  const { name } = app.runs[r];
-  const record = app.shown.records[r];
+  const [topk, { name }, record] = [shownOf(app), app.runs[r], app.shown.records[r]];
   const box = make("section", { className: "run", "aria-label": `list of ${name || "this run"}` });
   if (two) box.append(app.heading(2, {}, name));
   box.append(make("p", { className: "statement" }, statement(app, record, name)));
@@ -140,7 +128,7 @@ function drawList(app, r) {
   const all = resultsOf(record);
   const { near, missed } = parted(app, all);
   const there = matchRanks(two ? app.shown.records[1 - r] : null); // of the matches in the other run
-  box.append(...filterNotes(app, all, near));
+  box.append(filterNotes(app, all, near));
   const section = (results, label) => {
     const list = make("ol", { className: "results", "aria-label": label });
     const shown = results.filter((result) => fits(app, result));
@@ -196,7 +184,7 @@ function filterNotes(app, all, near) {
     notes.push(`Only ${where(Number(app.camera))} is shown: ${fitting} of ${near.length}.`);
     notes.push("Ranks and AP are those of the whole list.");
   }
-  return notes.length ? [make("p", { className: "note" }, notes.join(" "))] : [];
+  return notes.length ? make("p", { className: "note" }, notes.join(" ")) : "";
 }
 
 // A result of run r: its photograph, which makes it the query, and what is known of it.
@@ -211,12 +199,11 @@ function drawResult(app, r, result, there, first) {
   const alt = joined(rank, word, pid >= 0 ? who(pid) : "", place, move.said);
   const tick = app.selection.tickOf(r, result, joined(rank, word));
   const title = can ? "make this image the query" : "there is no list of its own here";
-  const properties = { type: "button", className: "photo", title, "aria-disabled": can ? null : "true" };
-  const photo = make("button", properties, app.photo(key, alt));
-  photo.addEventListener("click", () => {
+  const choose = () => {
     if (can) app.answer.go(key, { focus: true });
     else app.said.textContent = "There is no list of this image here.";
-  });
+  };
+  const photo = button(app.photo(key, alt), choose, { className: "photo", title, "aria-disabled": can ? null : "true" });
   const label = `larger view of ${joined(rank, word)}`;
   const larger = button("⤢", () => app.larger.open(larger), { className: "enlarge", title: label, "aria-label": label });
   // Larger view and tick of a result are the tab stops after its photograph.
@@ -227,20 +214,14 @@ function drawResult(app, r, result, there, first) {
     for (const other of others) other.tabIndex = after.includes(other) ? 0 : -1;
   });
   const said = word ? make("span", { className: "word" }, ` ${word}`) : "";
-  const item = make(
-    "li",
-    { className: kind },
-    photo,
+  return make("li", { className: kind, "data-rank": result.rank, "data-status": status, "data-row": result.row }, photo,
     make("span", { className: "rank" }, `${sign} ${result.rank || ""}`.trim(), said),
     move.shown ? make("span", { className: "moved", "aria-hidden": "true" }, move.shown) : "",
     make("span", {}, joined(shortCamera(camid), short(pid))),
     make("span", {}, `distance ${result.distance.toPrecision(4)}`), // all the digits that are there
     make("div", { className: "tools" }, make("label", { className: "tick" }, tick, "select"), larger),
     app.tags.mark(key),
-    make("span", { className: "file", title: name }, name || `row ${result.row}`), // it grows in focus: last
-  );
-  Object.assign(item.dataset, { rank: result.rank, status, row: result.row });
-  return item;
+    make("span", { className: "file", title: name }, name || `row ${result.row}`)); // it grows in focus: last
 }
 
 // Where a match stands in the other run, for the eye and in words; from the first run to the second.
@@ -260,7 +241,11 @@ function moveOf({ runs }, r, result, there) {
 function makeSelection(app) {
   const ticked = new Map(); // "run key row" -> row of the table to take away
   const selected = make("span", { className: "selected", "aria-live": "polite" });
-  const save = make("button", { type: "button" });
+  const save = button("", () => {
+    const rowsOf = (record, r) => inList(app, record).map((result) => tableRow(app, r, result));
+    const rows = ticked.size ? [...ticked.values()] : app.shown.records.flatMap(rowsOf);
+    saveCsv("selection.csv", COLUMNS, rows);
+  });
   const clear = button("clear", () => (ticked.clear(), app.answer.draw()));
 
   function tell() {
@@ -268,8 +253,7 @@ function makeSelection(app) {
     selected.textContent = n ? `${count(n, "result")} selected` : "nothing selected";
     save.textContent = n ? "save the selection as CSV" : "save this list as CSV";
     clear.disabled = n === 0;
-    const ids = [...ticked.keys()].map((id) => id.split(" "));
-    const rows = ids.map(([r, key, row]) => [Number(r), key, Number(row)]);
+    const rows = [...ticked.keys()].map((id) => id.split(" ")).map(([r, key, row]) => [Number(r), key, Number(row)]);
     app.change(rows, { key: app.shown.key, camera: app.camera, excluded: app.excluded, topk: app.topk });
   }
 
@@ -285,11 +269,6 @@ function makeSelection(app) {
     return tick;
   }
 
-  save.addEventListener("click", () => {
-    const rowsOf = (record, r) => inList(app, record).map((result) => tableRow(app, r, result));
-    const rows = ticked.size ? [...ticked.values()] : app.shown.records.flatMap(rowsOf);
-    saveCsv("selection.csv", COLUMNS, rows);
-  });
   return { node: make("div", { className: "selection" }, selected, save, clear, app.tags.save), tell, tickOf };
 }
 

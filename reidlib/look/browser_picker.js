@@ -1,17 +1,16 @@
 // The picker: which query? Orders, search, and a strip of photographs. A part of browser.js.
 
 function makePicker(app) {
-  const { about, queries } = app;
-  let seed = 0;
+  const { queries } = app;
+  let [order, seed] = [[], 0]; // places in the table of queries
+  let asked = "q0"; // the query that was in view last
   const choices = orders(app, (i) => luck(i, seed));
   const sort = menu("order", choices.map(([text], n) => [n, text]));
   const search = make("input", { type: "search", name: "search", autocomplete: "off" });
   const filters = filterControls(app);
   const found = make("p", { className: "note" });
-  const strip = make("ol", { className: "strip", "aria-label": "queries, in the chosen order" });
-  const buttons = () => [...strip.querySelectorAll("button")];
-  let order = []; // places in the table of queries
-  let asked = "q0"; // the query that was in view last
+  const strip = makeStrip(app);
+  const placeOf = (key) => order.indexOf(sideOf(key) === "query" ? queries.row.indexOf(rowOf(key)) : -1);
 
   function pick() {
     const [text, by] = choices[sort.value];
@@ -20,59 +19,73 @@ function makePicker(app) {
     order = matching(app, search.value, filters.value()).sort((a, b) => value(a) - value(b) || a - b);
     // A menu cuts long names off, and with them the direction.
     found.textContent = howMany(app, order.length, app.two && app.scored ? `${text}: ` : "");
-    strip.replaceChildren();
-    strip.scrollTop = strip.scrollLeft = 0;
-    more();
-  }
-
-  function more(end = strip.children.length + PAGE) {
-    for (const i of order.slice(strip.children.length, end)) {
-      const button = queryButton(app, i);
-      button.tabIndex = strip.children.length ? -1 : 0;
-      strip.append(make("li", {}, button));
-    }
-    markCurrent();
-  }
-
-  // Draw the strip as far as the query in view, and bring that into sight.
-  function reveal() {
-    const at = order.indexOf(queries.row.indexOf(sideOf(app.key) === "query" ? rowOf(app.key) : -1));
-    if (at < 0) return;
-    if (strip.children.length <= at) more(at + PAGE);
-    const { offsetTop, offsetLeft } = strip.children[at];
-    strip.scrollTop = offsetTop - strip.clientHeight / 3;
-    strip.scrollLeft = offsetLeft - strip.clientWidth / 3;
+    strip.fill(order);
   }
 
   // Go to a neighbour, in the chosen order, of the query that was in view last.
   function step(by, focus = true) {
-    if (sideOf(app.key) === "query") asked = app.key;
-    const at = order.indexOf(queries.row.indexOf(rowOf(asked)));
+    const at = placeOf(asked);
     const next = order[at < 0 ? 0 : at + by];
     if (next !== undefined) app.answer.go(`q${queries.row[next]}`, { focus, reveal: true });
   }
 
   function markCurrent() {
-    if (sideOf(app.key ?? "") === "query") asked = app.key;
-    for (const button of buttons()) button.ariaCurrent = button.dataset.key === app.key ? "true" : null;
+    if (sideOf(app.key) === "query") asked = app.key;
+    strip.mark();
   }
 
-  roving(strip, buttons, more);
-  strip.addEventListener("scroll", () => {
-    const below = strip.scrollHeight - strip.scrollTop - strip.clientHeight;
-    const beside = strip.scrollWidth - strip.scrollLeft - strip.clientWidth;
-    if (below + beside < 400 && strip.children.length < order.length) more();
-  });
-  sort.addEventListener("change", () => {
-    seed += 1;
-    pick();
-  });
+  sort.addEventListener("change", () => ((seed += 1), pick()));
   search.addEventListener("input", pick);
   for (const control of filters.all) control.addEventListener("change", pick);
   const fold = folding("search and filter", labelled("identity, or part of the file name", search), ...filters.nodes);
-  const node = make("nav", { className: "picker", "aria-label": "queries" }, labelled("order", sort), fold, found, strip);
+  const parts = [labelled("order", sort), fold, found, strip.node];
+  const node = make("nav", { className: "picker", "aria-label": "queries" }, ...parts);
   const first = () => (order.length ? `q${queries.row[order[0]]}` : null);
-  return { node, pick, reveal, step, markCurrent, first };
+  return { node, pick, reveal: () => strip.reveal(placeOf(app.key)), step, markCurrent, first };
+}
+
+// Photographs of queries in their order, drawn as far as they are looked at.
+function makeStrip(app) {
+  let order = [];
+  const node = make("ol", { className: "strip", "aria-label": "queries, in the chosen order" });
+  const buttons = () => [...node.querySelectorAll("button")];
+
+  function fill(places) {
+    order = places;
+    node.replaceChildren();
+    node.scrollTop = node.scrollLeft = 0;
+    more();
+  }
+
+  function more(end = node.children.length + PAGE) {
+    for (const i of order.slice(node.children.length, end)) {
+      const button = queryButton(app, i);
+      button.tabIndex = node.children.length ? -1 : 0;
+      node.append(make("li", {}, button));
+    }
+    mark();
+  }
+
+  // Draw as far as a place, and bring that into sight.
+  function reveal(at) {
+    if (at < 0) return;
+    if (node.children.length <= at) more(at + PAGE);
+    const { offsetTop, offsetLeft } = node.children[at];
+    node.scrollTop = offsetTop - node.clientHeight / 3;
+    node.scrollLeft = offsetLeft - node.clientWidth / 3;
+  }
+
+  function mark() {
+    for (const button of buttons()) button.ariaCurrent = button.dataset.key === app.key ? "true" : null;
+  }
+
+  roving(node, buttons, more);
+  node.addEventListener("scroll", () => {
+    const below = node.scrollHeight - node.scrollTop - node.clientHeight;
+    const beside = node.scrollWidth - node.scrollLeft - node.clientWidth;
+    if (below + beside < 400 && node.children.length < order.length) more();
+  });
+  return { node, fill, reveal, mark };
 }
 
 // What the queries can be filtered by, as far as it is known here; `value` is what is chosen, by name.
@@ -129,10 +142,8 @@ function matching({ queries, source }, typed, chosen) {
 function howMany({ about, queries }, n, direction) {
   const inFile = queries.row.length;
   const [all, some] = [about.total.toLocaleString("en"), inFile < about.total];
-  if (n === 0) {
-    const missing = some ? ` Or it is not in this file, which has ${inFile.toLocaleString("en")} of ${all}.` : "";
-    return "No query fits. Clear the search, or change a filter." + missing;
-  }
+  const missing = some ? ` Or it is not in this file, which has ${inFile.toLocaleString("en")} of ${all}.` : "";
+  if (n === 0) return `No query fits. Clear the search, or change a filter.${missing}`;
   const of = count(inFile, "query", "queries");
   return `${direction}${n.toLocaleString("en")} of ${of}${some ? ` in this file; the test has ${all}` : ""}`;
 }
@@ -146,13 +157,9 @@ function queryButton(app, i) {
   if (scored && two && ap[0] !== null && ap[1] !== null) {
     lines.push(`${percent(ap[0])} → ${percent(ap[1])}`, `${points(ap[1] - ap[0])} points`);
   } else if (scored) lines.push(ap[0] === null ? "no match" : `AP ${percent(ap[0])}`);
-  const button = make(
-    "button",
-    { type: "button", title: queries.name[i] },
-    app.photo(key, `query, ${joined(who(queries.pid[i]), where(queries.camid[i]))}`),
-    make("span", { className: "words" }, ...lines.flatMap((line, n) => (n ? [make("br"), line] : [line])), app.tags.mark(key)),
-  );
-  button.dataset.key = key;
-  button.addEventListener("click", () => app.answer.go(key));
-  return button;
+  const photo = app.photo(key, `query, ${joined(who(queries.pid[i]), where(queries.camid[i]))}`);
+  const node = button(photo, () => app.answer.go(key), { title: queries.name[i], "data-key": key });
+  const words = lines.flatMap((line, n) => (n ? [make("br"), line] : [line]));
+  node.append(make("span", { className: "words" }, ...words, app.tags.mark(key)));
+  return node;
 }

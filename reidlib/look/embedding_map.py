@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reidlib.look.pages import fill, script_json, short_names, thumbnail
+from reidlib.look.pages import HELPERS, fill, script_json, short_names, thumbnail
 
 PAGE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
 
@@ -73,4 +73,4 @@ def linked_map(
         dot["list"] = f"ranked_lists.html#{row.key}" if row.key in lists else ""
         dot["photo"] = "data:image/webp;base64," + thumbnail(pixels[i], 96, 80)
         dots.append(dot | {"far": [float(f"{far:.3g}") for far in distances[i]]})
-    return fill(PAGE, title=html.escape(title), data=script_json(dots))
+    return fill(PAGE, title=html.escape(title), data=script_json(dots), helpers=HELPERS)

@@ -5,11 +5,14 @@ import io
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+
+HELPERS = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")  # of the pages' scripts
 
 
 def fill(template: str, **parts: str) -> str:
