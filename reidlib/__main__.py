@@ -7,6 +7,7 @@ that is told in a line or two (REID_DEBUG=1 shows where), 2: a wrong command lin
 import argparse
 import json
 import os
+import shlex
 import sys
 from contextlib import redirect_stdout, suppress
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import reidlib
 from reidlib.progress import progress
 from reidlib.recipes import Recipe, make_recipe
-from reidlib.runs import find_run, write_text
+from reidlib.runs import find_run, run_name, write_text
 from reidlib.typed import alternatives, typed
 from reidlib.words import did_you_mean
 
@@ -52,17 +53,49 @@ def train(args) -> None:
     from reidlib.training import distributed
     from reidlib.training.health import run_text
 
-    settings = {name: getattr(args, name) for name in Recipe.model_fields}
-    for name, kind in _kinds().items():
-        with suppress(ValueError):  # make_recipe says of all settings at once what is wrong
-            settings[name] = typed(settings[name], kind)
-    recipe = make_recipe(args.recipe, **settings)
+    recipe = _recipe(args)
     with redirect_stdout(sys.stderr):  # whatever is told on the way
         folder = reidlib.train(recipe, args.tag, args.resume, args.device)
     if distributed.rank():  # the first of several processes speaks
         return
     print(folder)
     say(run_text(folder), f"Next: python -m reidlib run 04_evaluate -p run {folder.name}")
+
+
+def _recipe(args) -> Recipe:
+    """Return the recipe that a command line asks for."""
+    settings = {name: getattr(args, name, None) for name in Recipe.model_fields}
+    for name, kind in _kinds().items():
+        with suppress(ValueError):  # make_recipe says of all settings at once what is wrong
+            settings[name] = typed(settings[name], kind)
+    return make_recipe(args.recipe, **settings)
+
+
+def compare(args) -> int:
+    """Train and score the rows of a comparison, as 05_compare_margins does, and print their scores.
+
+    What is there is taken as it is, so start it again, or several times at once. With --list, print
+    a command for each row instead.
+    """
+    from reidlib.workbook.compare import complete
+    from reidlib.workbook.scores import scores_text
+    from reidlib.workbook.variants import comparison
+
+    grids = {"margins": not args.no_margins, "ladder": not args.no_ladder}
+    compared = comparison(_recipe(args), tag=args.tag, seeds=args.seeds, **grids)
+    rows = {run_name("", *row): row for row in compared.rows.values()}
+    if args.list:
+        words = [sys.executable, "-m", "reidlib", *(w for w in args.line if w != "--list")]
+        print(*(shlex.join([*words, "--row", name]) for name in rows), sep="\n")
+        return 0
+    if args.row and args.row not in rows:
+        raise ValueError(f"There is no row {args.row!r}{did_you_mean(args.row, rows)} See --list.")
+    asked = {args.row: rows[args.row]} if args.row else rows
+    with redirect_stdout(sys.stderr):  # whatever is told on the way
+        made = complete(asked, args.split, jobs=args.jobs, device=args.device)
+    say(*(f"{name}: {row.problem}" for name, row in made.items() if not row.folder))
+    print(scores_text(found := [row.folder for row in made.values() if row.folder]))
+    return int(len(found) < len(made))
 
 
 def health(args) -> None:
@@ -204,7 +237,7 @@ def publish(args) -> None:
 
 # Their docstrings are the help.
 COMMANDS = (data, train, health, score, scores, evaluate, embed, search, export, run, release)
-COMMANDS += (publish,)
+COMMANDS += (publish, compare)
 
 
 def _count(text: str) -> int:
@@ -228,6 +261,9 @@ RESUME = (
 )
 RESUMES = {"default": "auto", "choices": ("auto", "previous", "never", "restart")}
 BROKEN = "broken images: stop, or leave them out (as the model's recipe says)"
+AUTO = {"default": "auto"}
+OF_ROWS = ("loss", "margin", "seed", "checkpoint_every", "evaluate_every")  # each row sets them
+SPLITS = {"default": "test", "choices": ("test", "held_out")}
 CAMERA = "leave out matches by the query's own camera, as the protocol does (true)"
 CAMERAS = {"type": _true_or_false, "default": True, "metavar": "true|false"}
 
@@ -237,7 +273,15 @@ OPTIONS = (
     ("data", "--k", "the K of PK batches (4)", {"type": int, "default": 4}),
     ("data", "--no-decode", "do not read the images themselves", YES),
     ("train", "--recipe", "plain, trinet (the default) or demo", {"default": "trinet"}),
-    ("train", "--tag", "appended to the run's name", {"default": ""}),
+    ("train compare", "--tag", "appended to the run's name", {"default": ""}),
+    ("compare", "--list", "print a command for each row, and train nothing", YES),
+    ("compare", "--row", "this row alone, as --list names it", {"metavar": "NAME"}),
+    ("compare", "--recipe", "plain, trinet or demo (the default)", {"default": "demo"}),
+    ("compare", "--seeds", "trainings of each variant (3)", {"type": _count, "default": 3}),
+    ("compare", "--no-margins", "leave out the grid of margins", YES),
+    ("compare", "--no-ladder", "leave out what makes the numbers", YES),
+    ("compare", "--split", "scores on the test split, or of people held out", SPLITS),
+    ("compare", "--jobs", "rows at once on a CPU (1)", {"type": _count, "default": 1}),
     ("train", "--resume", RESUME, RESUMES),
     ("health", "runs", "a run's name, or its folder", {"nargs": "+", "metavar": "RUN"}),
     ("score release publish", "run", "a run's name, or its folder", {"metavar": "RUN"}),
@@ -253,7 +297,7 @@ OPTIONS = (
     ("evaluate", "--gallery", "HDF5 file of the gallery embeddings", NEEDED),
     ("evaluate", "--gallery-csv", "its list of images, if it holds embeddings alone"),
     ("score evaluate", "--exclude-same-camera", CAMERA, CAMERAS),
-    ("embed search export", "--model", "a run, a weights.safetensors, or hf-hub:owner/name", NEEDED),
+    ("embed search export", "--model", "a run, weights.safetensors, or hf-hub:owner/name", NEEDED),
     ("embed", "--images", "a folder, a CSV list, or a tracker's sequence", NEEDED),
     ("embed", "--out", "the file to write, such as gallery.h5", NEEDED),
     ("embed", "--crops", "write the images there, too, a folder for each identity"),
@@ -275,7 +319,7 @@ OPTIONS = (
     ("run", "-p", "a parameter of the notebooks; repeat it", PAIR | {"dest": "parameters"}),
     ("run", "--output", "folder of the executed copies (outputs/notebooks)"),
     ("run", "--timeout", "seconds that a cell may take (no limit)", {"type": float}),
-    ("train score embed search", "--device", "auto, cpu, cuda, mps, …", {"default": "auto"}),
+    ("train compare score embed search", "--device", "auto, cpu, cuda, mps, …", AUTO),
 )
 
 
@@ -301,11 +345,12 @@ def _parser() -> Parser:
         for name in names.split():
             commands.choices[name].add_argument(option, help=text, **dict(*settings))
     title = "settings of the recipe (defaults are trinet's)"
-    group = commands.choices["train"].add_argument_group(title)
+    groups = [commands.choices[name].add_argument_group(title) for name in ("train", "compare")]
     for name, kind in _kinds().items():
         field = Recipe.model_fields[name]
         text = f"{field.description} ({field.default})".replace("%", "%%")
-        group.add_argument(f"--{name.replace('_', '-')}", metavar=_values(kind), help=text)
+        for group in groups[: 1 if name in OF_ROWS else 2]:
+            group.add_argument(f"--{name.replace('_', '-')}", metavar=_values(kind), help=text)
     return top
 
 
@@ -339,7 +384,9 @@ def _mend_streams() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args, unknown = _parser().parse_known_args(argv)
+    args.line = argv
     if unknown:
         options = [name for action in args.parser._actions for name in action.option_strings]
         near = did_you_mean(unknown[0].split("=")[0], options)

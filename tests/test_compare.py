@@ -1,16 +1,25 @@
 """A comparison makes what is missing, picks up what is there, and loses nothing."""
 
+import multiprocessing
+import os
 import re
+import shlex
 import shutil
+import signal
+import sys
 import threading
 import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import until
 from reidlib import runs
+from reidlib.__main__ import main
 from reidlib.data.tables import fingerprint, hold_out, load
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.scoring import score_run
@@ -213,6 +222,65 @@ def test_a_run_that_another_process_trains_is_waited_for(fake, ends):
     assert fake.did() == [trained, "the other ends", *[trained] * (not ends), ("score", SOFT)]
 
 
+def test_rows_that_another_process_is_at_come_last_and_are_waited_for(fake, capsys):
+    """The other one, a thread here, ends when the row that nobody is at is done."""
+    rows, begun = {"hinge": row(margin=0.2), "soft": row()}, threading.Event()
+    fake.problems["train", A] = [runs.Busy("another trains it"), runs.Busy("still")]
+
+    def other():
+        with runs.lock(outputs_dir() / A):
+            begun.set()
+            until(lambda: ("score", SOFT) in fake.ran)
+
+    threading.Thread(target=other).start()
+    begun.wait()
+    assert all(m.trained for m in done(rows).values())
+    order = [
+        ("train", A),
+        ("train", SOFT),
+        ("score", SOFT),
+        ("train", A),
+        ("train", A),
+        ("score", A),
+    ]
+    assert fake.did() == order
+    said = capsys.readouterr().err
+    assert f"{A}: another process is at it; others first.\n" in said
+    assert f"{A}: another process is at it; waiting.\n" in said
+
+
+LINE = "--hold-out=3 --height=32 --width=16 --p=4 --k=2 --steps=10 --precision=float32 --device=cpu"
+LINE = f"compare --seeds 1 --no-margins --no-ladder {LINE}".split()
+
+
+def listed(capsys, *words):
+    """The commands that --list prints, each in words."""
+    capsys.readouterr()
+    assert main([*LINE, *words, "--list"]) == 0
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_each_listed_command_makes_its_row_and_any_merges_them(fake, capsys):
+    options = ["--tag", "a", "--split", "held_out"]
+    commands = listed(capsys, *options)
+    assert [words[:3] for words in commands] == [[sys.executable, "-m", "reidlib"]] * 5
+    for words in commands[::-1]:
+        assert main(words[3:]) == 0
+        assert fake.did() == [("train", f"synthetic_{words[-1]}")]
+        assert main(words[3:]) == 0 and not fake.did(), "it is there"
+    assert len(listed(capsys, "--seeds", "2")) == 10
+    assert main([*LINE, *options]) == 0 and not fake.did()
+    said = capsys.readouterr().out
+    assert said.count("on people held out") == len(commands)
+    shutil.rmtree(outputs_dir() / f"{A}_s0")
+    fake.problems["train", f"{A}_s0"] = [RuntimeError("The loss became NaN.")]
+    assert main([*LINE, *options]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("held out") == 4 and "batchhard_a_s0: The loss became NaN." in err
+    assert main([*LINE, *options, "--row", "batchard_a_s0"]) == 1
+    assert "no row 'batchard_a_s0'; did you mean 'batchhard_a_s0'?" in capsys.readouterr().err
+
+
 def test_a_data_set_without_a_test_is_refused_before_anything_is_trained(fake, tmp_path):
     names = [f"{pid}_{n}.jpg" for pid in (1, 2, 3) for n in (1, 2)]
     for name in names:
@@ -308,3 +376,57 @@ def test_a_row_that_was_stopped_goes_on():
     whole = loop.train(it.recipe, "whole", device="cpu", show_progress=False)
     files = [f / "weights.safetensors" for f in (folder, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def work(folder, name, commands):
+    """A shell loop over commands, which writes down each step of each row.
+
+    The first that trains waits until another one wants its row, and kills itself in the sixth step.
+    """
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(f"err{name}", "w", buffering=1)  # noqa: SIM115
+    across, steps = loop.distributed.across, []
+
+    def noted(*args):
+        steps.append(row)
+        if steps.count(row) == 6 and not Path("killed").exists():
+            until(
+                lambda: any("; waiting." in path.read_text() for path in Path().glob("err*")), 120
+            )
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open("steps", "a") as file:
+            file.write(f"{row}\n")
+        return across(*args)
+
+    loop.distributed.across = noted
+    for words in commands:
+        row = words[-1]
+        assert main(words[3:]) == 0
+
+
+@pytest.mark.slow
+def test_two_workers_one_of_them_killed_train_each_row_once(tmp_path, capsys):
+    words = ["--hold-out=0", "--tag=w"]
+    commands = listed(capsys, *words)
+    context = multiprocessing.get_context("forkserver")  # torch is imported once
+    context.set_forkserver_preload(["reidlib.workbook.results"])
+
+    def start(name):
+        worker = context.Process(target=work, args=(tmp_path, name, commands))
+        worker.start()
+        return worker
+
+    two = [start(0), start(1)]
+    killed = until(lambda: [worker for worker in two if worker.exitcode is not None], 120)
+    assert [worker.exitcode for worker in killed] == [-signal.SIGKILL]
+    workers = [*(worker for worker in two if worker not in killed), start(2)]
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    # A checkpoint has every second step, so of five that the killed one did the last comes again.
+    first, *others = (words[-1] for words in commands)
+    done = Counter((tmp_path / "steps").read_text().split())
+    assert done == {first: 11} | dict.fromkeys(others, 10)
+    assert main([*LINE, *words]) == 0  # trains nothing
+    assert capsys.readouterr().out.count(" queries of synthetic") == len(commands)

@@ -1,6 +1,7 @@
 """Rows of a comparison: each a run, found where it was trained before, else trained and scored now.
 
-A row is found by its settings and training data, whatever the run is called.
+A row is found by its settings and training data, whatever the run is called. Any number of
+comparisons may be under way at once: the lock of its run gives a row to one of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from reidlib.paths import outputs_dir
 from reidlib.progress import progress
 from reidlib.recipes import WATCHING, Recipe, located
 from reidlib.training import loop
+from reidlib.training.journal import tell
 from reidlib.workbook import workers
 
 Split = Literal["test", "held_out"]
@@ -48,6 +50,9 @@ class Made(NamedTuple):
     trained: bool = False  # or scored, now; False for a row that was there
 
 
+ELSEWHERE = Made(None, "Another process is at it.")
+
+
 def complete(
     rows: Mapping[str, Row],
     split: Split = "test",
@@ -61,7 +66,8 @@ def complete(
 
     A finished run with the row's settings, on the same training images, is taken as it is. A run of
     the row's own name that is unfinished goes on from its checkpoint; one with other settings is
-    named and left alone. A row that fails leaves the others alone.
+    named and left alone. A row that fails leaves the others alone. One that another process is at
+    comes last, and is waited for.
 
     Args:
         rows: by label.
@@ -97,13 +103,17 @@ def complete(
             )
     # Those that need no work need no process either.
     made = {name: done for name, row in once.items() if (done := _settled(row, split, train))}
-    tasks = {name: (row, split, device) for name, row in once.items() if name not in made}
-    jobs = min(jobs if target.type == "cpu" else 1, len(tasks))
+    jobs = jobs if target.type == "cpu" else 1
     bar = progress(total=len(once), initial=len(made), desc="rows", unit="row", show=show_progress)
-    with closing(bar), closing(workers.each(make, tasks, jobs)) as results:
-        for name, result in results:
-            made[name] = result or Made(None, "Its process was killed; is there enough memory?")
-            bar.update()
+    with closing(bar):
+        for wait in (False, True) if len(once) - len(made) > 1 else (True,):
+            tasks = {n: (row, split, device, wait) for n, row in once.items() if n not in made}
+            with closing(workers.each(make, tasks, min(jobs, len(tasks)))) as results:
+                for name, result in results:
+                    if result != ELSEWHERE:
+                        killed = Made(None, "Its process was killed; is there enough memory?")
+                        made[name] = result or killed
+                        bar.update()
     if not any(m.folder for m in made.values()):
         name = next(iter(once))
         raise RuntimeError(f"No row could be made. {name}: {made[name].problem}")
@@ -139,32 +149,41 @@ def _settled(row: Sought, split: Split, train: bool) -> Made | None:
     return None
 
 
-def make(row: Sought, split: Split, device: str) -> Made:
-    """Train and score a row, or what of it is missing; what fails is told, not raised."""
-    try:
-        folder = _find(row) or _train(row, device)
-        if split == "test" and not _scored(row, folder, split):
-            scored = score_run(folder, baselines=False, device=device, show_progress=False)
-            board.write_evaluation(folder, scored.retrieval, scored.evaluation)
-    except Exception as error:  # any row may fail in a way of its own
-        return Made(None, str(error).strip() or type(error).__name__)
-    return Made(folder, trained=True)
+def make(row: Sought, split: Split, device: str, wait: bool = True) -> Made:
+    """Train and score a row, or what of it is missing; what fails is told, not raised.
+
+    Of a row that another process is at, return `ELSEWHERE`; or `wait`, and do what is left then:
+    nothing, or where the other was killed, the rest from its checkpoint on.
+    """
+    while True:
+        folder = None
+        try:
+            folder, trained = _find(row), False
+            if not folder:
+                folder, trained = _train(row, device), True
+            if split == "test" and not _scored(row, folder, split):
+                scored = score_run(folder, baselines=False, device=device, show_progress=False)
+                board.write_evaluation(folder, scored.retrieval, scored.evaluation)
+                trained = True
+            return Made(folder, trained=trained)
+        except runs.Busy:
+            busy = folder or row.folder
+            tell(f"{busy.name}: another process is at it; {'waiting' if wait else 'others first'}.")
+            if not wait:
+                return ELSEWHERE
+            with runs.lock(busy, timeout=-1):
+                pass
+        except Exception as error:  # any row may fail in a way of its own
+            return Made(None, str(error).strip() or type(error).__name__)
 
 
 def _train(row: Sought, device: str) -> Path:
     """Train a row under its own name, or go on with that run."""
-    while True:
-        try:
-            options = {"device": device, "show_progress": False, "longer": False}
-            folder = loop.train(row.recipe, row.tag, **options)
-            runs.update_json(folder / "manifest.json", **{runs.COMPARED: True})
-            return folder
-        except runs.Busy:
-            # A comparison that was killed leaves its last trainings behind; they end by themselves.
-            with runs.lock(row.folder, timeout=-1):
-                pass
-        if folder := _find(row):
-            return folder
+    options = {"device": device, "show_progress": False, "longer": False}
+    folder = loop.train(row.recipe, row.tag, **options)
+    with runs.lock(folder, timeout=-1):  # who has waited for it may be scoring it
+        runs.update_json(folder / "manifest.json", **{runs.COMPARED: True})
+    return folder
 
 
 def _find(row: Sought) -> Path | None:
