@@ -5,11 +5,10 @@ TriNet (arXiv 1703.07737, section 4.3) is the network as its defaults make it.
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from reidlib.extras import need, timm_entry
+from reidlib.model import elsewhere
 from reidlib.model.depthwise import quicken_depthwise
 
 
@@ -17,21 +16,6 @@ def _resnet8() -> nn.Module:
     """Return three stages of one block: small enough to learn from random weights in a minute."""
     model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
     del model.layer4
-    return model
-
-
-def _resnet50_fastreid() -> nn.Module:
-    """Return the ResNet-50 of fast-reid, whose first pooling has no border."""
-    model = models.resnet50()
-    model.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
-    return model
-
-
-def _mobilenet_v2_torchreid() -> nn.Module:
-    """Return torchreid's MobileNetV2 x1.0, whose first block begins with a 1×1 convolution, too."""
-    model = models.mobilenet_v2()
-    layer = [nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
-    model.features[1].conv.insert(0, nn.Sequential(*layer))
     return model
 
 
@@ -43,9 +27,9 @@ BACKBONES = {
     "resnet34": models.resnet34,
     "resnet50": models.resnet50,
     "resnet101": models.resnet101,
-    "resnet50_fastreid": _resnet50_fastreid,
+    "resnet50_fastreid": elsewhere.resnet50_fastreid,
     "mobilenet_v2": models.mobilenet_v2,
-    "mobilenet_v2_torchreid": _mobilenet_v2_torchreid,
+    "mobilenet_v2_torchreid": elsewhere.mobilenet_v2_torchreid,
     "mobilenet_v3_small": models.mobilenet_v3_small,
 }
 
@@ -97,7 +81,7 @@ class EmbeddingNet(nn.Module):
             norms = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
             channels = norms[-1].num_features
         else:
-            self.backbone, channels = timm_network(backbone, size)
+            self.backbone, channels = elsewhere.timm_network(backbone, size)
         if last_stride == 1:
             _unstride_last_block(self.backbone, backbone)
         quicken_depthwise(self.backbone)
@@ -121,55 +105,14 @@ class EmbeddingNet(nn.Module):
 
 def _unstride_last_block(backbone: nn.Module, name: str) -> None:
     """Set the last stride of 2 to 1, in the shortcut beside it too."""
-    strided = {
-        place: module
-        for place, module in backbone.named_modules()
-        if isinstance(module, nn.Conv2d | nn.AvgPool2d) and module.stride in (2, (2, 2))
-    }
+    kinds, modules = nn.Conv2d | nn.AvgPool2d, dict(backbone.named_modules())
+    strided = [k for k, m in modules.items() if isinstance(m, kinds) and m.stride in (2, (2, 2))]
     if not strided:
         raise ValueError(f"{name} has no last stride: set last_stride = 2.")
-    last_block = [*strided][-1].split(".")[:2]  # layer4.0, features.14 or timm's stages.3
-    for place, module in strided.items():
-        if place.split(".")[:2] == last_block:
-            module.stride = (1, 1)
-            if isinstance(module, nn.AvgPool2d):
-                module.kernel_size = 1  # the pooling was there for the stride
-            elif (
-                module.kernel_size[0] == 2
-            ):  # ConvNeXt's: else the map would lose a row and a column
-                module.dilation, module.padding = (2, 2), (1, 1)
-
-
-def timm_network(
-    name: str, size: tuple[int, int] | None = None, pretrained: bool = False
-) -> tuple[nn.Module, int]:
-    """Return timm's network `timm:NAME` without its classifier, and how many numbers it gives.
-
-    Its output is (B, C), pooled in its own way. `size` is (height, width) of its input: a ViT is made
-    for it, and its pretrained table of positions is brought to it.
-
-    Raises: as `EmbeddingNet`, and what timm raises where pretrained weights cannot be had.
-    """
-    entry, timm = timm_entry(name), need("timm", name)
-    h, w = size or entry.input_size[1:]
-    options = {"img_size": (h, w)} if entry.fixed_input_size else {}
-    options |= {"num_classes": 0, "pretrained": pretrained}
-    patch, cause = (32, 32), ""
-    try:
-        network = timm.create_model(name.removeprefix("timm:"), **options)
-        patch = getattr(getattr(network, "patch_embed", None), "patch_size", (1, 1))
-        with torch.no_grad():
-            channels = network.eval()(torch.zeros(1, 3, h, w)).shape[1]
-        if h % patch[0] == w % patch[1] == 0:  # else pixels at the border would be lost
-            return network.train(), channels
-        cause = "its patches do not fill them"
-    except (AssertionError, RuntimeError, TypeError) as error:
-        if pretrained:
-            raise
-        cause = str(error).split("\n")[0]
-    a, b = (32 if n == 1 else n for n in patch)
-    near = f"{max(1, round(h / a)) * a}×{max(1, round(w / b)) * b}"
-    raise ValueError(
-        f"{name} cannot take images of {h}×{w} ({cause}). Let height and width be multiples of {a} and "
-        f"{b}, such as {near}."
-    )
+    last_block = strided[-1].split(".")[:2]  # layer4.0, features.14 or timm's stages.3
+    for module in (modules[key] for key in strided if key.split(".")[:2] == last_block):
+        module.stride = (1, 1)
+        if isinstance(module, nn.AvgPool2d):
+            module.kernel_size = 1  # it was there for the stride
+        elif module.kernel_size == (2, 2):  # ConvNeXt's; else the map would lose a row and a column
+            module.dilation, module.padding = (2, 2), (1, 1)

@@ -16,7 +16,7 @@ from torchvision import models
 
 from reidlib.extras import need, timm_entry
 from reidlib.model.elsewhere import of_backbone
-from reidlib.model.network import EmbeddingNet, timm_network
+from reidlib.model.network import EmbeddingNet
 from reidlib.paths import data_dir
 from reidlib.recipes import Recipe, stored_recipe
 from reidlib.runs import find_run, read_json, write_atomically
@@ -87,17 +87,18 @@ def weights_file(run: str | Path) -> Path:
     return path.resolve()
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, file: str | None = None) -> Path:
     """Download a model from the Hub of Hugging Face, or take it from its cache."""
+    file = file or PUBLISHED
     hub = need("huggingface_hub", name)
     place, _, revision = name.removeprefix(HUB).partition("@")
     try:
-        return Path(hub.hf_hub_download(place, PUBLISHED, revision=revision or None))
+        return Path(hub.hf_hub_download(place, file, revision=revision or None))
     except Exception as error:  # of the Hub's, of its client's, and of the file system
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise RuntimeError(
-            f"{name} could not be had ({cause}). Write hf-hub:owner/name, or download its {PUBLISHED} "
-            "where you can and give the path of that file."
+            f"{name} could not be had ({cause}). Is the name hf-hub:owner/name? Or download its {file} where "
+            "you can, and give the path of that file."
         ) from error
 
 
@@ -207,7 +208,7 @@ def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
     The file of a trained run gives its head, too, where the sizes are the same.
     """
     name, weights = recipe.backbone, recipe.weights
-    state = _imagenet_weights(recipe) if weights == "imagenet" else _read_weights(weights)
+    state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
     state = {k.removeprefix("module."): v for k, v in state.items()}
     both = (state, model.state_dict())
     head, own = ({k: v.shape for k, v in s.items() if k.startswith("head.")} for s in both)
@@ -220,11 +221,11 @@ def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
     _load(network, state, f"The weights {weights!r} do not fit {name}", hint)
 
 
-def _imagenet_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """Download torchvision's ImageNet weights, or those of timm, or take them from their caches."""
-    name = recipe.backbone
-    if name.startswith("timm:"):
-        return _timm_weights(recipe)
+def _imagenet_weights(name: str) -> dict[str, Tensor]:
+    """Download torchvision's ImageNet weights, or timm's pretrained ones, or take them from the caches."""
+    entry = timm_entry(name) if name.startswith("timm:") else None
+    if entry and entry.hf_hub_id:
+        return _read_weights(str(_from_hub(HUB + entry.hf_hub_id, entry.hf_hub_filename)))
     if name not in models.list_models():
         raise ValueError(f'There are no ImageNet weights of {name}: choose weights="none".')
     source = models.get_model_weights(name).IMAGENET1K_V1
@@ -234,22 +235,6 @@ def _imagenet_weights(recipe: Recipe) -> dict[str, Tensor]:
         raise RuntimeError(
             f"The ImageNet weights of {name} could not be had from {source.url} ({error}). Download "
             'that file where you can, and give its path: weights=PATH. Or train without: "none".'
-        ) from error
-
-
-def _timm_weights(recipe: Recipe) -> dict[str, Tensor]:
-    name, entry = recipe.backbone, timm_entry(recipe.backbone)
-    if not entry.has_weights:
-        raise ValueError(f'timm has no pretrained weights of {name}: choose weights="none".')
-    try:
-        size = (recipe.height, recipe.width)
-        return timm_network(name, size, pretrained=True)[0].state_dict()
-    except Exception as error:  # of the Hub's, of its client's, and of timm
-        place = f"hf-hub:{entry.hf_hub_id}" if entry.hf_hub_id else entry.url
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
-        raise RuntimeError(
-            f"The pretrained weights of {name} could not be had from {place} ({cause}). Download their "
-            'file where you can, and give its path: weights=PATH. Or train without: "none".'
         ) from error
 
 

@@ -90,9 +90,7 @@ def export(
     what = "pictures that were given" if images is not None else "random pictures"
     if images is None:
         images = _random_images(model.recipe.height, model.recipe.width)
-    card["parity"] = _parity(content, model, images, normalised) | {
-        "checked_on": f"{len(images)} {what}"
-    }
+    card["parity"] = _parity(content, model, images, card) | {"checked_on": f"{len(images)} {what}"}
     card["sha256"] = hashlib.sha256(content).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_name(out.name + ".json"), card)
@@ -180,9 +178,7 @@ def _random_images(height: int, width: int) -> list[np.ndarray]:
     return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def _parity(
-    content: bytes, model: EmbeddingNet, images: Sequence[np.ndarray], normalised: bool
-) -> dict[str, float]:
+def _parity(content: bytes, model: EmbeddingNet, images: Sequence, card: dict) -> dict[str, float]:
     """Return how far the file's embeddings of pictures are from the library's, and how far they may.
 
     Raises:
@@ -195,7 +191,7 @@ def _parity(
     recipe = model.recipe
     expected = np.concatenate([embed(model, i[None], recipe, show_progress=False) for i in images])
     batch = np.stack([network_input(i, recipe.height, recipe.width) for i in images])
-    if normalised:
+    if not card["preprocessing"]["normalisation"]["inside_the_graph"]:
         mean, std = np.float32(NORMALISATIONS[recipe.normalise])[..., None, None]
         batch = (batch / np.float32(255) - mean) / std
     allowed = max(TOLERANCE, ROUNDING * float(np.abs(expected).max()))
