@@ -1,4 +1,4 @@
-"""What the optional packages of the extra `timm` know: backbones by name, and the Hub of models."""
+"""What optional packages know, those of the extra `timm`: backbones by name, and the Hub of models."""
 
 from contextlib import suppress
 from importlib import import_module
@@ -18,14 +18,14 @@ NORMALISATIONS = {
 }
 
 
-def need(package: str, what: str) -> ModuleType:
-    """Import a package of the extra, or raise a RuntimeError that says how to install it."""
+def need(package: str, what: str, extra: str = "timm") -> ModuleType:
+    """Import a package of an extra, or raise a RuntimeError that says how to install it."""
     try:
         return import_module(package)
     except ImportError:
         raise RuntimeError(
             f"{what} needs the package {package}. In the folder of this workbook: "
-            'python -m pip install -c constraints.txt -e ".[timm]"'
+            f'python -m pip install -c constraints.txt -e ".[{extra}]"'
         ) from None
 
 

@@ -57,10 +57,7 @@ def timm_network(name: str, size: tuple[int, int] | None = None) -> tuple[nn.Mod
 
 
 def of_backbone(state: dict[str, Tensor], name: str, network: nn.Module) -> dict[str, Tensor]:
-    """Return what a file of weights holds of a backbone, under our names; its classifier is passed over.
-
-    A ValueError for torchreid's MobileNetV2, which has one layer more than torchvision's.
-    """
+    """Return what a file of weights holds of a backbone, under our names; its classifier is passed over."""
     inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     if name.startswith("resnet") and "fastreid" not in name and "heads.weight" in state:
         warnings.warn(
@@ -78,11 +75,6 @@ def of_backbone(state: dict[str, Tensor], name: str, network: nn.Module) -> dict
         convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         with suppress(Exception):  # of another network: which keys do not fit is told afterwards
             return convert(state, network) if convert else state
-    if name == "mobilenet_v2" and "conv9.bn.weight" in state:
-        raise ValueError(
-            "These are weights of torchreid's MobileNetV2, which has one layer more: "
-            'backbone = "mobilenet_v2_torchreid".'
-        )
     return _renamed(state, network) if name.startswith("mobilenet_v2") else state
 
 

@@ -216,8 +216,9 @@ def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
     network = model if whole else model.backbone
     if not whole:
         state = of_backbone(state, name, model.backbone)
-    source = name if name.startswith("timm:") else f"torchvision's {name}"
-    hint = f" It must be a state dict of {source}, or a trained run's weights."
+    hint = (
+        f" It must be a state dict of {name}, or a trained run's weights: docs/runs.md has a table."
+    )
     _load(network, state, f"The weights {weights!r} do not fit {name}", hint)
 
 

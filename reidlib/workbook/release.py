@@ -70,9 +70,7 @@ def publish(run: str | Path, to: str | Path) -> list[Path]:
     weights, scores = weights_file(folder), folder / "metrics.json"
     load_model(folder)  # or an error: it is whole, and fits its recipe
     scored = runs.read_json(scores) if scores.is_file() else {}
-    digest = runs.sha256(
-        weights
-    )  # scores of older versions say no digest: the run vouches for them
+    digest = runs.sha256(weights)  # which older scores do not say: the run vouches for them
     if "mAP" not in scored or scored.get("weights_sha256", digest) != digest:
         raise ValueError(
             f"{folder.name} has no scores of its weights for the card: python -m reidlib score {run}"
@@ -84,22 +82,23 @@ def publish(run: str | Path, to: str | Path) -> list[Path]:
         shutil.copy(weights, ready / PUBLISHED)
         for name in HUB_FILES[2:]:
             shutil.copy(folder / name, ready)
-        card = _hub_head(folder.name, scored) + model_card(folder, published=True)
-        runs.write_text(ready / "README.md", card)
+        runs.write_text(ready / "README.md", model_card(folder, hub=True))
     return [to / name for name in HUB_FILES]
 
 
-def model_card(folder: Path, published: bool = False) -> str:
-    """Return the model card of a scored run, in Markdown; every number is from its files."""
+def model_card(folder: Path, hub: bool = False) -> str:
+    """Return the model card of a scored run, in Markdown; every number is from its files.
+
+    For the Hub it begins with YAML that the Hub reads, and has the names that things have there.
+    """
     recipe, metrics = runs.read_recipe(folder), runs.read_json(folder / "metrics.json")
     head = f"> Linear {recipe.hidden} > BatchNorm > ReLU > Linear {recipe.dim}"
     keys = ";\n`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`."
-    mean, std = (
-        ", ".join(f"{v:.4g}" for v in values) for values in NORMALISATIONS[recipe.normalise]
-    )
+    mean, std = NORMALISATIONS[recipe.normalise]
     scaled = {"imagenet": ", less ImageNet's mean, over its standard deviation", "unit": ""}
     of_timm = recipe.backbone.startswith("timm:")
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    template = template if hub else template[template.index("# {name}") :]
     return template.format(
         name=folder.name,
         recipe=recipe,
@@ -107,11 +106,12 @@ def model_card(folder: Path, published: bool = False) -> str:
         metrics=metrics,
         head=head if recipe.head else "(no head)",
         keys=keys if recipe.head else ".",
-        scaled=scaled.get(recipe.normalise, f", less ({mean}), over ({std})"),
+        scaled=scaled.get(recipe.normalise, f", less {mean}, over {std}"),
         pooling="its own" if of_timm else "global average",
         source="timm" if of_timm else "torchvision",
-        file=PUBLISHED if published else "weights.safetensors",
-        place=f"hf-hub:OWNER/{folder.name}" if published else folder.name,
+        file=PUBLISHED if hub else "weights.safetensors",
+        place=f"hf-hub:OWNER/{folder.name}" if hub else folder.name,
+        index=_model_index(folder.name, metrics),
         stride=",\nits last stride 1 instead of 2" if recipe.last_stride == 1 else "",
         trained_on=data_set_name(recipe),
         weights=Path(recipe.weights).name,
@@ -120,19 +120,12 @@ def model_card(folder: Path, published: bool = False) -> str:
     )
 
 
-def _hub_head(name: str, metrics: dict[str, Any]) -> str:
-    """Return what the Hub reads at the head of a card: YAML, its values in JSON, which YAML is, too."""
+def _model_index(name: str, metrics: dict[str, Any]) -> str:
+    """Return the scores as the Hub's `model-index`, in one line of JSON, which is YAML, too."""
     data, task = metrics["evaluated_on"], {"type": "image-retrieval", "name": "Re-identification"}
     values = [{"type": key, "name": key, "value": metrics[key]} for key in metrics["intervals"]]
     result = {"task": task, "dataset": {"type": data, "name": data, "split": "test"}}
-    said = {
-        "library_name": "reidlib",
-        "license": "other",
-        "pipeline_tag": "image-feature-extraction",
-    }
-    said |= {"tags": ["person-re-identification", "triplet-loss"]}
-    said |= {"model-index": [{"name": name, "results": [result | {"metrics": values}]}]}
-    return "".join(["---\n", *(f"{k}: {json.dumps(v)}\n" for k, v in said.items()), "---\n\n"])
+    return json.dumps([{"name": name, "results": [result | {"metrics": values}]}])
 
 
 def _score_table(metrics: dict[str, Any]) -> str:
