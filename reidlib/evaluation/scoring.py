@@ -101,8 +101,7 @@ class OpenRun:
         """
         views = ("plain", "mirrored") if flip else ("plain",)
         by_side = zip(*(self._view(view, precision, show_progress) for view in views), strict=True)
-        query_emb, gallery_emb = (sum(of_side) / len(views) for of_side in by_side)  # as in `embed`
-        return query_emb, gallery_emb
+        return tuple(sum(of_side) / len(views) for of_side in by_side)  # as in `embed`
 
     def retrieval(self, **options) -> Retrieval:
         """Return the queries against the gallery; the options are those of `embeddings`."""

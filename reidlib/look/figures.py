@@ -237,21 +237,17 @@ def training_curves(history: pd.DataFrame, recipe: Recipe) -> Figure:
         raise ValueError("The history is empty: the run has not logged a step yet.")
     figure, _ = subplots(2, 3, width=10, height=5.2)
     loss, active, distances, norm, rate, last = figure.axes
-    shown = [
-        (loss, "loss", ["loss"]),
-        (active, "share of active triplets", ["active"]),
-        (distances, "distances: median, 5–95 %", ["distances"]),
-        (norm, "embedding norm", ["norm"]),
-        (rate, "learning rate", ["lr"]),
-        (last, "images per second", ["images_per_s"]),
-    ]
+    shown = {"loss": "loss", "active": "share of active triplets"}
+    shown |= {"distances": "distances: median, 5–95 %", "norm": "embedding norm"}
+    shown |= {"lr": "learning rate", "images_per_s": "images per second"}
     if _has_held_out(history):
-        shown[-1] = (last, "held-out identities, %", ["held_out_mAP", "held_out_top1"])
-    for panel, title, columns in shown:
-        for column in columns:
-            _over_steps(panel, history, column)
+        del shown["images_per_s"]
+        shown["held_out_mAP"] = "held-out identities, %"
+    for panel, (column, title) in zip(figure.axes, shown.items(), strict=True):
+        _over_steps(panel, history, column)
         panel.set(title=title, xlim=(0, None), ylim=(0, None))
     if _has_held_out(history):
+        _over_steps(last, history, "held_out_top1")
         last.set(ylim=(0, 100))
         last.legend()
     active.set(ylim=(-0.03, 1.03))

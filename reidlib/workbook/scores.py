@@ -79,8 +79,7 @@ def _of_run(folder: Path, baselines: bool) -> tuple[dict[str, dict[str, float]],
         rows["  on people held out"] = score_values(table).mean().to_dict()
     for name, scores in metrics.get("baselines", {}).items() if baselines else ():
         rows[f"  {name.replace('_', ' ')}"] = scores
-    others = sorted(folder.glob("*/metrics.json"))
-    elsewhere = {place.parent.name: read_json(place) for place in others}
+    elsewhere = {f.parent.name: read_json(f) for f in sorted(folder.glob("*/metrics.json"))}
     rows |= {f"  {name}": scores for name, scores in elsewhere.items()}
     weights = folder / "weights.safetensors"
     for name, scores in ({folder.name: metrics} | elsewhere).items():
