@@ -1,7 +1,7 @@
 """The embedding network, its weights, and images to embeddings.
 
 network    backbone > pooling > head; the backbones by name
-elsewhere  what other toolkits call their layers
+elsewhere  networks of timm, weights of other toolkits
 weights    from a file into a network and back
 device     which device, and in which precision
 embed      images to embeddings, and these to files and back
