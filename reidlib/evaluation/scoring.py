@@ -70,7 +70,8 @@ class OpenRun:
         """Sentences on the data set, and on what a score on it is worth."""
         said = [*self.data.notes, on_both_sides(self.data) if self.own else ""]
         if not self.own:
-            trained = {*data_sets(self.recipe.dataset)} & {self.data.name, str(self.data.root)}
+            several = {*data_sets(self.recipe.dataset)}
+            trained = len(several) > 1 and several & {self.data.name, str(self.data.root)}
             of = "one of the data sets" if trained else "not the data set"
             said.append(
                 f"{self.data.name} in {self.data.root} is {of} that {self.folder.name} was trained on: "
