@@ -59,7 +59,8 @@ def timm_network(name: str, size: tuple[int, int] | None = None) -> tuple[nn.Mod
 def of_backbone(state: dict[str, Tensor], name: str, network: nn.Module) -> dict[str, Tensor]:
     """Return what a file of weights holds of a backbone, under our names; its classifier is passed over."""
     inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    if name.startswith("resnet") and "fastreid" not in name and "heads.weight" in state:
+    of_fastreid = inside and any(key.startswith("heads.") for key in state)
+    if of_fastreid and name.startswith("resnet") and not name.endswith("_fastreid"):
         warnings.warn(
             "fast-reid's ResNets pool first without a border, so these weights see pictures a little "
             'shifted here. backbone = "resnet50_fastreid" computes just what fast-reid does.',
