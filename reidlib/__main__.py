@@ -127,10 +127,14 @@ def scores(args) -> None:
 
 def evaluate(args) -> None:
     """Print the scores of embeddings from any toolkit as JSON."""
+    out = _output(args.out) if args.out else None
     query = reidlib.read_embeddings(args.query, args.query_csv)
-    gallery = reidlib.read_embeddings(args.gallery, args.gallery_csv)
+    gallery = reidlib.read_embeddings(args.gallery, args.gallery_csv, in_memory=False)
     options = {"exclude_same_camera": args.exclude_same_camera}
+    options["partial_file"] = out and out.with_name(f"{out.name}.partial")
     evaluated = reidlib.evaluate(*query, *gallery, **options)
+    if out:
+        write_text(out, evaluated.per_query.to_csv(index=False))
     print(json.dumps(evaluated.scores, indent=2, allow_nan=False))
     say(evaluated.protocol)
 
@@ -173,7 +177,7 @@ def search(args) -> None:
     tables = {"query": room.picture_table(args.query), "gallery": room.read_gallery(args.gallery)}
     model = reidlib.load_model(args.model, pick_device(args.device), args.unreadable)
     say(*room.remarks(vars(args), tables, model.recipe))
-    options = {"topk": args.top, "flip": args.flip}
+    options = {"topk": args.top, "flip": args.flip, "index": args.index}
     retrieval, found = reidlib.search(model, *tables.values(), model.recipe, **options)
     say(*room.left_out(tables, {"query": retrieval.query, "gallery": retrieval.gallery}))
     count = len(retrieval.query)
@@ -262,6 +266,7 @@ RESUME = (
 RESUMES = {"default": "auto", "choices": ("auto", "previous", "never", "restart")}
 BROKEN = "broken images: stop, or leave them out (as the model's recipe says)"
 AUTO = {"default": "auto"}
+CSV, INDEX = {"metavar": "FILE.csv"}, {"metavar": "FILE.hnsw"}
 OF_ROWS = ("loss", "margin", "seed", "checkpoint_every", "evaluate_every")  # each row sets them
 SPLITS = {"default": "test", "choices": ("test", "held_out")}
 CAMERA = "leave out matches by the query's own camera, as the protocol does (true)"
@@ -294,21 +299,23 @@ OPTIONS = (
     ("scores", "--against", "show gains over this run, with intervals", {"metavar": "RUN"}),
     ("evaluate", "--query", "HDF5 file of the query embeddings", NEEDED),
     ("evaluate", "--query-csv", "its list of images, if it holds embeddings alone"),
-    ("evaluate", "--gallery", "HDF5 file of the gallery embeddings", NEEDED),
+    ("evaluate", "--gallery", "the same of the gallery, .npy, or a folder of shards", NEEDED),
     ("evaluate", "--gallery-csv", "its list of images, if it holds embeddings alone"),
+    ("evaluate", "--out", "the table of queries; beside it, what a killed one goes on from", CSV),
     ("score evaluate", "--exclude-same-camera", CAMERA, CAMERAS),
     ("embed search export", "--model", "a run, weights.safetensors, or hf-hub:owner/name", NEEDED),
     ("embed", "--images", "a folder, a CSV list, or a tracker's sequence", NEEDED),
     ("embed", "--out", "the file to write, such as gallery.h5", NEEDED),
     ("embed", "--crops", "write the images there, too, a folder for each identity"),
-    ("search", "--gallery", "a folder, list or tracker's sequence, or embeddings (.h5)", NEEDED),
+    ("search", "--gallery", "as --query, or embeddings: .h5, or a folder of shards", NEEDED),
     ("search", "--query", "an image, a folder, a list, or a tracker's sequence", NEEDED),
     ("search", "--top", "how many of each query (10)", {"type": _count, "default": 10}),
     ("embed search", "--flip", "mean of each image and its mirror image", YES),
     ("data score embed", "--pattern", 'names to pid and camid: a regex, or "market1501"'),
     ("data embed", "--image-root", "where the relative paths of CSV lists start"),
     ("score embed search", "--unreadable", BROKEN, {"choices": ("fail", "skip")}),
-    ("search", "--out", "write the CSV there (standard output)", {"metavar": "FILE.csv"}),
+    ("search", "--out", "write the CSV there (standard output)", CSV),
+    ("search", "--index", "look at a part of the gallery; made if it is not there", INDEX),
     ("search", "--picture", "draw the ranked lists, 20 at most", {"metavar": "FILE.jpg"}),
     ("search", "--html", "a page to browse the ranked lists", {"metavar": "FILE.html"}),
     ("export", "--out", "a folder, or a file ending in .onnx", NEEDED),

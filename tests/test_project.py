@@ -68,9 +68,9 @@ def test_lint():
 ROOMS = {
     "": "paths progress words typed extras recipes records runs",
     "data": "files layouts tracks dataset people synthetic corrections tables pixels check augment sampler",
-    "model": "depthwise network elsewhere weights device embed",
-    "evaluation": "distances metrics ranks sides retrieval leaks intervals baselines rerank pairs verify "
-    "scoring thresholds",
+    "model": "depthwise elsewhere network weights device shards embed",
+    "evaluation": "distances metrics partial ranks sides retrieval index leaks intervals baselines rerank "
+    "pairs verify scoring thresholds",
     "look": "figures live photographs search suspects copies maps why pages embedding_map lists "
     "browser board",
     "training": "losses distributed chunks checkpoint watched checks health journal loop",

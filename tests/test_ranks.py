@@ -116,7 +116,8 @@ def test_a_product_may_be_wrong_by_half_its_slack(monkeypatch):
                 by = slack if dtype is np.float32 else min(slack, 100)
                 noise = rng.uniform(-0.49, 0.49, len(rows)) * np.nan_to_num(by, posinf=1e9)
                 near = (measure(0, rows) + noise).astype(dtype)[None]
-                return lambda queries: (near.copy(), np.array([by + 1e-6]))
+                places = lambda queries, n: measure(queries, rows[n])
+                return lambda queries: (near.copy(), np.array([by + 1e-6])), places
 
             own = np.zeros(count, int), rows, np.ones(count, bool), np.arange(30)
             for _ in range(10):

@@ -383,6 +383,13 @@ def test_search_in_embeddings(shell, model, photos, tmp_path, capsys):
     assert shell("--top", 1, **sides) == 0
     rows = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert list(rows.columns[-2:]) == ["pid", "camid"] and set(rows["pid"]) == {5}
+    pytest.importorskip("faiss")
+    for _ in range(2):  # the first time it is made
+        assert shell("--top", 1, "--index", tmp_path / "g.flat", **sides) == 0
+        assert pd.read_csv(io.StringIO(capsys.readouterr().out)).equals(rows)
+    write_embeddings(tmp_path / "g.h5", emb[1:], table[1:])
+    assert shell("--index", tmp_path / "g.flat", **sides) == 1
+    assert "index of other embeddings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ def as_embeddings(emb: Any, name: str) -> np.ndarray:
     Floats keep their type, but for those that NumPy does not know (bfloat16).
 
     Args:
-        emb: tensor or array.
+        emb: tensor or array; or floats on disk that give (n, D) for a slice, such as `Shards` or a
+            dataset of h5py, which stay there: see `taken`.
         name: of the side, for messages: "query" or "gallery".
 
     Raises:
@@ -32,15 +33,20 @@ def as_embeddings(emb: Any, name: str) -> np.ndarray:
     if isinstance(emb, torch.Tensor):
         emb = emb.detach().cpu()
         emb = emb.float() if emb.element_size() < 4 else emb
-    emb = np.asarray(emb)
+    if isinstance(emb, np.ndarray | torch.Tensor) or not hasattr(emb, "shape"):
+        emb = np.asarray(emb)
     if emb.ndim != 2 or emb.shape[1] == 0 or emb.dtype.kind not in "fiu":
         raise ValueError(f"{name} embeddings must be (N, D) numbers, not {emb.shape} {emb.dtype}")
     if len(emb) == 0:
         raise ValueError(f"the {name} is empty: there is nothing to evaluate")
-    emb = emb if emb.dtype.kind == "f" else emb.astype(np.float64)
+    emb = emb if emb.dtype.kind == "f" else np.asarray(emb).astype(np.float64)
+    step = max(1, 2**22 // emb.shape[1])
+    parts = [slice(start, start + step) for start in range(0, len(emb), step)]
     # The ends alone: a mask of all numbers would be large. NaN is neither below nor above.
-    if not (float(emb.max()) < 1e150 and float(emb.min()) > -1e150):
-        broken = np.flatnonzero(~np.isfinite(emb).all(axis=1))
+    ends = np.array([(part.min(), part.max()) for part in map(emb.__getitem__, parts)], np.float64)
+    if not (np.abs(ends) < 1e150).all():
+        broken = np.concatenate([~np.isfinite(emb[part]).all(axis=1) for part in parts])
+        broken = np.flatnonzero(broken)
         what = "are so large that their squared distances overflow float64"
         if len(broken):
             what = f"hold NaN or infinity in {listed(broken)}"
@@ -59,6 +65,21 @@ def both_sides(query_emb: Any, gallery_emb: Any) -> tuple[np.ndarray, np.ndarray
     return query, gallery
 
 
+def taken(emb: Any, rows: np.ndarray) -> np.ndarray:
+    """Return rows of embeddings, (n, D), that lie in memory, or on disk and are read by slices.
+
+    >>> taken(np.eye(3), np.array([2, 0])).tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    if isinstance(emb, np.ndarray) or not len(rows):
+        return emb[rows] if len(rows) else emb[:0]
+    wanted, back = np.unique(rows, return_inverse=True)
+    # Rows near each other come in one read.
+    runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > 16) + 1)
+    read = [emb[run[0] : run[-1] + 1][run - run[0]] for run in runs]
+    return np.concatenate(read)[back]
+
+
 def listed(rows: np.ndarray) -> str:
     """Say how many rows, and the first few of them.
 
@@ -69,16 +90,14 @@ def listed(rows: np.ndarray) -> str:
     return f"{len(rows):,} row{'s'[: len(rows) > 1]} ({first}{', ...'[: 5 * (len(rows) > 5)]})"
 
 
-def squared(
-    a: np.ndarray, rows: np.ndarray | int, b: np.ndarray, columns: np.ndarray
-) -> np.ndarray:
+def squared(a: np.ndarray, rows: np.ndarray | int, b: Any, columns: np.ndarray) -> np.ndarray:
     """Return the squared distances of pairs of rows, (n,): the measure that decides order.
 
     A pair's value does not depend on its neighbours: each step rounds by itself, unlike in a BLAS,
     whose edge blocks round differently.
 
     Args:
-        a, b: (M, D) and (N, D) floats.
+        a, b: (M, D) and (N, D) floats; ``b`` may lie on disk, as in `taken`.
         rows, columns: (n,) rows of ``a`` and of ``b``; one row of ``a`` stands for all.
 
     >>> squared(np.eye(2), 0, np.eye(2), np.array([0, 1]))
@@ -89,7 +108,7 @@ def squared(
     for start in range(0, len(columns), step):
         part = slice(start, start + step)
         # (n', D)
-        difference = b[columns[part]].astype(np.float64)
+        difference = taken(b, columns[part]).astype(np.float64)
         difference -= a[rows if np.ndim(rows) == 0 else rows[part]]
         # (n', D) -> (n',)
         out[part] = np.square(difference, out=difference).sum(axis=1)

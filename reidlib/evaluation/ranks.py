@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
 from threadpoolctl import threadpool_limits
+
+from reidlib.evaluation.partial import Partial
 
 UNSURE = 1000  # a query with more unsure images than this in float32 is counted again in float64
 
@@ -27,22 +30,26 @@ def match_ranks(
     is_match: np.ndarray,
     kept: np.ndarray,
     measure: Callable,
-    product_with: Callable,
+    tile_of: Callable,
     dim: int,
+    partial_file: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the matches of each query, nearest first, and their ranks among the gallery rows kept.
 
-    Time grows with the gallery, memory does not: it is cut into tiles, and the queries into blocks.
-    Many ties (binary codes, a dead network) are right but slower.
+    Time grows with the gallery, memory does not: it is cut into tiles, each read once, and the queries
+    into blocks. Counts add up over tiles, so that work which was interrupted goes on. Many ties
+    (binary codes, a dead network) are right but slower.
 
     Args:
         query, rows: (P,) the pairs of one identity: query, ascending, and gallery row.
         is_match: (P,) which of them are matches; the rest is not ranked.
         kept: (K,) the gallery rows that are ranked, ascending.
         measure: what decides order, of (n,) queries, or one, and (n,) gallery rows: (n,).
-        product_with: gallery rows and float type to a function of (B,) queries, which gives what
-            `measure` does but for rounding, (B, n), and its slack (B,): see `distances`.
+        tile_of: gallery rows and float type to two functions. The first, of (B,) queries, gives what
+            `measure` does but for rounding, (B, n), and its slack (B,): see `distances.product_with`.
+            The second is `measure` with places in the tile for rows.
         dim: numbers in an embedding.
+        partial_file: where counts so far are kept, and taken up again: see `Partial`.
 
     Returns:
         Gallery rows and ranks from 1, both (M,), query by query.
@@ -53,10 +60,13 @@ def match_ranks(
     order = np.lexsort((match, key, asking))  # equal distances rank in gallery order
     match, key = match[order], key[order]
     first = np.searchsorted(asking, np.arange(query.max(initial=-1) + 2))
-    others = np.zeros(len(match), np.int64)  # how many stand before each match
-    later = np.zeros(len(first), bool)  # queries of which float32 leaves too much open
+    width = max(1, min(2**15, NUMBERS // dim, len(kept)))
+    height = max(1, min(2**8, NUMBERS // (2 * width)))
+    work = asking, match, key, kept, measure(0, kept[::width])
+    so_far = _begin(partial_file, work, len(first))
+    others, later, left, (first_turn, place) = so_far.state.values()
 
-    def count(start: int, product: Callable, block: np.ndarray) -> None:
+    def count(start: int, product: Callable, measure: Callable, block: np.ndarray) -> None:
         """Add the others in a tile of the gallery, from `start`, for some queries."""
         near, slack = product(block)  # (B, W), (B,)
         own = np.flatnonzero((places >= start) & (places < start + near.shape[1]))
@@ -68,25 +78,32 @@ def match_ranks(
         if near.dtype == np.float32:
             later[block] |= [len(one) > UNSURE for one in close] | ~np.isfinite(slack)
         whose = np.repeat(block, [len(one) for one in close])
-        found = kept[start + np.concatenate(close)[~later[whose]]]
-        whose = whose[~later[whose]]
-        measured = whose, measure(whose, found), found
+        found, whose = (x[~later[whose]] for x in (np.concatenate(close), whose))
+        measured = whose, measure(whose, found), kept[start + found]
         others[mine] += before + _count_measured((asking[mine], key[mine], match[mine]), measured)
 
-    width = max(1, min(2**15, NUMBERS // dim, len(kept)))
-    height = max(1, min(2**8, NUMBERS // (2 * width)))
-    left = np.unique(asking)
     # A thread a block, instead of a matrix product in threads and all the rest in one.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        for dtype in (np.float32, np.float64):
-            others[np.isin(asking, left)] = 0
+        for turn in range(first_turn, 2):
             blocks = [left[i : i + height] for i in range(0, len(left), height)]
-            for start in range(0, len(kept), width) if blocks else ():
-                product = product_with(kept[start : start + width], dtype)
-                list(pool.map(partial(count, start, product), blocks))
-            left = np.flatnonzero(later)
-            later[:] = False
+            for start in range(place, len(kept), width) if blocks else ():
+                tile = tile_of(kept[start : start + width], (np.float32, np.float64)[turn])
+                list(pool.map(partial(count, start, *tile), blocks))
+                so_far.keep(left=left, at=(turn, start + width))
+            left, place = np.flatnonzero(later), 0  # none after float64
+            others[np.isin(asking, left)], later[:] = 0, False
     return match, np.arange(len(match)) - first[asking] + 1 + others
+
+
+def _begin(file: Path | None, work: tuple, queries: int) -> Partial:
+    """Nothing is counted yet, or what the file has kept; ``work`` begins with whose the matches are."""
+    state = {
+        "others": np.zeros(len(work[0]), np.int64),  # how many stand before each match
+        "later": np.zeros(queries, bool),  # queries of which float32 leaves too much open
+        "left": np.unique(work[0]),
+        "at": np.zeros(2, np.int64),  # float32 or float64, and the next tile's first place
+    }
+    return Partial(file, work, state)
 
 
 def _count_sure(near: np.ndarray, keys: list[np.ndarray], apart: np.ndarray) -> tuple:

@@ -13,12 +13,13 @@ column, says that cameras are unknown. Embeddings are (N, D) NumPy arrays or ten
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from reidlib.evaluation.distances import listed, product_with, squared
+from reidlib.evaluation.distances import listed, product_with, squared, taken
 from reidlib.evaluation.metrics import TOPK, Evaluation, per_query_scores, score_values
 from reidlib.evaluation.ranks import match_ranks
 from reidlib.evaluation.sides import checked_rows, checked_sides
@@ -27,6 +28,9 @@ from reidlib.evaluation.sides import checked_rows, checked_sides
 STATUSES = ("match", "wrong", "unknown", "same camera", "junk", "query itself")
 MATCH, WRONG, UNKNOWN, SAME_CAMERA, JUNK, ITSELF = range(len(STATUSES))
 
+TILE = 2**16  # gallery images that ranked lists look at at one time
+NOTHING = (np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))
+
 
 class Retrieval:
     """One set of queries against one gallery: the one ranking that is scored and drawn.
@@ -34,7 +38,7 @@ class Retrieval:
     Args:
         query_emb: (Q, D) floats.
         query: Q rows, pids from 1; a pid of 0 or -1 can be listed, not scored.
-        gallery_emb: (G, D) floats.
+        gallery_emb: (G, D) floats, in memory or on disk (`Shards`, or a dataset of h5py).
         gallery: G rows, pids from -1; -1 in all rows says that nobody is known there.
         exclude_same_camera: False keeps matches from the query's own camera.
 
@@ -76,6 +80,7 @@ class Retrieval:
         self._by_camera = exclude_same_camera and all(known)  # drop matches of the query's camera?
         self._unlabelled = bool((self.gallery_side.pids == -1).all())
         self._given: np.ndarray | None = None  # (Q, G) distances that came ready
+        self._partial_file: Path | None = None
 
     @classmethod
     def from_distances(
@@ -109,9 +114,11 @@ class Retrieval:
         rows = checked_rows(gallery_rows, len(self.gallery), "gallery")
         emb, table = self.gallery_side.emb, self.gallery
         options = {"exclude_same_camera": self.exclude_same_camera}
-        return Retrieval(emb[rows], table.iloc[rows], emb, table, **options)
+        return Retrieval(taken(emb, rows), table.iloc[rows], emb, table, **options)
 
-    def evaluate(self, topk: Sequence[int] = TOPK) -> Evaluation:
+    def evaluate(
+        self, topk: Sequence[int] = TOPK, partial_file: str | Path | None = None
+    ) -> Evaluation:
         """Score the ranking, which is made once.
 
         Ranks are those of distances summed directly in float64, so equal images tie exactly and
@@ -119,6 +126,8 @@ class Retrieval:
 
         Args:
             topk: the k of the reported CMC values.
+            partial_file: keeps what is counted so far, every few seconds. An evaluation that was
+                killed goes on from there, to the same scores; when it is done, the file goes.
 
         Raises:
             ValueError: the whole gallery is junk, a query is junk or distractor, or no query at
@@ -127,7 +136,8 @@ class Retrieval:
         if not topk or min(topk) < 1:
             raise ValueError(f"topk must name ranks from 1, not {topk!r}")
         self.check_identities()
-        asking, _, ranks = self._ranking
+        self._partial_file = partial_file and Path(partial_file)
+        asking, _, ranks = self.ranked_matches
         labels = {"query": np.arange(len(self.query))} | self.query_side.columns()
         per_query = per_query_scores(asking, ranks, len(self.query))
         per_query = pd.concat([pd.DataFrame(labels), per_query], axis=1)
@@ -140,6 +150,8 @@ class Retrieval:
             raise ValueError(f"no query has a match. {protocol} {cause}")
         scores = score_values(per_query, topk).mean().to_dict()
         scores |= {"queries": len(self.query), "queries_without_match": len(without)}
+        if self._partial_file:
+            self._partial_file.unlink(missing_ok=True)
         return Evaluation(scores, per_query, protocol)
 
     def ranked_lists(
@@ -149,6 +161,7 @@ class Retrieval:
         topk: int | None = 10,
         show_excluded: bool = True,
         show_missed: bool = False,
+        index: Any = None,
     ) -> pd.DataFrame:
         """The gallery as each query sees it, nearest first: the very order that is scored.
 
@@ -159,6 +172,8 @@ class Retrieval:
                 not count towards ``topk``; those beyond the topk-th ranked image are left out.
             show_missed: show the matches that rank beyond ``topk`` too, after all others: with
                 them, the list holds all that its AP is made of.
+            index: an `Index` of the gallery: lists are made of what it finds, ordered exactly. It is
+                asked for more until ``topk`` are left after images are dropped, or it finds no more.
 
         Returns:
             One table, list after list: ``query`` (row number), ``rank`` (from 1, ``<NA>`` for
@@ -168,18 +183,25 @@ class Retrieval:
             "junk" or "query itself".
 
         Raises:
-            ValueError: no such query row, or ``topk`` below 1.
+            ValueError: no such query row, ``topk`` below 1, or an index of another gallery's size.
         """
         if topk is not None and topk < 1:
             raise ValueError(f"topk must be 1 or more, or None for all, not {topk}")
         queries, total = checked_rows(queries, len(self.query), "query"), len(self.gallery)
-        product = self._product_with(np.arange(total), np.float64)
-        step = max(1, 2**22 // total)  # 32 MB of distances at one time
-        parts = []
-        for start in range(0, len(queries), step):
-            some = queries[start : start + step]
-            for i, near, slack in zip(some, *product(some), strict=True):
-                parts.append(self._list(i, near, slack, topk or total, show_missed))
+        lists = [NOTHING] * len(queries)
+        step = max(1, 2**22 // min(total, TILE))  # 32 MB of distances at one time
+        if index is not None:
+            lists = self._through(index, queries, topk or total)
+        for first in range(0, total, TILE) if index is None else ():
+            product, _ = self._tile(np.arange(first, min(first + TILE, total)), np.float64)
+            for start in range(0, len(queries), step):
+                some = queries[start : start + step]
+                for n, (i, *near) in enumerate(zip(some, *product(some), strict=True), start):
+                    lists[n] = self._nearer(lists[n], i, first, *near, topk or total)
+        parts = [
+            self._list(i, *one, topk or total, show_missed)
+            for i, one in zip(queries, lists, strict=True)
+        ]
         rows, rank, key, status = (np.concatenate(column) for column in zip(*parts, strict=True))
         table = pd.DataFrame(
             {"query": np.repeat(queries, [len(part[0]) for part in parts])}
@@ -261,17 +283,19 @@ class Retrieval:
         path = np.asarray(asked[query], object)
         return ((shown[rows] == path) & path.astype(bool)).astype(bool)
 
-    def _statuses(self, i: int) -> np.ndarray:
-        """What each gallery image is to query ``i``, (G,)."""
+    def _statuses(self, i: int, rows: np.ndarray) -> np.ndarray:
+        """What gallery images, ascending, are to query ``i``, (n,)."""
         nobody = self._unlabelled or self.query_side.pids[i] <= 0
-        junk = (self.gallery_side.pids == -1) & (not self._unlabelled)
+        junk = (self.gallery_side.pids[rows] == -1) & (not self._unlabelled)
         status = np.where(junk, JUNK, UNKNOWN if nobody else WRONG)
-        query, rows, of_identity = self.pairs
-        mine = slice(*np.searchsorted(query, [i, i + 1]))
-        status[rows[mine]] = of_identity[mine]
+        query, theirs, of_identity = self.pairs
+        mine = slice(*np.searchsorted(query, [i, i + 1])) if len(rows) else slice(0)
+        at = np.searchsorted(rows, theirs[mine]).clip(max=len(rows) - 1)
+        here = rows[at] == theirs[mine]
+        status[at[here]] = of_identity[mine][here]
         # The image itself is called so even where its camera alone would leave it out.
-        rows = np.arange(len(status)) if nobody else rows[mine]
-        status[rows[self._is_itself(i, rows)]] = ITSELF
+        these = np.arange(len(rows)) if nobody else at[here]
+        status[these[self._is_itself(i, rows[these])]] = ITSELF
         return status
 
     # --- how far, and in which order
@@ -287,13 +311,14 @@ class Retrieval:
     def _as_distance(self, measured: np.ndarray) -> np.ndarray:
         return measured if self._given is not None else np.sqrt(measured)
 
-    def _product_with(self, rows: np.ndarray, dtype: type) -> Callable:
-        """`distances.product_with` these gallery rows, as a function of query rows; what was given is
-        rounded to ``dtype``.
+    def _tile(self, rows: np.ndarray, dtype: type) -> tuple[Callable, Callable]:
+        """Gallery rows, read once: `distances.product_with` them, as a function of query rows, and
+        `_measure` of their places; distances that were given are rounded to ``dtype``.
         """
         if self._given is None:
-            product = product_with(self.gallery_side.emb[rows], dtype)
-            return lambda queries: product(self.query_side.emb[queries])
+            asked, shown = self.query_side.emb, taken(self.gallery_side.emb, rows)
+            product = product_with(shown, dtype)
+            return lambda queries: product(asked[queries]), lambda i, n: squared(asked, i, shown, n)
 
         def rounded(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             with np.errstate(over="ignore"):
@@ -301,40 +326,79 @@ class Retrieval:
             largest = np.abs(near).max(axis=1).astype(np.float64)
             return near, 4 * np.finfo(dtype).eps * largest + np.finfo(dtype).tiny
 
-        return rounded
+        return rounded, lambda i, n: self._measure(i, rows[n])
 
     @cached_property
-    def _ranking(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def ranked_matches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Query, gallery row and rank of all matches, (M,) each, query by query, nearest first."""
         query, rows, status = self.pairs
         is_match, kept = status == MATCH, np.flatnonzero(self.gallery_side.pids != -1)
-        dim, measure = self.gallery_side.emb.shape[1], self._measure
-        found = match_ranks(query, rows, is_match, kept, measure, self._product_with, dim)
+        how = self._measure, self._tile, self.gallery_side.emb.shape[1], self._partial_file
+        found = match_ranks(query, rows, is_match, kept, *how)
         return query[is_match], *found
 
-    def _list(self, i: int, near: np.ndarray, slack: float, topk: int, show_missed: bool) -> tuple:
-        """The list of query ``i``: gallery rows, their ranks (0: dropped), measures and statuses.
+    def _nearer(
+        self, so_far: tuple, i: int, first: int, near: np.ndarray, slack: float, topk: int
+    ) -> tuple:
+        """The list of query ``i``, with a tile of the gallery from ``first`` looked at: gallery rows,
+        their measures and statuses, nearest first, up to the topk-th ranked.
 
-        ``near`` (G,) orders as `_measure` does, but for pairs closer than ``slack``.
+        ``near`` (n,) orders as `_measure` does, but for pairs closer than ``slack``.
         """
-        status, rows = self._statuses(i), np.arange(len(near))
+        rows, measured, status = so_far
+        is_full = (status <= UNKNOWN).sum() == topk
+        if is_full and not (near <= measured[-1] + slack).any():
+            return so_far
+        of_tile, found = (
+            self._statuses(i, np.arange(first, first + len(near))),
+            np.arange(len(near)),
+        )
         if topk < len(near):
-            ranked = np.where(status > UNKNOWN, np.inf, near)
+            ranked = np.where(of_tile > UNKNOWN, np.inf, near)
             last = np.partition(ranked, topk - 1)[topk - 1]  # infinite where fewer are ranked
-            rows = np.flatnonzero(near <= last + slack)
-        measured = self._measure(i, rows)
-        order = np.argsort(measured, kind="stable")
-        rows, measured = rows[order], measured[order]
-        ranked = status[rows] <= UNKNOWN
-        rank = np.cumsum(ranked)
-        end = np.searchsorted(rank, topk) + 1
-        rows, rank, measured = rows[:end], np.where(ranked, rank, 0)[:end], measured[:end]
+            found = np.flatnonzero(near <= last + slack)
+        measured = np.append(measured, self._measure(i, first + found))
+        rows, status = np.append(rows, first + found), np.append(status, of_tile[found])
+        return _cut(rows, measured, status, topk)
+
+    def _through(self, index: Any, queries: np.ndarray, topk: int) -> list[tuple]:
+        """As `_nearer` makes them at last, the lists of what an index finds."""
+        if self._given is not None or (len(index), index.dim) != self.gallery_side.emb.shape:
+            raise ValueError(
+                f"The index holds {len(index):,} × {index.dim} numbers, and is not of this gallery."
+            )
+        lists, left, fetch = {}, queries, topk
+        while len(left):
+            fetch, short = min(fetch, len(index)), []
+            for i, found in zip(
+                left, index.search(self.query_side.emb[left], fetch)[0], strict=True
+            ):
+                rows = np.sort(found[found >= 0])
+                lists[i] = _cut(rows, self._measure(i, rows), self._statuses(i, rows), topk)
+                if (lists[i][2] <= UNKNOWN).sum() < topk and len(rows) == fetch < len(index):
+                    short.append(i)
+            left, fetch = np.array(short, np.int64), 2 * fetch
+        return [lists[i] for i in queries]
+
+    def _list(
+        self,
+        i: int,
+        rows: np.ndarray,
+        measured: np.ndarray,
+        status: np.ndarray,
+        topk: int,
+        show_missed: bool,
+    ) -> tuple:
+        """The list of query ``i``: gallery rows, their ranks (0: dropped), measures and statuses."""
+        ranked = status <= UNKNOWN
+        rank = np.where(ranked, np.cumsum(ranked), 0)
         if show_missed:
-            asking, matches, at = self._ranking
+            asking, matches, at = self.ranked_matches
             missed = (asking == i) & (at > topk)
             rows, rank = np.append(rows, matches[missed]), np.append(rank, at[missed])
             measured = np.append(measured, self._measure(i, matches[missed]))
-        return rows, rank, measured, status[rows]
+            status = np.append(status, np.full(missed.sum(), MATCH))
+        return rows, rank, measured, status
 
     def _protocol(self, without: np.ndarray) -> str:
         """What was done, as sentences; ``without`` are the queries that have no match."""
@@ -356,17 +420,25 @@ class Retrieval:
         return said + "Equal distances rank in gallery order."
 
 
+def _cut(rows: np.ndarray, measured: np.ndarray, status: np.ndarray, topk: int) -> tuple:
+    """Order by measure, where equal ones keep their order, up to the topk-th that is ranked."""
+    order = np.argsort(measured, kind="stable")
+    rows, measured, status = rows[order], measured[order], status[order]
+    end = np.searchsorted(np.cumsum(status <= UNKNOWN), topk) + 1
+    return rows[:end], measured[:end], status[:end]
+
+
 def evaluate(
     query_emb: Any, query: pd.DataFrame, gallery_emb: Any, gallery: pd.DataFrame, **options: Any
 ) -> Evaluation:
     """Rank the gallery for every query by Euclidean distance, and score the ranks.
 
-    Short for `Retrieval` and its method `evaluate`, whose arguments and errors it has: ``topk`` and
-    ``exclude_same_camera`` among them.
+    Short for `Retrieval` and its method `evaluate`, whose arguments and errors it has: ``topk``,
+    ``partial_file`` and ``exclude_same_camera`` among them.
 
     >>> query, gallery = pd.DataFrame({"pid": [1]}), pd.DataFrame({"pid": [2, 1]})
     >>> evaluate([[0.0]], query, [[1.0], [2.0]], gallery).scores["mAP"]  # the match is at rank 2
     0.5
     """
-    topk = options.pop("topk", TOPK)
-    return Retrieval(query_emb, query, gallery_emb, gallery, **options).evaluate(topk)
+    scoring = {key: options.pop(key) for key in ("topk", "partial_file") if key in options}
+    return Retrieval(query_emb, query, gallery_emb, gallery, **options).evaluate(**scoring)

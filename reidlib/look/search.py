@@ -13,8 +13,11 @@ from torch import nn
 from reidlib.data.files import cut_of
 from reidlib.data.pixels import image_sizes, load_images, read_image
 from reidlib.data.tables import ignored_files, image_list
+from reidlib.evaluation.distances import taken
+from reidlib.evaluation.index import Index
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.embed import embed, read_embeddings
+from reidlib.model.shards import ENDINGS, Shards
 from reidlib.recipes import Recipe
 from reidlib.words import some
 
@@ -35,10 +38,15 @@ def picture_table(source: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"path": [os.path.abspath(path)], "pid": [-1], "camid": [-1]})
 
 
-def read_gallery(source: str | Path) -> pd.DataFrame | tuple[np.ndarray, pd.DataFrame]:
-    """Return what `search` ranks: the embeddings in an HDF5 file and their table, else pictures."""
-    stored = Path(source).suffix.lower() in (".h5", ".hdf5")
-    return read_embeddings(source) if stored else picture_table(source)
+def read_gallery(source: str | Path) -> pd.DataFrame | tuple[Shards | np.ndarray, pd.DataFrame]:
+    """Return what `search` ranks: embeddings, which stay on disk, and their table; else pictures.
+
+    Embeddings are an HDF5 file, or a folder of such files, or of `.npy` beside the list of their images.
+    """
+    path = Path(source).expanduser()
+    files = [path, *(path.iterdir() if path.is_dir() else ())]
+    stored = any(file.suffix.lower() in ENDINGS for file in files)
+    return read_embeddings(source, in_memory=False) if stored else picture_table(source)
 
 
 def remarks(sources: Mapping[str, str], tables: Mapping[str, Any], recipe: Recipe) -> list[str]:
@@ -91,6 +99,7 @@ def search(
     *,
     topk: int | None = 10,
     flip: bool = False,
+    index: str | Path | None = None,
     show_progress: bool = True,
 ) -> tuple[Retrieval, pd.DataFrame]:
     """Rank a gallery for pictures of somebody, without labels.
@@ -105,6 +114,8 @@ def search(
         recipe: the model's; its `unreadable` says what to do with broken images.
         topk: ranked images of each list; None for all.
         flip: embed mirrored images too; embeddings that are given must be made so, too.
+        index: a file such as `gallery.hnsw`: lists are made of what this `Index` finds, which is made
+            and written there if it is not there. None looks at the whole gallery.
 
     Returns:
         The retrieval, over the images that could be read, and its `ranked_lists`, with `query_path`,
@@ -113,7 +124,7 @@ def search(
 
     Raises:
         ValueError: unreadable images (named), unless they are to be skipped; embeddings that this
-            model did not make; a gallery of nothing but the query.
+            model did not make; a gallery of nothing but the query; an index of another gallery.
 
     >>> from reidlib.data.tables import load
     >>> from reidlib.model.weights import build_model
@@ -136,7 +147,8 @@ def search(
     gallery_emb, gallery = gallery if isinstance(gallery, tuple) else embedded(gallery)
     unlabelled = [table.assign(pid=-1, camid=-1) for table in (query, gallery)]
     retrieval = Retrieval(query_emb, unlabelled[0], gallery_emb, unlabelled[1])
-    found = retrieval.ranked_lists(topk=topk)
+    through = Index.kept(index, gallery_emb) if index else None
+    found = retrieval.ranked_lists(topk=topk, index=through)
     if found["rank"].isna().all():
         raise ValueError("The gallery holds nothing but the query itself: nothing is left to rank.")
     found.insert(1, "query_path", query["path"].to_numpy()[found["query"]])
@@ -171,7 +183,7 @@ def _check_origin(
             again[row] = embed(model, image[None], recipe, flip, show_progress=False)[0]
     if not again:
         return
-    stored = emb[[*again]].astype(np.float64)
+    stored = taken(emb, np.array([*again])).astype(np.float64)
     moved = np.median(np.linalg.norm(stored - np.stack([*again.values()]), axis=1))
     apart = np.linalg.norm(stored[:, None] - stored, axis=2)  # (n, n)
     apart = np.median(apart[apart > 0]) if (apart > 0).any() else np.linalg.norm(stored[0])

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from reidlib.data.augment import Augmentation
 from reidlib.data.tables import image_list
 from reidlib.model.device import autocast, bfloat16_problem
+from reidlib.model.shards import Shards, Stored, in_blocks, npy, shard_files
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
 from reidlib.runs import write_atomically
@@ -158,30 +159,34 @@ def write_embeddings(
 def _sha256(content: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of a file's datasets: their numbers and names, however they are stored."""
     digest = hashlib.sha256()
-    for key in ("emb", "pid", "camid"):
+    for block in in_blocks(content["emb"]):
+        digest.update(block)
+    for key in ("pid", "camid"):
         digest.update(np.ascontiguousarray(content[key]))
     digest.update(b"\0".join(content["path"]))
     return digest.hexdigest()
 
 
 def read_embeddings(
-    path: str | Path, csv: str | Path | None = None
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Read an HDF5 file of embeddings, from here or from another toolkit.
+    path: str | Path, csv: str | Path | None = None, *, in_memory: bool = True
+) -> tuple[np.ndarray | Shards, pd.DataFrame]:
+    """Read embeddings from HDF5 or `.npy`, from here or from another toolkit.
 
     Args:
-        path: a file with `emb` (N, D), and `pid`, `camid` and `path`.
-        csv: for a file with `emb` alone, as triplet-reid writes it, the list of its images
-            (`pid,path[,camid]`).
+        path: an HDF5 file with `emb` (N, D), and `pid`, `camid` and `path`; a `.npy` file of (N, D); or
+            a folder of one or the other kind, shards that follow one another by their numbers.
+        csv: for embeddings alone, as triplet-reid writes them, the list of all their images
+            (`pid,path[,camid]`). For a folder the one list in it, if this is None.
+        in_memory: False leaves the embeddings on disk, as `Shards`. Compressed ones come into memory.
 
     Returns:
         Embeddings (N, D) as stored, and their table, with "" and −1 where the file does not say. What
-        the file says of them is in the table's `attrs`.
+        the file says of them (all files, where there are several) is in the table's `attrs`.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not HDF5, no `emb`, no identities, or lengths
             that differ; datasets of another kind or that lie outside of the file; numbers that are
-            not those that were written.
+            not those that were written; shards that are missing, cut off, or of different origin.
 
     >>> from tempfile import TemporaryDirectory
     >>> table = pd.DataFrame({"path": ["a.jpg"], "pid": [1], "camid": [1]})
@@ -192,12 +197,17 @@ def read_embeddings(
     0  a.jpg    1      1
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"There is no embedding file {path}.")
-    content, about = _read_hdf5(path)
-    if "emb" not in content:
-        raise ValueError(f"{path} has no dataset 'emb' with the embeddings.")
-    emb = content["emb"]
+    files = shard_files(path) if path.is_dir() else [path]
+    if files[0].suffix.lower() == ".npy":
+        emb, content, about = Shards(map(npy, files)), {}, {}
+        emb = emb[:] if in_memory else emb
+    else:
+        content, about = _joined(files, in_memory)
+        emb = content["emb"]
+    if csv is None and path.is_dir() and len(lists := [*path.glob("*.csv")]) == 1:
+        csv = lists[0]
     if emb.ndim != 2 or emb.dtype.kind != "f":
         raise ValueError(f"'emb' in {path} must be (N, D) floats, not {emb.shape} {emb.dtype}.")
     if csv is not None:
@@ -214,7 +224,27 @@ def read_embeddings(
     return emb, table
 
 
-def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _joined(files: list[Path], in_memory: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read HDF5 files as one: their datasets, end to end, and what all of them say of themselves."""
+    contents, abouts = zip(*(_read_hdf5(file, in_memory) for file in files), strict=True)
+    content, about = contents[0], abouts[0]
+    if len(files) > 1:
+        abouts = [{**a, "content_sha256": ""} for a in abouts]
+        for file, other, said in zip(files, contents, abouts, strict=True):
+            if {*other} != {*content} or said != abouts[0]:
+                raise ValueError(f"{file} and {files[0]} are of different origin: no one gallery.")
+        embs = [each.pop("emb") for each in contents]
+        content = {key: np.concatenate([each[key] for each in contents]) for key in content}
+        stored = not in_memory and all(isinstance(emb, Shards) for emb in embs)
+        parts = [part for emb in embs for part in emb.parts] if stored else ()
+        content["emb"] = Shards(parts) if stored else np.concatenate(embs)
+        del (about := abouts[0])["content_sha256"]
+    return content, about
+
+
+def _read_hdf5(
+    path: Path, in_memory: bool
+) -> tuple[dict[str, np.ndarray | Shards], dict[str, str]]:
     """Read the datasets of embeddings and the attributes: the only reader of HDF5 in the library.
 
     A file may name parts of others on this machine as its own: only what lies in itself is read.
@@ -229,8 +259,14 @@ def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                     raise ValueError(f"{key!r} is no dataset that lies in this file")
                 if stored.nbytes > 20 * path.stat().st_size + 10**8:
                     raise ValueError(f"{key!r} is of {stored.nbytes:,} bytes, as no embeddings are")
-                content[key] = _checked(key, stored[()])
+                at = stored.id.get_offset()  # None if compressed or empty
+                if key == "emb" and not in_memory and at is not None:
+                    content[key] = Shards([Stored(path, at, stored.shape, stored.dtype)])
+                else:
+                    content[key] = _checked(key, stored[()])
             about = {key: value for key, value in file.attrs.items() if isinstance(value, str)}
+        if "emb" not in content:
+            raise ValueError("it has no dataset 'emb' with the embeddings")
         sizes = {key: len(values) if values.ndim else 1 for key, values in content.items()}
         if len({*sizes.values()}) > 1:
             raise ValueError(f"its datasets have different lengths: {sizes}")
