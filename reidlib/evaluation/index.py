@@ -29,7 +29,7 @@ class Index:
     Args:
         dim: numbers in an embedding.
         kind: one of `KINDS`. `"flat"` looks at all; `"hnsw"` follows a graph, at 128 candidates;
-            `"ivfpq"` looks at a 64th of 4 √size lists, 16 at least, and at codes instead of numbers.
+            `"ivfpq"` looks at a 32nd of 4 √size lists, 16 at least, and at codes instead of numbers.
         size: how many embeddings there will be, about.
 
     Attributes:
@@ -57,7 +57,7 @@ class Index:
         if kind == "hnsw":
             self._index.hnsw.efSearch = 128
         if kind == "ivfpq":
-            self._index.nprobe = max(16, lists // 64)
+            self._index.nprobe = max(16, lists // 32)
             # 64 images a code train as well as FAISS's 256, in a sixth of the time.
             self._index.pq.cp.niter, self._index.pq.cp.max_points_per_centroid = 10, 64
 
