@@ -5,7 +5,7 @@ from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _WORDS |= {NoneType: "none", list: "a list", tuple: "a tuple", dict: "a dictionary"}
@@ -27,7 +27,8 @@ def typed(value: Any, annotation: Any) -> Any:
     """
     if annotation is Any:  # text that looks like a number is one
         annotation = int | float | bool | None | Any
-    kinds, adapter = alternatives(annotation), TypeAdapter(annotation)
+    kinds = alternatives(annotation)
+    adapter = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
     with suppress(ValidationError):
         if not isinstance(value, str):
             return adapter.validate_python(value, strict=True)

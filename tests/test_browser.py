@@ -347,10 +347,16 @@ def test_what_is_noted_is_a_table_that_corrects_the_data(runs, tables, tmp_path)
     fixed = correct(tmp_path, sides(), notes := [])
     assert "1 images left out, 1 relabelled" in notes[0] and len(fixed["query"]) == 10
     assert fixed["gallery"]["pid"][4] == 40 and tables[1]["pid"][4] != 40
+    of_several = [table.assign(dataset=np.where(table.index < 2, "a", "b")) for table in tables]
+    sides_of = (getattr(runs["plain"], f"{side}_side").emb for side in ("query", "gallery"))
+    emb = [*sides_of]
+    joined = Browser(Retrieval(emb[0], of_several[0], emb[1], of_several[1]), live=False)
+    joined.tagged = widget.tagged
     for text, message in (
         ("nowhere.png,drop,", "has 0 such"),
         (f"{widget.tags['path'][0]},rename,3", "the action is drop, or relabel"),
         (f"{widget.tags['path'][0]},relabel,bob", "to pid 'bob'"),
+        (joined.tags.iloc[1][["path", "action", "pid"]].str.cat(sep=","), "to pid '40 of a.b'"),
     ):
         (tmp_path / "corrections.csv").write_text("path,action,pid\n" + text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

@@ -202,7 +202,12 @@ def test_notebooks_are_found_by_name_number_and_path(folder):
         ({"p": 1.5}, "p = 1.5: 03_train wants a whole number"),
         ({"p": True}, "p = True"),
         ({"p": "0"}, "p = '0': 03_train wants a whole number, 1 or more"),
-        ({"run": 3}, "run = 3: 04_evaluate wants text"),
+        ({"run": [3]}, r"run = \[3\]: 04_evaluate wants text"),
+        ({"p": 2**31}, "wants a whole number, 1 or more, below 2.31"),
+        *(
+            ({"lr": bad}, f"lr = '{bad}': 03_train wants a number")
+            for bad in ("nan", "-inf", "1e400")
+        ),
         ({"top": None}, "top = None"),
     ],
 )

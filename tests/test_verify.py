@@ -411,6 +411,8 @@ def test_halves_share_nobody_and_leave_out_nobody():
         rows += [*asked, *(60 + shown)]
         assert asked.is_monotonic_increasing and shown.is_monotonic_increasing
         np.testing.assert_array_equal(part.query_side.emb, query_emb[asked])
+        assert [*part.query.index] == [*range(len(asked))], "a row number finds another row"
+        assert [*part.gallery.index] == [*range(len(shown))]
         np.testing.assert_array_equal(part.gallery_side.emb, gallery_emb[shown])
         people.append({*part.query["pid"], *part.gallery["pid"]} - {0})
         strangers = (part.gallery["pid"] == 0).sum()

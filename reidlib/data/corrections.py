@@ -29,10 +29,7 @@ def correct(
         return tables
     try:
         rows = pd.read_csv(file, dtype=str, keep_default_na=False)[["path", "action", "pid"]]
-    except (
-        KeyError,
-        ValueError,
-    ) as error:  # pandas' own errors, and bytes that are no text, are such
+    except (KeyError, ValueError) as error:  # pandas' own, and bytes that are no text, are such
         raise ValueError(f"{file} is no CSV with path, action, pid: {error}") from None
     known = {f"/{one}".replace(os.sep, "/"): one for one in pd.concat(tables.values())["path"]}
     for path, action, pid in rows[rows["action"] != ""].to_numpy():
@@ -42,7 +39,8 @@ def correct(
         if len(hits) != 1 or not able:
             raise ValueError(
                 f"{file}: cannot {action} {path!r} to pid {pid!r}. The data set has {len(hits)} such images, "
-                "and must have one; the action is drop, or relabel with a whole number as pid."
+                "and must have one; the action is drop, or relabel with a whole number as pid: that of this "
+                "data set by itself, not of several."
             )
         counts[action] += 1
         for split, table in tables.items():

@@ -123,7 +123,10 @@ def pair_distances(
     cameras["AUC"] = 1 - cameras.pop("nearer") / possible.where(possible > 0)
     impostors = int(cameras["impostor"].sum())
     if not impostors:
-        raise ValueError("there is no impostor pair: query and gallery show one person alone")
+        raise ValueError(
+            "there is no impostor pair: query and gallery show one person alone. Take a larger test, or "
+            "train with hold_out, and a threshold is chosen on other people."
+        )
     genuine = genuine.assign(below=nearer[0], up_to=nearer[1])
     return Pairs(genuine, _sorted(impostor, labels), limit, keep, impostors, cameras, people)
 
@@ -206,9 +209,11 @@ def halves(retrieval: Retrieval, *, seed: int = 0) -> list[Retrieval]:
     first = [rng.permutation(kind)[: len(kind) // 2] for kind in (queried, others, strangers)]
     q_first, g_first = np.isin(q.pids, first[0]), np.isin(g.pids, np.concatenate(first[:2]))
     g_first[first[2]] = True
-    query, gallery = retrieval.query, retrieval.gallery
     options = {"exclude_same_camera": retrieval.exclude_same_camera}
-    return [
-        Retrieval(q.emb[asked], query[asked], g.emb[rows], gallery[rows], **options)
-        for asked, rows in ((q_first, g_first), (~q_first, ~g_first & (g.pids != -1)))
-    ]
+    parts = []
+    for asked, shown in ((q_first, g_first), (~q_first, ~g_first & (g.pids != -1))):
+        # A row number is a place, and an index of the whole would say another.
+        query = retrieval.query[asked].reset_index(drop=True)
+        gallery = retrieval.gallery[shown].reset_index(drop=True)
+        parts.append(Retrieval(q.emb[asked], query, g.emb[shown], gallery, **options))
+    return parts

@@ -53,7 +53,7 @@ def two_groups(
             write_json(file, {"evaluated_on": run.data.name} | found | counts)
             raise ValueError(
                 f"All queries of {run.data.name} show one person, so nobody is left to try a threshold "
-                f"on. Of its {pairs} the area under the ROC curve is {found['AUC']:.2%}, written to "
+                f"on. There are {pairs}. The area under the ROC curve is {found['AUC']:.2%}, written to "
                 f"{file}. Train with hold_out, and the threshold is chosen on others."
             )
         parts = halves(testing, seed=seed)

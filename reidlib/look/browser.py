@@ -218,7 +218,10 @@ class Browser(anywidget.AnyWidget):
         """
         columns = ["path", "action", "pid", "tag", "note"]
         rows = [{**entry, "path": self._lists.path(key)} for key, entry in self.tagged.items()]
-        return pd.DataFrame(rows, columns=columns).fillna("")
+        table = pd.DataFrame(rows, columns=columns).fillna("")
+        if several := self._lists.several:  # `correct` refuses their numbers, as the page's
+            table["pid"] = table["pid"].where(table["pid"] == "", table["pid"] + f" of {several}")
+        return table
 
     def answer(self, question: dict) -> dict:
         """Answer the front end, which asks for "photos" of `keys`, or for the "lists" of one.

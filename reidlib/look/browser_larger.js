@@ -74,7 +74,9 @@ function makeTags(app, root) {
     }
   };
   const tags = attempt(app.source.tags) ?? {};
-  const save = button("", () => saveCsv("corrections.csv", TAGS, Object.values(tags)), { className: "save-tags" });
+  const save = button("", () => saveCsv("corrections.csv", TAGS, Object.values(tags).map(numbered)), { className: "save-tags" });
+  const { several } = app.about; // data sets, whose people have other numbers here than by themselves
+  const numbered = (entry) => (several && entry.pid ? { ...entry, pid: `${entry.pid} of ${several}` } : entry);
   const words = ({ action, pid, tag, note }) => joined(action === "relabel" ? `relabel ${pid}` : action, tag, note);
   const text = (key) => (tags[key] ? `⚑ ${words(tags[key])}` : "");
   const mark = (key) => make("span", { className: "mark", "data-tag": key }, text(key));

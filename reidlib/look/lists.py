@@ -94,6 +94,8 @@ class Lists:
         for side, table in (("q", first.query), ("g", first.gallery)):
             table = pd.DataFrame({"camid": -1, "path": "", **table})
             self.tables[side] = table.assign(name=short_names(table))
+        # Whose people are numbered otherwise here than where each data set is by itself.
+        self.several = "+".join(dict.fromkeys(self.tables["q"].get("dataset", ())))
 
     # --- queries
 
@@ -169,6 +171,7 @@ class Lists:
             "most": len(self.tables["g"]),
             "id": hashlib.sha256(repr(names).encode()).hexdigest()[:16],  # of whom tags are kept
             "folders": {key: _folder(table) for key, table in tables},
+            "several": self.several,
             "follows": any(run.follows for run in self.runs),
             "colours": COLOURS,
             "notes": [*dict.fromkeys(run.protocol for run in self.runs if run.scored), what],

@@ -156,11 +156,11 @@ def _fitting(values: dict, declared: dict[str, Parameter], notebook: str) -> dic
     for name, value in fitting.items():
         annotation, default, least = declared[name]
         wanted = in_words(annotation)
-        wanted += "" if least is None else f", {least} or more"
+        wanted += "" if least is None else f", {least} or more, below 2^31"
         wanted += ", which papermill's -r gives" if str in alternatives(annotation) else ""
         try:
             fitting[name] = typed(value, annotation)
-            if least is not None and fitting[name] < least:
+            if least is not None and not least <= fitting[name] < 2**31:
                 raise ValueError
         except ValueError:
             raise ValueError(
