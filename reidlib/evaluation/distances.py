@@ -104,11 +104,19 @@ def squared(a: np.ndarray, rows: np.ndarray | int, b: Any, columns: np.ndarray) 
     array([0., 2.])
     """
     out = np.empty(len(columns))
+    if not isinstance(b, np.ndarray):  # on disk: each row is read once, in order, some MB at a time
+        step = max(1, 2**22 // a.shape[1])
+        order = np.argsort(columns, kind="stable")
+        for some in (order[n : n + step] for n in range(0, len(order), step)):
+            there, back = np.unique(columns[some], return_inverse=True)
+            asked = rows if np.ndim(rows) == 0 else rows[some]
+            out[some] = squared(a, asked, taken(b, there), back)
+        return out
     step = max(1, 2**16 // a.shape[1])  # 512 kB at a time, at home in the cache
     for start in range(0, len(columns), step):
         part = slice(start, start + step)
         # (n', D)
-        difference = taken(b, columns[part]).astype(np.float64)
+        difference = b[columns[part]].astype(np.float64)
         difference -= a[rows if np.ndim(rows) == 0 else rows[part]]
         # (n', D) -> (n',)
         out[part] = np.square(difference, out=difference).sum(axis=1)
