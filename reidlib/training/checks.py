@@ -299,23 +299,9 @@ def too_short(run: Watched) -> Sentences:
 
 
 # Worth a line as soon as they are seen: the rest of the run is lost time.
-AT_ONCE = (
-    weights_did_not_load,
-    wrong_normalisation,
-    no_margin,
-    too_few_identities,
-    diverging,
-    collapsed,
-)
+AT_ONCE = (weights_did_not_load, wrong_normalisation, no_margin)
+AT_ONCE += (too_few_identities, diverging, collapsed)
 # Of a run that was stopped or killed on its way; the others ask how it ended.
 UNDER_WAY = (*AT_ONCE, near_collapse)
-CHECKS = (
-    *UNDER_WAY,
-    not_learning,
-    margin_out_of_reach,
-    too_easy,
-    overfitting,
-    still_learning,
-    far_from_origin,
-    too_short,
-)
+CHECKS = (*UNDER_WAY, not_learning, margin_out_of_reach, too_easy, overfitting)
+CHECKS += (still_learning, far_from_origin, too_short)

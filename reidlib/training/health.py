@@ -103,9 +103,8 @@ def run_text(run: str | Path) -> str:
     folder = runs.find_run(run)
     manifest = runs.read_json(folder / "manifest.json")
     text = as_text(report_run(folder), checks := _checks(manifest))
-    if checks == UNDER_WAY:
-        logged = read_table(folder / "history.csv", READ)  # a kill leaves no other trace
-        step = logged["step"].iloc[-1]
+    if checks == UNDER_WAY:  # a kill leaves no other trace than its history
+        step = read_table(folder / "history.csv", READ)["step"].iloc[-1]
         left_out = ", ".join(named(check for check in CHECKS if check not in checks))
         done = f"step {step:,} of {manifest['steps']:,}"
         text += f"\nIts training has not ended ({done}), so not checked: {left_out}."

@@ -206,9 +206,8 @@ class Journal:
         file = self.folder / "manifest.json"
         stages = runs.read_json(file).get("went_on_after", []) if file.exists() else []
         stages = [recipe.model_copy(update={"steps": n, "epochs": None}) for n in stages]
-        ended = {}
-        if status == "finished":
-            ended["weights_sha256"] = runs.sha256(self.folder / "weights.safetensors")
+        weights = self.folder / "weights.safetensors"
+        ended = {"weights_sha256": runs.sha256(weights)} if status == "finished" else {}
         runs.update_json(
             file,
             status=status,
@@ -231,9 +230,8 @@ class Journal:
 
 def reproduce_command(recipe: Recipe, tag: str = "") -> str:
     """Return the command that makes the run again: the settings that are not the defaults."""
-    changed = recipe.model_dump(exclude_defaults=True, exclude_none=True) | (
-        {"tag": tag} if tag else {}
-    )
+    changed = recipe.model_dump(exclude_defaults=True, exclude_none=True)
+    changed |= {"tag": tag} if tag else {}
     options = [f"--{key.replace('_', '-')} {shlex.quote(str(changed[key]))}" for key in changed]
     start = "python -m reidlib train"
     if (several := distributed.size()) > 1:  # after "--", torchrun takes no option for its own

@@ -280,13 +280,14 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
     finished, grown = before["status"] == "finished", plan.steps > before["steps"]
     free = {*WATCHING, *(("steps", "epochs") if grown and finished and longer else ())}
     old = located(runs.read_recipe(folder)).model_dump(exclude=free)
-    old |= {"data fingerprint": before["train_data"], "went on after": before.get("went_on_after")}
+    went_on, processes = before.get("went_on_after"), before.get("processes", 1)
+    old |= {
+        "data fingerprint": before["train_data"],
+        "went on after": went_on,
+        "processes": processes,
+    }
     now = plan.recipe.model_dump(exclude=free) | {"data fingerprint": plan.data}
-    now |= {"went on after": old["went on after"] if longer else None}
-    old, now = (
-        old | {"processes": before.get("processes", 1)},
-        now | {"processes": distributed.size()},
-    )
+    now |= {"went on after": went_on if longer else None, "processes": distributed.size()}
     if differ := [f"{k}: {old[k]!r} there, {now[k]!r} now" for k in now if old[k] != now[k]]:
         raise ValueError(
             f"The run {folder.name} was made with other settings ({'; '.join(differ)}). Give another "
