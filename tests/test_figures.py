@@ -130,6 +130,8 @@ def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
     assert 'src="data:image/jpeg;base64,/9j/' in page and page.count("<img") == 1
     assert '"grid"' in bundle["text/plain"]
     figures.show(figures.curves({"a": ([1, 2], [1, 2])}, "x", "y"), "A line from 1 to 2.")
+    with pytest.raises(ValueError, match="66,000 pixels on a side: show fewer"):
+        figures.encode(figures.Figure(figsize=(1, 440)), photo=True)
     page = shown.pop()[0]["text/html"]
     data = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", page)[1])
     with Image.open(io.BytesIO(data)) as image:

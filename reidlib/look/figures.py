@@ -110,7 +110,12 @@ def optional(what: str) -> Iterator[None]:
 
 
 def encode(figure: Figure, photo: bool = False, density: float = 1.5) -> bytes:
-    """Return a figure as JPEG (photo) or PNG; `density` is its pixels for one of the screen's."""
+    """Return a figure as JPEG (photo) or PNG; `density` is its pixels for one of the screen's.
+
+    Raises ValueError: it is higher or wider than a JPEG can be.
+    """
+    if (side := max(figure.get_size_inches()) * 100 * density) > 65_500:
+        raise ValueError(f"The figure would have {side:,.0f} pixels on a side: show fewer images.")
     buffer = io.BytesIO()
     options = {"pil_kwargs": {"quality": 85, "optimize": True}} if photo else {}
     figure.savefig(buffer, format="jpeg" if photo else "png", dpi=100 * density, **options)
