@@ -34,7 +34,7 @@ gallery: setup  ## the README's pictures again, after `make demo`
 	$(PY) docs/gallery.py synthetic_batchhard_softplus_demo
 
 BOOK := OMP_NUM_THREADS=1 REID_OUTPUTS="$(CURDIR)/book/runs" $(PY)
-ALONE := 00% 01% 02% 05% 11% # need no run; the others take that of 03
+ALONE := 00% 01% 02% 05% 11% 15% # need no run; the others take that of 03
 book: setup $(VENV)/.book ## the notebooks, run on the built-in data, as a site: book/site/index.html
 	rm -rf book docs/notebooks
 	$(PY) -m reidlib data --dataset synthetic > /dev/null
