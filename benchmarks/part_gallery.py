@@ -24,8 +24,8 @@ from run import machine
 
 from reidlib.evaluation.index import KINDS, Index, price
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.model.embed import read_embeddings
 from reidlib.model.shards import Shards, npy
+from reidlib.model.stored import read_embeddings
 from reidlib.runs import find_run
 
 SHARD = 250_000  # rows

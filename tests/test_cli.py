@@ -19,7 +19,7 @@ from reidlib.data.tables import load
 from reidlib.evaluation.intervals import difference
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
-from reidlib.model.embed import read_embeddings, write_embeddings
+from reidlib.model.stored import read_embeddings, write_embeddings
 from reidlib.paths import outputs_dir
 from reidlib.recipes import Recipe, make_recipe
 from reidlib.training import health

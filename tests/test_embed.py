@@ -12,7 +12,8 @@ import torch
 from reidlib.data.augment import Augmentation
 from reidlib.data.pixels import load_images, load_training_images
 from reidlib.model.device import autocast, pick_device, race
-from reidlib.model.embed import VIEWS, embed, embed_views, read_embeddings, write_embeddings
+from reidlib.model.embed import VIEWS, embed, embed_views
+from reidlib.model.stored import read_embeddings, write_embeddings
 from reidlib.model.weights import build_model
 from reidlib.recipes import make_recipe
 

@@ -13,7 +13,7 @@ from reidlib.__main__ import main
 from reidlib.evaluation import partial, ranks, retrieval
 from reidlib.evaluation.index import Index, price
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.model.embed import read_embeddings, write_embeddings
+from reidlib.model.stored import read_embeddings, write_embeddings
 
 COUNT, DIM = 600, 8
 
@@ -204,7 +204,7 @@ LIMITED = """
 import resource, sys
 import numpy as np, pandas as pd
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.model.embed import read_embeddings
+from reidlib.model.stored import read_embeddings
 
 query, table = np.load(f"{sys.argv[1]}/query.npz"), pd.DataFrame({"pid": np.arange(400_000)})
 used = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1])

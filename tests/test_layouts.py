@@ -20,7 +20,7 @@ from reidlib.data.check import check
 from reidlib.data.layouts import LAYOUTS
 from reidlib.data.pixels import image_sizes, load_images, read_image
 from reidlib.data.synthetic import draw_person
-from reidlib.model.embed import read_embeddings
+from reidlib.model.stored import read_embeddings
 from reidlib.model.weights import build_model, save_weights
 from reidlib.paths import outputs_dir
 from reidlib.recipes import DATA_SETS, located, make_recipe

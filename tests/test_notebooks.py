@@ -18,7 +18,7 @@ import pytest
 
 from reidlib import runs
 from reidlib.evaluation.retrieval import evaluate
-from reidlib.model.embed import read_embeddings
+from reidlib.model.stored import read_embeddings
 from reidlib.paths import ROOT
 from reidlib.recipes import Recipe
 from reidlib.workbook.notebooks import read_parameters

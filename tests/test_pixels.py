@@ -114,7 +114,9 @@ def test_the_size_of_what_cannot_be_read_is_looked_for_again(table, monkeypatch)
     Image.new("RGB", (30, 50), "red").save(table["path"][0])
     with monkeypatch.context() as away:
         real = Image.open
-        away.setattr(Image, "open", lambda path, **how: real("" if "0.png" in path else path, **how))
+        away.setattr(
+            Image, "open", lambda path, **how: real("" if "0.png" in path else path, **how)
+        )
         assert load_quietly(table, unreadable="skip")[0].shape == (5, 24, 12, 3)
     assert load_quietly(table)[0].shape == (6, 9, 9, 3)
 

@@ -68,7 +68,7 @@ def test_lint():
 ROOMS = {
     "": "paths progress words typed extras recipes records runs",
     "data": "files layouts tracks dataset people synthetic corrections tables pixels check augment sampler",
-    "model": "depthwise elsewhere network weights device shards embed",
+    "model": "depthwise elsewhere network weights device embed shards stored",
     "evaluation": "distances metrics partial ranks sides retrieval index leaks intervals baselines rerank "
     "pairs verify scoring thresholds",
     "look": "figures live photographs search suspects copies maps why pages embedding_map lists "

@@ -20,7 +20,8 @@ from reidlib.evaluation import scoring
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
 from reidlib.evaluation.scoring import PER_QUERY, open_run, score_run
-from reidlib.model.embed import embed, embed_views, read_embeddings
+from reidlib.model.embed import embed, embed_views
+from reidlib.model.stored import read_embeddings
 from reidlib.model.weights import build_model, load_model, save_weights
 from reidlib.recipes import make_recipe
 from reidlib.training.loop import prepare

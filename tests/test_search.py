@@ -31,7 +31,8 @@ from reidlib.look.search import (
     uncovered,
     uncovered_in_words,
 )
-from reidlib.model.embed import embed, write_embeddings
+from reidlib.model.embed import embed
+from reidlib.model.stored import write_embeddings
 from reidlib.model.weights import build_model, save_weights
 from reidlib.recipes import make_recipe
 

@@ -24,8 +24,9 @@ from reidlib.evaluation.leaks import copied_queries
 from reidlib.evaluation.metrics import SCORES, Evaluation
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.model.device import pick_device
-from reidlib.model.embed import embed_views, read_embeddings, write_embeddings
+from reidlib.model.embed import embed_views
 from reidlib.model.network import EmbeddingNet
+from reidlib.model.stored import read_embeddings, write_embeddings
 from reidlib.model.weights import load_model
 from reidlib.recipes import Recipe, data_sets, located, stored_recipe
 

@@ -16,8 +16,9 @@ from reidlib.data.tables import ignored_files, image_list
 from reidlib.evaluation.distances import taken
 from reidlib.evaluation.index import Index
 from reidlib.evaluation.retrieval import Retrieval
-from reidlib.model.embed import embed, read_embeddings
+from reidlib.model.embed import embed
 from reidlib.model.shards import ENDINGS, Shards
+from reidlib.model.stored import read_embeddings
 from reidlib.recipes import Recipe
 from reidlib.words import some
 
