@@ -152,7 +152,7 @@ def mend(app, exception) -> None:
         return
     unused = [
         *out.rglob("*.map"),
-        *out.glob("_static/webpack*"),
+        *out.glob("_static/*webpack*"),
         *out.glob("_static/locales/**/*.*"),
     ]
     for path in unused:  # by a reader: they are of the theme's workshop
