@@ -40,7 +40,8 @@ def places(data_root, tmp_path, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Whatever needs a browser is slow: `make quick` leaves it out."""
+    """Whatever needs a browser is slow: `make quick` leaves it out. The longest file goes first."""
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
     for item in items:
         if "driver" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
