@@ -72,7 +72,7 @@ $(VENV)/peers/.ready: benchmarks/peers.txt $(READY)
 test: setup     ## the whole test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-quick: setup    ## lint, unit tests, doctests and one kill-and-resume, in a minute: no kernel, no browser
+quick: setup    ## lint, unit tests, doctests and one kill-and-resume, in a minute or two: no kernel, no browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 setup: here $(READY) ## the environment alone, in .venv
