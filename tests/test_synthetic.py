@@ -157,7 +157,7 @@ def test_identities_share_colours_and_differ_otherwise():
     for block in range(1, 12):
         family = [look(pid) for pid in range(8 * block, 8 * block + 8)]
         assert len({(who.top, who.bottom) for who in family}) == 1
-        assert {who.pattern for who in family} == set(people.PATTERNS)
+        assert {who.pattern for who in family} == set(people.TOLD["patterns"])
 
 
 def test_draw_person_depends_on_each_of_its_arguments():
@@ -202,7 +202,7 @@ def test_every_appearance_can_be_drawn_from_every_side(view):
     # jacket is a shirt, from the front a ponytail is short hair.
     hidden = {("cut", "back"): 1, ("hair_style", "front"): 1}
     for field, values in dict(
-        pattern=people.PATTERNS,
+        pattern=people.TOLD["patterns"],
         hat=("", "cap", "beanie"),
         cut=("tank", "tshirt", "long", "jacket", "hoodie", "coat", "dress"),
         legs=("slim", "trousers", "wide", "shorts", "skirt"),

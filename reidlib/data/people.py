@@ -5,7 +5,9 @@ turned by a yaw, clothed with capsules and elliptic cylinders, and painted from 
 """
 
 import math
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,18 +20,8 @@ Point = tuple[float, float, float]  # of the body
 Pixel = tuple[float, float]
 Widths = list[tuple[float, float]]  # of an elliptic cylinder: (y, half its width), from above
 
+TOLD = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 FAMILY = 8  # so many neighbouring pids wear the same colours
-# Few colours on purpose: many people must share them.
-TOPS = ((40, 44, 52), (225, 222, 214), (178, 42, 44), (45, 72, 140), (58, 112, 72),
-        (214, 168, 52), (128, 128, 132), (150, 92, 128))  # fmt: skip
-BOTTOMS = ((34, 36, 44), (52, 68, 108), (110, 108, 104), (176, 152, 112), (84, 60, 46))
-ACCENTS = ((238, 236, 228), (28, 28, 34), (226, 186, 60), (60, 104, 176), (190, 54, 50))
-SKINS = ((244, 208, 180), (228, 182, 148), (196, 144, 108), (146, 98, 70), (96, 64, 48))
-HAIRS = ((28, 24, 24), (62, 42, 30), (112, 74, 44), (192, 152, 88), (150, 148, 146), (140, 62, 34))
-SHOES = ((32, 30, 32), (232, 230, 226), (110, 74, 48), (176, 48, 46))
-BAGS = ((34, 34, 38), (150, 40, 44), (60, 84, 60), (130, 92, 56), (58, 82, 136), (222, 196, 84))
-
-PATTERNS = ("plain", "stripes", "pinstripes", "checks", "print", "yoke", "band", "dots")
 # Hair that hangs over the back: a limb.
 MANES = {"long": ((0, 8, -1.8), (0, 25, -4.2), 5.0, 4.6)}
 MANES |= {"ponytail": ((0, 5, -5.6), (0, 19, -7.2), 1.9, 1.3)}
@@ -38,8 +30,9 @@ _HALF = [math.pi * (i / 6 - 0.5) for i in range(7)]
 
 
 def pick(rng: Generator, options: Sequence) -> Any:
-    """Draw one of the options."""
-    return options[int(rng.integers(len(options)))]
+    """Draw one of the options; a colour is a tuple."""
+    option = options[int(rng.integers(len(options)))]
+    return tuple(option) if isinstance(option, list) else option
 
 
 def shade(colour: Colour, factor: float) -> Colour:
@@ -57,32 +50,19 @@ def look(pid: int, seed: int = 0) -> SimpleNamespace:
     >>> (a.top, a.bottom) == (b.top, b.bottom), a.pattern == b.pattern
     (True, False)
     """
-    family = default_rng([seed, 1, pid // FAMILY])
-    who = SimpleNamespace(top=pick(family, TOPS), bottom=pick(family, BOTTOMS))
-    who.pattern = PATTERNS[family.permutation(len(PATTERNS))[pid % FAMILY]]
+    family, patterns = default_rng([seed, 1, pid // FAMILY]), TOLD["patterns"]
+    who = SimpleNamespace(top=pick(family, TOLD["tops"]), bottom=pick(family, TOLD["bottoms"]))
+    who.pattern = patterns[family.permutation(len(patterns))[pid % FAMILY]]
     rng = default_rng([seed, 2, pid])
-    female = who.female = bool(rng.random() < 0.5)
-    hers, styles = 2 * female, ("bob", "long", "ponytail", "bun", "short")
-    options = {  # drawn in this order; what stands twice is worn twice as often
-        # An accent too close to the garment would hide its pattern.
-        "accent": [c for c in ACCENTS if np.abs(np.subtract(c, who.top)).sum() > 180],
-        "cut": ("tank", "tshirt", "tshirt", "long", "jacket", "hoodie", "coat", *["dress"] * hers),
-        "legs": ("slim", "trousers", "wide", "shorts", *["skirt"] * hers),
-        "skin": SKINS,
-        "hair": HAIRS,
-        "hair_style": styles if female else ("short", "short", "short", "bald", "bob"),
-        "hat": ("", "", "", "cap", "beanie"),
-        "hat_colour": BAGS,
-        "bag": ("", "", "backpack", "backpack", "shoulder", "handbag"),
-        "bag_colour": BAGS,
-        "bag_side": (-1, 1),
-        "shoes": SHOES,
-    }
-    for name, values in options.items():
-        setattr(who, name, pick(rng, values))
+    who.female = bool(rng.random() < 0.5)
+    worn = TOLD["worn"] | (TOLD["hers"] if who.female else {})
+    # An accent too close to the garment would hide its pattern.
+    worn["accent"] = [c for c in worn["accent"] if np.abs(np.subtract(c, who.top)).sum() > 180]
+    for name, options in worn.items():
+        setattr(who, name, pick(rng, options))
     who.boots = rng.random() < 0.25
     who.side_stripe = rng.random() < 0.2  # down the trousers
-    who.build = rng.uniform(0.90, 1.14) * (0.93 if female else 1.0)  # width of the torso
+    who.build = rng.uniform(0.90, 1.14) * (0.93 if who.female else 1.0)  # width of the torso
     return who
 
 
@@ -162,10 +142,9 @@ class Pen:
             ends = [[middle - half, middle + half] for middle in middles]
             ends = np.clip(ends, -RIGHT_ANGLE, RIGHT_ANGLE)  # as far as they face us
             if any(lo < hi for lo, hi in ends):
-                (a, b), (c, d) = ends[0], ends[4]
-                outline = [point(0, a + (b - a) * s) for s in (0, 0.25, 0.5, 0.75)]
+                outline = [point(0, u) for u in np.linspace(*ends[0], 5)[:4]]
                 outline += [point(i, ends[i][1]) for i in range(4)]
-                outline += [point(4, d + (c - d) * s) for s in (0, 0.25, 0.5, 0.75)]
+                outline += [point(4, u) for u in np.linspace(*ends[4][::-1], 5)[:4]]
                 outline += [point(i, ends[i][0]) for i in (4, 3, 2, 1)]
                 self.draw.polygon(outline, colour)
 

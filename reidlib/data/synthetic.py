@@ -8,11 +8,11 @@ height and background; views differ in direction and step; boxes are misaligned,
 
 import json
 import math
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -21,62 +21,17 @@ from PIL import Image, ImageDraw, ImageFilter
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 from reidlib.data.files import whole_folder
-from reidlib.data.people import BAGS, TOPS, Pen, look, paint_person, pick, shade
+from reidlib.data.people import TOLD, Pen, look, paint_person, pick, shade
 from reidlib.paths import data_dir
 from reidlib.records import read_json
 
 VERSION = 1  # of the pictures: raise it with every change that alters a drawn pixel
+BAGS = TOLD["worn"]["bag_colour"]
 ZOOM = 4  # drawn so many times larger, then averaged down: smooth edges without any other means
 YAWS = (0.0, 90.0, 180.0, -90.0)  # towards the camera, to the right, away, to the left
 
-# What a camera does to every picture it takes: the street before it; a gain of red, green and blue;
-# gamma (above 1 darkens); saturation; haze (the share of the range lifted from black); blur in
-# pixels; noise (standard deviation in grey levels of 255); tilt (the sine of the angle at which it
-# looks down); how much its height shortens the legs; the side that light comes from, -1 left.
-Camera = namedtuple("Camera", "scene gain gamma saturation haze blur noise tilt foreshorten light")
-CAMERAS = {
-    1: Camera("pavement", (1.07, 1.01, 0.91), 0.95, 1.05, 0.00, 0.3, 3, 0.10, 0.05, -1),
-    2: Camera("park", (0.95, 1.03, 0.92), 1.04, 1.00, 0.02, 0.4, 4, 0.18, 0.14, 1),
-    3: Camera("shop", (1.09, 0.97, 0.84), 1.08, 0.96, 0.02, 0.4, 5, 0.06, 0.00, -1),
-    4: Camera("road", (0.92, 0.99, 1.09), 1.00, 0.90, 0.06, 0.6, 3, 0.14, 0.08, 1),
-    5: Camera("brick", (1.01, 0.91, 1.03), 1.14, 0.94, 0.02, 0.4, 6, 0.16, 0.12, -1),
-    6: Camera("hall", (1.06, 1.07, 1.07), 0.90, 0.86, 0.03, 0.4, 4, 0.22, 0.18, 1),
-}
-
-# What stands behind the people; lengths in rows of a picture of 128: the horizon, the colours of
-# the ground and of what is above it, whether the ground is tiled, and things, far to near. A thing
-# is a gap, at about which it is painted again, and its parts: x, y, width, height, colour (None:
-# any) and the radius of the corners.
-# fmt: off
-_MORTAR = (104, 66, 56)
-STREETS = {
-    "pavement": (54, (172, 166, 156), (196, 188, 172), True, (
-        (46, ((0, 0, 40, 54, (186, 176, 158), 0),  # a house with three windows
-              *((4 + 12 * i, 8, 8, 22, (88, 104, 122), 0) for i in range(3)))),
-        (384, ((0, 44, 400, 10, (86, 106, 70), 0),)))),  # a hedge
-    "park": (40, (104, 128, 74), (70, 96, 62), False, (
-        (27, ((14, 0, 4, 44, (84, 66, 50), 0), (0, -12, 32, 46, (76, 106, 60), 16))),
-        (43, ((9, 0, 3, 42, (84, 66, 50), 0), (0, 0, 22, 36, (60, 88, 48), 11))),
-        (384, ((0, 86, 400, 20, (176, 160, 130), 0),)))),  # a path
-    "shop": (80, (112, 104, 98), (92, 84, 84), True, (
-        (58, ((0, 6, 52, 12, None, 0), (0, 21, 40, 53, (206, 190, 150), 0),  # a sign, a window,
-              *((3 + 8 * i, 32 + 17 * (i % 3), 6, 10, None, 0) for i in range(5)),  # goods,
-              (42, 21, 10, 59, (58, 50, 48), 0))),)),  # a door
-    "road": (46, (104, 106, 110), (142, 148, 152), False, (
-        (384, ((0, 46, 400, 6, (166, 164, 158), 0),)),  # the kerb
-        (70, ((10, 18, 36, 18, (62, 74, 86), 6), (0, 30, 56, 20, None, 5),  # a parked car
-              (6, 42, 12, 12, (30, 30, 32), 6), (38, 42, 12, 12, (30, 30, 32), 6))),
-        (40, ((0, 96, 22, 6, (214, 214, 208), 0),)))),
-    "brick": (66, (134, 128, 126), (140, 84, 66), True, (
-        (384, tuple((0, 6 * i, 400, 1, _MORTAR, 0) for i in range(11))),
-        (14, tuple((7 * (i % 2), 6 * i, 1, 6, _MORTAR, 0) for i in range(11))),
-        (80, ((0, 14, 24, 32, (210, 204, 190), 0), (3, 18, 18, 14, None, 0))))),  # a poster
-    "hall": (32, (190, 190, 186), (150, 158, 166), True, (
-        (34, ((0, 0, 26, 32, (120, 146, 164), 0), (27, 0, 6, 38, (212, 208, 200), 0))),
-        (384, ((0, 102, 400, 6, (206, 176, 70), 0),)),  # a guiding line
-        (60, ((0, 32, 14, 96, (206, 206, 202), 0),)))),  # mirrored light
-}
-# fmt: on
+# What each camera does to its pictures, and the street before it: `people.toml` says what is what.
+CAMERAS = {n: SimpleNamespace(**told) for n, told in enumerate(TOLD["camera"], 1)}
 
 
 def _texture(rng: Generator, h: int, w: int, cell: int, strength: float) -> np.ndarray:
@@ -90,28 +45,28 @@ def _texture(rng: Generator, h: int, w: int, cell: int, strength: float) -> np.n
 def _scene(seed: int, camera: int, h: int, w: int) -> Image.Image:
     """Paint the street of a camera, six pictures wide: each picture shows another piece of it."""
     rng = default_rng([seed, 3, camera])
-    horizon, ground, wall, tiled, things = STREETS[CAMERAS[camera].scene]
-    w, u = 6 * w, h / 128
-    image = Image.new("RGB", (w, h), wall)
+    street, w, u = CAMERAS[camera], 6 * w, h / 128
+    horizon, ground = street.horizon, tuple(street.ground)
+    image = Image.new("RGB", (w, h), tuple(street.wall))
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, horizon * u, w, h), ground)
-    if tiled:  # their rows are denser towards the horizon
+    if street.tiled:  # their rows are denser towards the horizon
         seam = shade(ground, 0.8)
         for i in range(6):
             y = (horizon + (128 - horizon) * (i / 6) ** 1.7) * u
             draw.line((0, y, w, y), seam, int(u))
         for x in np.arange(0, w, 18 * u):
             draw.line((x, horizon * u, x + 12 * u, h), seam, int(u))
-    for gap, parts in things:
+    for gap, parts in street.things:
         x = -gap * u * rng.random() if gap < 384 else 0
         while x < w:
             for left, top, wide, high, colour, radius in parts:
-                colour = shade(colour or pick(rng, TOPS + BAGS), rng.uniform(0.9, 1.1))
+                colour = shade(colour or pick(rng, TOLD["tops"] + BAGS), rng.uniform(0.9, 1.1))
                 box = (x + left * u, top * u, x + (left + wide) * u, (top + high) * u)
                 draw.rounded_rectangle(box, radius * u, colour)
             x += gap * u * (1 + (rng.uniform(-0.3, 0.3) if gap > 14 else 0))
     pixels = np.asarray(image, np.float32) * _texture(rng, h, w, 60, 0.3)
-    pixels = pixels * _texture(rng, h, w, 9, 0.15 if tiled else 0.3)
+    pixels = pixels * _texture(rng, h, w, 9, 0.15 if street.tiled else 0.3)
     pixels = 0.65 * pixels + 0.35 * 132  # the air between
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(2.0))  # out of focus behind the people
@@ -189,7 +144,7 @@ def draw_person(
     return _expose(image.reduce(ZOOM), cam, rng)
 
 
-def _expose(image: Image.Image, cam: Camera, rng: Generator) -> np.ndarray:
+def _expose(image: Image.Image, cam: SimpleNamespace, rng: Generator) -> np.ndarray:
     """Turn a clean picture into what the camera records: blur, cast, gamma, haze and noise."""
     image = image.filter(ImageFilter.GaussianBlur(cam.blur * rng.uniform(0.7, 1.4)))
     x = np.asarray(image, np.float32) / 255  # (H, W, 3)
