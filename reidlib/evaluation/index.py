@@ -52,14 +52,16 @@ class Index:
         self.kind, self.dim, self.checksum = kind, dim, 0
         lists = 2 ** round(math.log2(4 * math.sqrt(max(size, 1))))
         codes = next(n for n in range(max(1, dim // 4), 0, -1) if dim % n == 0)
-        words = KINDS[kind].format(lists=lists, codes=codes)
-        self._index = self._faiss.index_factory(dim, words)
+        self._index = self._faiss.index_factory(dim, KINDS[kind].format(lists=lists, codes=codes))
         if kind == "hnsw":
             self._index.hnsw.efSearch = 128
         if kind == "ivfpq":
             self._index.nprobe = max(16, lists // 32)
-            # 64 images a code train as well as FAISS's 256, in a sixth of the time.
-            self._index.pq.cp.niter, self._index.pq.cp.max_points_per_centroid = 10, 64
+            # 64 images a code train as well as FAISS's 256, in a sixth of the time. Fewer, of a small
+            # gallery, are as many as there are, and no reason for a warning.
+            codes, places = self._index.pq.cp, self._index.cp
+            codes.niter, codes.max_points_per_centroid = 10, 64
+            codes.min_points_per_centroid = places.min_points_per_centroid = 1
 
     @classmethod
     def of(cls, emb: Any, kind: str = "hnsw") -> "Index":
@@ -154,9 +156,7 @@ class Index:
         return index
 
 
-def price(
-    retrieval: Retrieval, index: Index, k: int = 100, queries: np.ndarray | None = None
-) -> dict[str, float]:
+def price(retrieval: Retrieval, index: Index, k: int = 100) -> dict[str, float]:
     """Return what a search through an index loses, as fractions.
 
     A list through an index ends at its k-th image, so matches that rank beyond k count as not found:
@@ -166,36 +166,26 @@ def price(
     Args:
         retrieval: the exact ranking; its gallery is what was added to the index.
         k: ranked images of a list.
-        queries: row numbers; None for all.
 
     Returns:
         `recall` (share of the exact k nearest that it finds), `mAP` and `top-1` of the whole exact
         ranking, `mAP at k`, `mAP with index` and `top-1 with index`.
     """
-    queries = np.arange(len(retrieval.query)) if queries is None else np.sort(queries)
     asking, rows, ranks = retrieval.ranked_matches
-    here = np.isin(asking, queries)
-    asking, rows, ranks = np.searchsorted(queries, asking[here]), rows[here], ranks[here]
+    pair, options = ["query", "gallery"], {"topk": k, "show_excluded": False}
+    exact, found = (retrieval.ranked_lists(index=way, **options) for way in (None, index))
+    matches = pd.DataFrame({"query": asking, "gallery": rows})
+    through = matches.merge(found, "left", pair)["rank"].astype(float).fillna(np.inf)
 
     def scores(ranks: np.ndarray) -> pd.Series:
         order = np.lexsort((ranks, asking))
-        found = per_query_scores(asking, ranks[order].astype(float), len(queries))
-        return score_values(found, (1,)).mean()
+        per_query = per_query_scores(asking, ranks[order], len(retrieval.query))
+        return score_values(per_query, (1,)).mean()
 
-    options = {"topk": k, "show_excluded": False}
-    exact, found = (
-        retrieval.ranked_lists(queries, index=through, **options).assign(
-            key=lambda t: (
-                np.searchsorted(queries, t["query"]) * len(retrieval.gallery) + t["gallery"]
-            )
-        )
-        for through in (None, index)
-    )
-    at = found.set_index("key")["rank"].astype(float)
-    through = at.reindex(asking * len(retrieval.gallery) + rows).fillna(np.inf).to_numpy()
-    whole, cut, lost = map(scores, (ranks, np.where(ranks <= k, ranks, np.inf), through))
+    whole, cut = scores(ranks), scores(np.where(ranks <= k, ranks, np.inf))
+    lost = scores(through.to_numpy())
     return {
-        "recall": float(exact["key"].isin(found["key"]).mean()),
+        "recall": len(exact.merge(found, on=pair)) / len(exact),
         "mAP": whole["mAP"],
         "top-1": whole["top1"],
         "mAP at k": cut["mAP"],

@@ -187,21 +187,10 @@ class Retrieval:
         """
         if topk is not None and topk < 1:
             raise ValueError(f"topk must be 1 or more, or None for all, not {topk}")
-        queries, total = checked_rows(queries, len(self.query), "query"), len(self.gallery)
-        lists = [NOTHING] * len(queries)
-        step = max(1, 2**22 // min(total, TILE))  # 32 MB of distances at one time
-        if index is not None:
-            lists = self._through(index, queries, topk or total)
-        for first in range(0, total, TILE) if index is None else ():
-            product, _ = self._tile(np.arange(first, min(first + TILE, total)), np.float64)
-            for start in range(0, len(queries), step):
-                some = queries[start : start + step]
-                for n, (i, *near) in enumerate(zip(some, *product(some), strict=True), start):
-                    lists[n] = self._nearer(lists[n], i, first, *near, topk or total)
-        parts = [
-            self._list(i, *one, topk or total, show_missed)
-            for i, one in zip(queries, lists, strict=True)
-        ]
+        queries = checked_rows(queries, len(self.query), "query")
+        once, most = np.unique(queries), topk or len(self.gallery)
+        found = self._exact(once, most) if index is None else self._through(index, once, most)
+        parts = [self._ranked(i, found[i], most, show_missed) for i in queries]
         rows, rank, key, status = (np.concatenate(column) for column in zip(*parts, strict=True))
         table = pd.DataFrame(
             {"query": np.repeat(queries, [len(part[0]) for part in parts])}
@@ -337,59 +326,60 @@ class Retrieval:
         found = match_ranks(query, rows, is_match, kept, *how)
         return query[is_match], *found
 
-    def _nearer(
-        self, so_far: tuple, i: int, first: int, near: np.ndarray, slack: float, topk: int
-    ) -> tuple:
-        """The list of query ``i``, with a tile of the gallery from ``first`` looked at: gallery rows,
-        their measures and statuses, nearest first, up to the topk-th ranked.
+    def _exact(self, queries: np.ndarray, topk: int) -> dict[int, tuple]:
+        """The lists of some queries, as `_joined` has them, from the gallery tile by tile."""
+        lists, total = dict.fromkeys(queries, NOTHING), len(self.gallery)
+        step = max(1, 2**22 // min(total, TILE))  # 32 MB of distances at one time
+        for first in range(0, total, TILE):
+            rows = np.arange(first, min(first + TILE, total))
+            product, _ = self._tile(rows, np.float64)
+            for some in (queries[n : n + step] for n in range(0, len(queries), step)):
+                for i, near, slack in zip(some, *product(some), strict=True):
+                    far = near > self._last(lists[i], i, rows, near, topk) + slack
+                    lists[i] = self._joined(lists[i], i, rows[~far], topk)
+        return lists
 
-        ``near`` (n,) orders as `_measure` does, but for pairs closer than ``slack``.
-        """
-        rows, measured, status = so_far
-        is_full = (status <= UNKNOWN).sum() == topk
-        if is_full and not (near <= measured[-1] + slack).any():
-            return so_far
-        of_tile, found = (
-            self._statuses(i, np.arange(first, first + len(near))),
-            np.arange(len(near)),
-        )
-        if topk < len(near):
-            ranked = np.where(of_tile > UNKNOWN, np.inf, near)
-            last = np.partition(ranked, topk - 1)[topk - 1]  # infinite where fewer are ranked
-            found = np.flatnonzero(near <= last + slack)
-        measured = np.append(measured, self._measure(i, first + found))
-        rows, status = np.append(rows, first + found), np.append(status, of_tile[found])
-        return _cut(rows, measured, status, topk)
+    def _last(self, so_far: tuple, i: int, rows: np.ndarray, near: np.ndarray, topk: int) -> float:
+        """How far the topk-th ranked of a list is, or of a tile, at ``near`` (n,); infinity: neither."""
+        _, measured, status = so_far
+        if (status <= UNKNOWN).sum() == topk:
+            return measured[-1]
+        if len(rows) <= topk:
+            return np.inf
+        ranked = np.where(self._statuses(i, rows) <= UNKNOWN, near, np.inf)
+        return np.partition(ranked, topk - 1)[topk - 1]
 
-    def _through(self, index: Any, queries: np.ndarray, topk: int) -> list[tuple]:
-        """As `_nearer` makes them at last, the lists of what an index finds."""
+    def _through(self, index: Any, queries: np.ndarray, topk: int) -> dict[int, tuple]:
+        """As `_exact`, of what an index finds."""
         if self._given is not None or (len(index), index.dim) != self.gallery_side.emb.shape:
             raise ValueError(
                 f"The index holds {len(index):,} × {index.dim} numbers, and is not of this gallery."
             )
         lists, left, fetch = {}, queries, topk
         while len(left):
-            fetch, short = min(fetch, len(index)), []
-            for i, found in zip(
-                left, index.search(self.query_side.emb[left], fetch)[0], strict=True
-            ):
-                rows = np.sort(found[found >= 0])
-                lists[i] = _cut(rows, self._measure(i, rows), self._statuses(i, rows), topk)
-                if (lists[i][2] <= UNKNOWN).sum() < topk and len(rows) == fetch < len(index):
-                    short.append(i)
-            left, fetch = np.array(short, np.int64), 2 * fetch
-        return [lists[i] for i in queries]
+            fetch = min(fetch, len(index))
+            found, _ = index.search(self.query_side.emb[left], fetch)
+            for i, rows in zip(left, found, strict=True):
+                lists[i] = self._joined(NOTHING, i, np.sort(rows[rows >= 0]), topk)
+            # What was dropped leaves a list short; one that has all that there is cannot grow.
+            short = [(lists[i][2] <= UNKNOWN).sum() < topk for i in left]
+            more = (found >= 0).all(axis=1) & (fetch < len(index))
+            left, fetch = left[short & more], 2 * fetch
+        return lists
 
-    def _list(
-        self,
-        i: int,
-        rows: np.ndarray,
-        measured: np.ndarray,
-        status: np.ndarray,
-        topk: int,
-        show_missed: bool,
-    ) -> tuple:
-        """The list of query ``i``: gallery rows, their ranks (0: dropped), measures and statuses."""
+    def _joined(self, so_far: tuple, i: int, rows: np.ndarray, topk: int) -> tuple:
+        """The list of query ``i``, joined by gallery ``rows``, ascending and behind those before: rows,
+        their measures and statuses, (n,) each, nearest first, up to the topk-th that is ranked.
+        """
+        more = rows, self._measure(i, rows), self._statuses(i, rows)
+        rows, measured, status = map(np.append, so_far, more)
+        order = np.argsort(measured, kind="stable")  # equal ones keep gallery order
+        end = np.searchsorted(np.cumsum(status[order] <= UNKNOWN), topk) + 1
+        return tuple(column[order[:end]] for column in (rows, measured, status))
+
+    def _ranked(self, i: int, found: tuple, topk: int, show_missed: bool) -> tuple:
+        """The list of query ``i`` with ranks (0: dropped): rows, ranks, measures and statuses."""
+        rows, measured, status = found
         ranked = status <= UNKNOWN
         rank = np.where(ranked, np.cumsum(ranked), 0)
         if show_missed:
@@ -418,14 +408,6 @@ class Retrieval:
         if len(without):
             said += f"Left out of all means, having no match: query {listed(without)}. "
         return said + "Equal distances rank in gallery order."
-
-
-def _cut(rows: np.ndarray, measured: np.ndarray, status: np.ndarray, topk: int) -> tuple:
-    """Order by measure, where equal ones keep their order, up to the topk-th that is ranked."""
-    order = np.argsort(measured, kind="stable")
-    rows, measured, status = rows[order], measured[order], status[order]
-    end = np.searchsorted(np.cumsum(status <= UNKNOWN), topk) + 1
-    return rows[:end], measured[:end], status[:end]
 
 
 def evaluate(
