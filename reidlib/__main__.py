@@ -120,9 +120,12 @@ def score(args) -> None:
 
 def scores(args) -> None:
     """Print a table of scores in per cent, of runs that were scored before."""
-    from reidlib.workbook.scores import scores_text
+    from reidlib.workbook.scores import matrix_text, scores_text
 
-    print(scores_text(args.runs, baselines=args.baselines, against=args.against))
+    options = {"baselines": args.baselines, "against": args.against}
+    if args.matrix and any(options.values()):
+        raise ValueError("--matrix is a table of its own: leave out --baselines and --against.")
+    print(matrix_text(args.runs) if args.matrix else scores_text(args.runs, **options))
 
 
 def evaluate(args) -> None:
@@ -296,6 +299,7 @@ OPTIONS = (
     ("score", "--no-baselines", "do not score what the run compares with", YES),
     ("scores", "runs", "by default all under outputs/", {"nargs": "*", "metavar": "RUN"}),
     ("scores", "--baselines", "show what the runs compare with, too", YES),
+    ("scores", "--matrix", "each run on each data set, with intervals over people", YES),
     ("scores", "--against", "show gains over this run, with intervals", {"metavar": "RUN"}),
     ("evaluate", "--query", "HDF5 file of the query embeddings", NEEDED),
     ("evaluate", "--query-csv", "its list of images, if it holds embeddings alone"),

@@ -15,8 +15,8 @@ from PIL import Image
 
 import reidlib
 from reidlib.__main__ import main
-from reidlib.data.tables import load
-from reidlib.evaluation.intervals import difference
+from reidlib.data.tables import fingerprint, load
+from reidlib.evaluation.intervals import confidence_interval, difference
 from reidlib.evaluation.metrics import SCORES
 from reidlib.evaluation.retrieval import evaluate
 from reidlib.model.stored import read_embeddings, write_embeddings
@@ -373,3 +373,40 @@ def test_scores_against_another_run_on_the_same_queries(tmp_path, capsys):
 
     assert main(["scores", "on_test", "other_people", "--against", "base"]) == 1
     assert "No run here was scored on the same queries as base" in capsys.readouterr().err
+
+
+def test_each_run_on_each_data_set(tmp_path, data_root, monkeypatch, capsys):
+    (tmp_path / "data/no pictures").mkdir(parents=True)
+    (tmp_path / "data/synthetic").symlink_to(data_root / "synthetic")
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        (tmp_path / f"data/my people/{name}.png").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"data/my people/{name}.png").touch()
+    monkeypatch.setenv("REID_DATA", str(tmp_path / "data"))
+    table = of_queries([0.9, 0.8, 0.7, 0.6])
+    own = {"evaluated_on": "synthetic", "test_data": fingerprint(load("synthetic"))}
+    away = {"evaluated_on": "far", "test_data": "0123abcd" * 8}
+    files = {"metrics": own, "per_query": table, "weights": {}}
+    run_folder(tmp_path, "a_run", **files)
+    run_folder(tmp_path, "a_run/on_far_0123abcd", metrics=away, per_query=table)
+    run_folder(tmp_path, "a_run/on_far_0123abcd_same_camera", metrics=own, per_query=table * 0)
+    run_folder(tmp_path, "b_run", **files | {"metrics": own | {"weights_sha256": "of others"}})
+    run_folder(tmp_path, "c_run", **files | {"per_query": table[:2], "metrics": own | {"mAP": 1}})
+    run_folder(tmp_path, "d_run")
+    for folder in (tmp_path / "outputs").glob("[ab]_run"):
+        (folder / "weights.json").rename(folder / "weights.safetensors")
+    assert main(["scores", "--matrix"]) == 0
+    text = capsys.readouterr().out
+    low, high = confidence_interval(table, by="pid").loc["mAP", ["low", "high"]]
+    cell = f"75.00 ({100 * low:.1f} to {100 * high:.1f})"
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0] == ["synthetic", "my-people", "far"] and lines[1][2] == "0123abcd"
+    assert lines[2] == ["a_run", "mAP", *f"{cell}*".split(), "–", *cell.split()]
+    assert lines[3][0] == "top-1" and lines[4] == ["b_run", "mAP", "–", "–", "–"]
+    assert "c_run: passed over" in text and "d_run" not in text
+    assert f"no pictures in {tmp_path / 'data'} is no column" in text
+    score = "python -m reidlib score {} --dataset {} --no-baselines"
+    wanted = ("a_run", "'my people'"), ("b_run", "synthetic"), ("b_run", "'my people'")
+    assert text.splitlines()[-3:] == [score.format(*names) for names in wanted]
+    assert main(["scores", "--matrix", "d_run"]) == 1
+    assert "None of these runs has weights" in capsys.readouterr().err
+    assert main(["scores", "--matrix", "--baselines"]) == 1
