@@ -15,6 +15,7 @@ from scipy import stats
 from reidlib.evaluation.metrics import score_values
 
 TABLES = Sequence[pd.DataFrame]  # per-query tables of one row, one for each seed
+ENDS = (1 - 0.95) / 2, (1 + 0.95) / 2  # between which 95 % of some draws lie
 
 
 class Spread(NamedTuple):
@@ -135,23 +136,15 @@ def times_drawn(
         yield np.concatenate(drawn)
 
 
-def percentiles(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Return the two ends between which that share of the draws lies, (R, ...) to (2, ...)."""
-    if len(draws) < 1 or not 0 < level < 1:
-        raise ValueError(f"repeats must be 1 or more and level in (0, 1): {len(draws)}, {level}")
-    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
-
-
 def confidence_interval(
     per_query: pd.DataFrame,
     *,
     versus: pd.DataFrame | None = None,
     by: str = "query",
     repeats: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Percentile bootstrap over the queries: how far scores could move with other queries.
+    """Percentile bootstrap, 95 %, over the queries: how far scores could move with other queries.
 
     It says nothing of another training seed. Queries of one person are alike, so ``by="pid"``,
     which draws persons instead of queries, is the more honest interval where there are several.
@@ -161,14 +154,13 @@ def confidence_interval(
         versus: another run's table over the same queries: the interval is then that of the paired
             difference, ``per_query`` minus ``versus``. If it holds 0, the two may be equal.
         by: the column whose values are drawn, with replacement, `repeats` times.
-        level: share of the draws inside the interval.
 
     Returns:
         A row for each score, columns ``value``, ``low`` and ``high``, fractions; the ends are NaN where
         there are fewer than two values to draw from.
 
     Raises:
-        ValueError: ``versus`` has other queries.
+        ValueError: ``versus`` has other queries, or repeats below 1.
 
     >>> from reidlib.evaluation.retrieval import evaluate
     >>> query, gallery = pd.DataFrame({"pid": [1, 2]}), pd.DataFrame({"pid": [1, 2]})
@@ -176,6 +168,8 @@ def confidence_interval(
     >>> confidence_interval(found.per_query).loc["mAP"].tolist()
     [1.0, 1.0, 1.0]
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, not {repeats}")
     values = score_values(per_query)
     if versus is not None:
         _check_same_queries(per_query, versus)
@@ -186,5 +180,5 @@ def confidence_interval(
         return pd.DataFrame({"value": values.mean(), "low": np.nan, "high": np.nan})
     # (C,) @ (C, S) -> (S,), R times
     means = [times @ sums / (times @ sizes) for times in times_drawn(len(sizes), repeats, seed)]
-    low, high = percentiles(np.array(means), level)
+    low, high = np.quantile(means, ENDS, axis=0)
     return pd.DataFrame({"value": values.mean(), "low": low, "high": high})

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from reidlib.evaluation.intervals import times_drawn
+from reidlib.evaluation.intervals import ENDS, times_drawn
 from reidlib.evaluation.pairs import Pairs
 
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
@@ -230,8 +230,7 @@ def _operate(pairs: Pairs, weights: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 def _interval(drawn: np.ndarray) -> np.ndarray:
     """Low and high (2, F) of 95 % of the draws (R, F); NaN where nothing could be drawn."""
-    around = [(1 - 0.95) / 2, (1 + 0.95) / 2]
     columns = [values[~np.isnan(values)] for values in drawn.T]
     # One of the draws, not between two: a threshold may be infinite.
-    ends = [np.quantile(c, around, method="nearest") if len(c) else [np.nan] * 2 for c in columns]
+    ends = [np.quantile(c, ENDS, method="nearest") if len(c) else [np.nan] * 2 for c in columns]
     return np.transpose(ends)

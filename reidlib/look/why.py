@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from reidlib.evaluation.distances import ratio
-from reidlib.evaluation.intervals import percentiles, times_drawn
+from reidlib.evaluation.intervals import ENDS, times_drawn
 from reidlib.evaluation.retrieval import Retrieval
 
 EVIDENCE = {
@@ -200,8 +200,8 @@ def base_rates(
     lift, ends = np.full((1, len(evidence)), np.nan), np.full((2, len(evidence)), np.nan)
     if totals[:2].min() > 0 and len(by_person) > 1:
         lift = lifts(totals[None])
-        # (R, people) @ (people, 2 (1 + E))
-        ends = percentiles(lifts(np.stack([*times_drawn(len(by_person), seed=seed)]) @ by_person))
+        drawn = np.stack([*times_drawn(len(by_person), seed=seed)])  # (R, people)
+        ends = np.quantile(lifts(drawn @ by_person), ENDS, axis=0)
     out = pd.DataFrame(totals[2:].reshape(-1, 2), [*evidence], ["wrong", "right"])
     out[["share_wrong", "share_right"]] = out / totals[:2]
     out["lift"], out["low"], out["high"] = *lift, *ends
