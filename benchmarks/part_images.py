@@ -105,7 +105,7 @@ def cases(size: float) -> dict:
         return run
 
     def decode(paths):
-        for file in Path(FOLDER.name).glob("*.npy"):
+        for file in Path(FOLDER.name).glob("*.json"):
             file.unlink()
         load_images(table(paths), Recipe(), show_progress=False)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reidlib.data.augment import Augmentation
-from reidlib.data.pixels import load_images, load_training_images
+from reidlib.data.pixels import load_images
 from reidlib.model.device import autocast, pick_device, race
 from reidlib.model.embed import VIEWS, embed, embed_views
 from reidlib.model.stored import read_embeddings, write_embeddings
@@ -90,7 +90,7 @@ def test_images_of_many_sizes_are_brought_to_the_recipes(tmp_path):
     table = pd.DataFrame({"path": [str(p) for p in tmp_path.glob("*.png")], "pid": 1, "camid": -1})
     pixels, kept = load_images(table, RECIPE, show_progress=False)
     assert pixels.shape == (3, 32, 16, 3) and len(kept) == 3
-    pixels, kept = load_training_images(table, RECIPE, show_progress=False)
+    pixels, kept = load_images(table, RECIPE, False, training=True)
     assert pixels.shape == (3, 36, 18, 3) and len(kept) == 3  # 32×16 enlarged by 1.125
 
 

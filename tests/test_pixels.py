@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from reidlib.data import pixels as module
 from reidlib.data.augment import Augmentation
-from reidlib.data.pixels import load_images, load_pixels, load_training_images, read_image
+from reidlib.data.pixels import load_images, read_image
 from reidlib.paths import cache_dir
 from reidlib.recipes import make_recipe
 from reidlib.runs import write_atomically
@@ -32,81 +32,67 @@ def table(tmp_path, monkeypatch):
     return pd.DataFrame({"path": paths, "pid": range(6), "camid": 1})
 
 
-def load_quietly(table, otherwise=(9, 9), largest=None, unreadable="fail"):
-    return load_pixels(table, otherwise, largest, unreadable, show_progress=False)
+def load(table, size=(9, 9), unreadable="fail", **options):
+    size = {"height": size[0], "width": size[1], "unreadable": unreadable}
+    return load_images(table, make_recipe("demo").model_copy(update=size), False, **options)
 
 
 def test_pixels_are_those_of_the_files_also_after_they_were_written_to(table):
     for _ in range(2):
-        pixels, kept = load_quietly(table)
+        pixels, kept = load(table)
         assert isinstance(pixels, np.memmap) and pixels.dtype == np.uint8
         assert np.array_equal(pixels, [read_image(path) for path in table["path"]])
         pd.testing.assert_frame_equal(kept, table)
         pixels[0] = 0
 
 
-def cache_files():
-    """The files of the rows and the pixels of the one table in the cache."""
-    (kept_file,) = cache_dir().glob("*.kept.npy")
-    return kept_file, kept_file.with_name(kept_file.name.replace(".kept", ""))
-
-
 def test_a_broken_cache_is_made_again(table):
-    before, _ = load_quietly(table)
-    before = before.copy()
-    for file in (*cache_files(), *cache_dir().glob("*.sizes.npy")):
+    before = load(table)[0].copy()
+    for file in cache_dir().iterdir():
         whole, flipped = file.read_bytes(), bytearray(file.read_bytes())
-        flipped[140] ^= 1  # behind NumPy's header
-        zeroed = whole[:128] + bytes(len(whole) - 128)
-        for content in (
-            b"",
-            b"garbage",
-            None,
-            flipped,
-            zeroed,
-            whole[:-4],
-        ):  # or of an older version
-            file.unlink()
-            if content is not None:
-                file.write_bytes(content)
-            again, kept = load_quietly(table)
+        flipped[140 % len(flipped)] ^= 1
+        zeroed = bytes(len(whole))
+        for content in (b"", b"garbage", b"[]", None, flipped, zeroed, whole[:-4]):
+            file.unlink() if content is None else file.write_bytes(content)
+            again, kept = load(table)
             assert np.array_equal(again, before) and len(kept) == 6
 
 
 def test_two_runs_that_decode_at_once_do_not_disturb_each_other(table, monkeypatch):
-    before, _ = load_quietly(table)
-    kept_file, pixels_file = cache_files()
-    pixels_file.unlink()  # another run is not so far
-    read, seen = module.read_image, []
+    before = load(table)[0].copy()
+    (file,) = cache_dir().glob("*.pixels")
+    whole, read, seen = file.read_bytes(), module.read_image, []
+    file.unlink()
 
-    def reads_while_another_run_decodes(path):
-        seen.append(len(np.load(kept_file)))
+    def reads_while_another_run_is_ready(path):
+        if not seen:
+            file.write_bytes(whole)
+        seen.append(load(table)[0].copy())
         return read(path)
 
-    monkeypatch.setattr(module, "read_image", reads_while_another_run_decodes)
-    again, _ = load_quietly(table)
-    assert seen == [6] * 6 and np.array_equal(again, before)
-    assert len([*cache_dir().iterdir()]) == 3  # pixels, rows, sizes: nothing half-made
+    monkeypatch.setattr(module, "read_image", reads_while_another_run_is_ready)
+    assert np.array_equal(load(table)[0], before) and np.array_equal(seen, [before] * 6)
+    assert len([*cache_dir().iterdir()]) == 2, "nothing half-made"
 
 
 def test_a_second_start_opens_no_image_and_sees_what_changed(table, monkeypatch):
-    recipe, opened, real = make_recipe("demo"), [], Image.open
+    opened, real = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path, **how: opened.append(path) or real(path, **how))
     for first in (True, False):
-        for load_them in (load_images, load_training_images):
-            load_them(table, recipe, show_progress=False)
-        assert bool(opened) == first
-        opened.clear()
+        for training in (False, True):  # in their own size: the same file
+            load(table, training=training)
+            assert bool(opened) == (first and not training)
+            opened.clear()
     path = Path(table["path"][2])
     before = path.stat()
     Image.new("RGB", (12, 24), "white").save(path)
     path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0"))  # the file's size stays
     os.utime(path, ns=(1, before.st_mtime_ns + 1))
     assert path.stat().st_size == before.st_size
-    pixels, _ = load_images(table, recipe, show_progress=False)
+    pixels, _ = load(table)
     assert len(opened) >= 6 and (pixels[2] == 255).all()
     opened.clear()
-    load_quietly(table.iloc[:3])
+    load(table.iloc[:3])
     assert opened  # other rows are another cache
 
 
@@ -114,75 +100,51 @@ def test_the_size_of_what_cannot_be_read_is_looked_for_again(table, monkeypatch)
     Image.new("RGB", (30, 50), "red").save(table["path"][0])
     with monkeypatch.context() as away:
         real = Image.open
-        away.setattr(
-            Image, "open", lambda path, **how: real("" if "0.png" in path else path, **how)
-        )
-        assert load_quietly(table, unreadable="skip")[0].shape == (5, 24, 12, 3)
-    assert load_quietly(table)[0].shape == (6, 9, 9, 3)
+        away.setattr(Image, "open", lambda path, **_: real("" if "0.png" in path else path))
+        assert load(table, unreadable="skip")[0].shape == (5, 24, 12, 3)
+    assert load(table)[0].shape == (6, 9, 9, 3)
 
 
 def test_images_keep_the_size_that_all_have_unless_it_is_huge(table):
-    for largest, shape in ((None, (24, 12)), (24 * 12, (24, 12)), (24 * 12 - 1, (9, 9))):
-        assert load_quietly(table, largest=largest)[0].shape == (6, *shape, 3)
-    path = table["path"][5]
-    Image.new("RGB", (30, 50), "red").save(path)
-    pixels, _ = load_quietly(table, (24, 12))
+    for size, training, shape in (
+        ((17, 1), False, (17, 1)),  # 24 × 12 are more than 16 times as many pixels
+        ((17, 1), True, (24, 12)),
+        ((18, 1), False, (24, 12)),
+        ((17, 1), False, (17, 1)),  # and from the cache
+    ):
+        assert load(table, size, training=training)[0].shape == (6, *shape, 3)
+    Image.new("RGB", (30, 50), "red").save(table["path"][5])
+    pixels, _ = load(table, (24, 12))
     assert pixels.shape == (6, 24, 12, 3) and (pixels[5] == [255, 0, 0]).all()
     assert np.array_equal(pixels[0], read_image(table["path"][0]))
+    assert load(table, (16, 8), training=True)[0].shape == (6, 18, 9, 3)  # enlarged by 1.125
 
 
 def test_unreadable_images_are_named_or_skipped(table):
     for row in (1, 4):
         os.truncate(table["path"][row], 40)
     with pytest.raises(ValueError, match=r"(?s)2 of 6 images cannot be read.*1\.png.*4\.png.*skip"):
-        load_quietly(table)
+        load(table)
     assert not [*cache_dir().iterdir()], "a failed decode leaves nothing behind"
     for _ in range(2):  # decoded, then from the cache
-        pixels, kept = load_quietly(table, unreadable="skip")
+        pixels, kept = load(table, unreadable="skip")
         assert kept["pid"].tolist() == [0, 2, 3, 5] and len(pixels) == 4
         assert np.array_equal(pixels[3], read_image(table["path"][5]))
 
 
 def test_nothing_to_load_is_an_error(table):
     with pytest.raises(ValueError, match="no rows"):
-        load_quietly(table[:0])
+        load(table[:0])
     paths = table["path"][:2].tolist()
     for path in paths:
         Image.new("RGB", (12, 24)).save(path, format="jpeg")
         os.truncate(path, os.path.getsize(path) - 9)
     with pytest.raises(ValueError, match="2 of 2 images cannot be read"):  # a header is there
-        load_quietly(table[:2], unreadable="skip")
+        load(table[:2], unreadable="skip")
     for path in paths:
         os.truncate(path, 0)
     with pytest.raises(ValueError, match=r"cannot read the image .*0\.png: no image format"):
-        load_quietly(table[:2], unreadable="skip")
-
-
-def test_a_full_disk_is_told_before_it_ends_the_process(table, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"(?s)are kept in .*cache.*needs 0\.0 MB.*Set REID_CACHE"):
-        load_quietly(table)
-    assert not [*cache_dir().iterdir()]
-
-
-def test_what_killed_processes_left_is_removed(tmp_path):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    here, kept = platform.node(), {"notes-99999999.ipynb", ".a.b.tmp"}
-    kept |= {f".x.npy.elsewhere-{gone.pid}.tmp", f".y.npy.{here}-{os.getpid()}.tmp"}
-    left = {
-        f".x.npy.{gone.pid}.tmp",
-        f".x.npy.{here}-{gone.pid}.tmp",
-        f"a.running-{gone.pid}.ipynb",
-    }
-    for name in kept | left:
-        (tmp_path / name).touch()
-    (tmp_path / f".data.{here}-{gone.pid}.tmp").mkdir()
-    write_atomically(tmp_path / "x.npy", lambda fresh: fresh.touch())
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"x.npy"}
+        load(table[:2], unreadable="skip")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
@@ -191,15 +153,36 @@ def test_what_is_no_file_is_named_or_skipped(kind, table):
     path.unlink()
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("nowhere.png")
     with pytest.raises(ValueError, match=r"1 of 6 images cannot be read:\n.*1\.png: .*no"):
-        load_quietly(table)
-    assert load_quietly(table, unreadable="skip")[1]["pid"].tolist() == [0, 2, 3, 4, 5]
+        load(table)
+    assert load(table, unreadable="skip")[1]["pid"].tolist() == [0, 2, 3, 4, 5]
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_move_it(table, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"(?s)kept in .*cache.*needs 0\.0 MB.*Set REID_CACHE"):
+            load(table)
+    assert not [*cache_dir().iterdir()]
     (tmp_path / "file").touch()
     monkeypatch.setenv("REID_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(OSError, match="Set REID_CACHE"):
-        load_quietly(table)
+        load(table)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here, kept = platform.node(), {"notes-99999999.ipynb", ".a.b.tmp"}
+    kept |= {f".x.npy.elsewhere-{gone.pid}.tmp", f".y.npy.{here}-{os.getpid()}.tmp"}
+    left = {f".x.npy.{gone.pid}.tmp", f".x.npy.{here}-{gone.pid}.tmp"}
+    for name in kept | left | {f"a.running-{gone.pid}.ipynb"}:
+        (tmp_path / name).touch()
+    (tmp_path / f".data.{here}-{gone.pid}.tmp").mkdir()
+    write_atomically(tmp_path / "x.npy", lambda fresh: fresh.touch())
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"x.npy"}
 
 
 # --- augmentation

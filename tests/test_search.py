@@ -13,12 +13,7 @@ from PIL import Image
 
 from reidlib import look, runs
 from reidlib.__main__ import main
-from reidlib.data.pixels import (
-    image_sizes,
-    load_images,
-    load_training_images,
-    read_image,
-)
+from reidlib.data.pixels import image_sizes, load_images, read_image
 from reidlib.look import photographs
 from reidlib.look.photographs import one_line, search_lists
 from reidlib.look.search import (
@@ -142,7 +137,7 @@ def test_sizes_are_those_of_the_decoded_picture(tmp_path):
     table = pd.DataFrame({"path": paths, "pid": -1, "camid": -1})
     pixels, _ = load_images(table, RECIPE, show_progress=False)
     assert pixels.shape == (8, 64, 32, 3)  # the input's size, at once
-    assert load_training_images(table, RECIPE, show_progress=False)[0].shape == (8, 72, 36, 3)
+    assert load_images(table, RECIPE, False, training=True)[0].shape == (8, 72, 36, 3)
 
 
 @pytest.mark.parametrize(

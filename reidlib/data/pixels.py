@@ -1,18 +1,16 @@
 """Images as arrays: decoded once, to uint8, into a file that every later run maps into memory.
 
 A re-ID data set is small and is read many times: Market-1501's 36,036 images are 0.9 GB of raw
-pixels. `load_images` is for images to embed, `load_training_images` for images to crop. Both keep
-the size that all images share, and else decode them to a size that suits the recipe.
+pixels.
 """
 
-import errno
 import hashlib
 import json
+import math
 import os
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +22,37 @@ from reidlib.data.files import cut_of, open_image
 from reidlib.paths import cache_dir
 from reidlib.progress import progress
 from reidlib.recipes import Recipe
-from reidlib.runs import write_atomically
+from reidlib.runs import text_sha256, write_atomically, write_json
 
 Size = tuple[int, int]  # height, width
 # The texts of these errors name the path once more.
 _CAUSES = {UnidentifiedImageError: "no image format that Pillow knows"}
 _CAUSES |= {FileNotFoundError: "there is no such file"}
-_FORMAT = 1  # of the cache files; a new one makes old files be ignored
+_FORMAT = 2  # of the cache files; a new one makes old files be ignored
 
 
 def load_images(
-    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
+    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True, *, training: bool = False
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the pixels (N, H, W, 3) of images to embed, and the rows of the table they belong to.
+    """Return the pixels (N, H, W, 3) uint8 of images, and the rows of the table they belong to.
 
-    Images that all have one size keep it, unless they are huge. Others are resized, as they are
-    decoded, to the network's input. Raises what `load_pixels` raises.
+    Images that all have one size keep it, unless they are huge. Others are resized as they are decoded
+    (bilinear, with antialiasing). They are decoded once, and memory-mapped from then on: the cache file
+    is keyed by the data's fingerprint (paths, sizes and times of change of the files), the size and
+    what to do with unreadable images, so a changed file is decoded again. What is written to the pixels
+    never reaches the file.
+
+    Args:
+        table: `path` and what else; one row an image.
+        recipe: says the size, and with `unreadable = "skip"` that broken images and their rows are
+            left out.
+        show_progress: draw a bar while decoding.
+        training: images are to be cropped at random. Then they are resized to what the recipe crops
+            from, not to the network's input: a crop need not enlarge them and blur them twice.
+
+    Raises:
+        ValueError: no rows, or unreadable images (named).
+        OSError: the cache folder cannot be written; says how to move it.
 
     >>> from reidlib.data.tables import load
     >>> from reidlib.recipes import make_recipe
@@ -47,55 +60,34 @@ def load_images(
     >>> len(pixels) == len(table), pixels.dtype
     (True, dtype('uint8'))
     """
-    size = (recipe.height, recipe.width)
-    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
-    largest = 16 * recipe.height * recipe.width
-    return load_pixels(table, size, largest, recipe.unreadable, show_progress)
-
-
-def load_training_images(
-    table: pd.DataFrame, recipe: Recipe, show_progress: bool = True
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the pixels (N, H, W, 3) of images to crop at random, and the rows they belong to.
-
-    As `load_images`, but images of several sizes are resized to what the recipe crops from: larger
-    than the network's input, so that the crop need not enlarge them and blur them twice.
-    """
-    size = (round(recipe.height * recipe.enlarge), round(recipe.width * recipe.enlarge))
-    return load_pixels(table, size, None, recipe.unreadable, show_progress)
-
-
-def load_pixels(
-    table: pd.DataFrame, otherwise: Size, largest: int | None, unreadable: str, show_progress: bool
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return all pixels of a table, decoded once and memory-mapped from then on, and its rows.
-
-    The cache file is keyed by the data's fingerprint (paths, sizes and times of change of the
-    files), the size and what to do with unreadable images: a changed file is decoded again. What
-    is written to the pixels, (N, H, W, 3) uint8, never reaches the file.
-
-    Args:
-        table: `path` and what else; one row an image.
-        otherwise: (height, width) to which images are resized as they are decoded (bilinear, with
-            antialiasing), where they do not all have one size.
-        largest: pixels of an image that may keep its size; None: any.
-        unreadable: `"fail"`, or `"skip"` to leave broken images and their rows out.
-        show_progress: draw a bar while decoding.
-
-    Raises:
-        ValueError: no rows, or unreadable images (named).
-        OSError: the cache folder cannot be written; says how to move it.
-    """
     if len(table) == 0:
         raise ValueError("There are no images to load: the table has no rows.")
-    data, paths, skip = fingerprint(table, mtime=True), table["path"].tolist(), unreadable == "skip"
+    enlarge = recipe.enlarge if training else 1
+    size = (round(recipe.height * enlarge), round(recipe.width * enlarge))
+    # Uncompressed and in their own size, a thousand phone photographs would fill 36 GB.
+    most = math.inf if training else 16 * recipe.height * recipe.width
+    paths, skip = table["path"].tolist(), recipe.unreadable == "skip"
+    key = [_FORMAT, fingerprint(table, mtime=True), skip]
+    own, resized = (
+        cache_dir() / f"{text_sha256(json.dumps([*key, *more]))[:24]}.pixels"
+        for more in ([], [training, *size])
+    )
     try:
-        pixels, kept = _cached(data, paths, otherwise, largest, skip, show_progress)
+        cached = _mapped(own, most) or _mapped(resized, math.inf)
+        if not cached:
+            sizes = {*image_sizes(paths)} - {None}
+            if not sizes:
+                read_image(paths[0])  # raises: not one of them can be read
+            keep = len(sizes) == 1 and max(map(math.prod, sizes)) <= most
+            file, shape = (own, sizes.pop()) if keep else (resized, size)
+            cached = _decode_all(file, paths, shape, skip, show_progress)
     except OSError as error:
         raise OSError(
             f"Decoded images are kept in {cache_dir()}, which cannot be written "
             f"({error.strerror or error}). Set REID_CACHE to a folder that can."
         ) from error
+    pixels, left_out = cached
+    kept = np.delete(np.arange(len(table)), left_out)
     return pixels, table.iloc[kept].reset_index(drop=True)
 
 
@@ -163,118 +155,69 @@ def image_sizes(paths: Sequence[str]) -> list[Size | None]:
                 down, across = image.size if lying else image.size[::-1]
                 left, top, width, height = box or (0, 0, across, down)
                 return max(0, min(height, down - top)), max(0, min(width, across - left))
-        except Exception:  # Pillow raises a dozen unrelated types; `load_pixels` names the file
+        except Exception:  # Pillow raises a dozen unrelated types; `load_images` names the file
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(header, paths))
+    return [*map(header, paths)]
 
 
-def _cached(
-    data: str, paths: list[str], otherwise: Size, largest: int | None, skip: bool, show: bool
-) -> list[np.ndarray]:
-    """Return the mapped pixels and the rows that they belong to, made where they are not there."""
-    folder = cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes_file = folder / f"{data[:24]}.sizes.npy"  # so that a second start reads no header
-    found = {None}
-    if not (known := _mapped(sizes_file)):
-        found = set(image_sizes(paths))
-        known = [np.array(sorted(found - {None}), np.int64).reshape(-1, 2)]
-    (sizes,) = known  # each (height, width) that there is: (n, 2)
-    if not len(sizes):
-        read_image(paths[0])  # raises: not one of them can be read
-    huge = largest is not None and (sizes.prod(axis=1) > largest).any()
-    size = otherwise if len(sizes) > 1 or huge else None  # None: their own
-    key = {"data": data, "size": size, "skip": skip}
-    key = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
-    files = folder / f"{key}.npy", folder / f"{key}.kept.npy"
-    if not (cached := _mapped(*files)):
-        shape = size or tuple(sizes[0].tolist())
-        # Two runs started together decode the same images: each file is whole, or not there.
-        decode = partial(_decode_all, paths, shape, skip, show, files[1])
-        write_atomically(files[0], decode, size=3 * len(paths) * shape[0] * shape[1])
-        cached = _mapped(*files)
-    if None not in found:  # what cannot be read today may be there tomorrow
-        write_atomically(sizes_file, partial(_save, sizes))
-    return cached
+def _mapped(file: Path, most: float) -> tuple[np.ndarray, list[int]] | None:
+    """Map a cache file into memory: its pixels, and which rows of its table it lacks.
 
-
-def _mapped(*files: Path) -> list[np.ndarray] | None:
-    """Map cache files into memory; None where one is missing, cut short or altered, to be made again."""
-    arrays = []
-    try:
-        for path in files:
-            # Copy on write: torch wants memory that it could write to.
-            arrays.append(np.load(path, mmap_mode="c"))
-            with open(path, "rb") as file:
-                file.seek(arrays[-1].offset + arrays[-1].nbytes)
-                if file.read() != _checksums(arrays[-1]):
-                    return None
-    except (OSError, ValueError, EOFError):
-        return None
-    return arrays
-
-
-def _checksums(array: np.ndarray) -> bytes:
-    """Return what stands behind an array in its file: the CRC-32 of each 16 MB.
-
-    A flipped bit or a zeroed page is seen. Market-1501's 0.9 GB take half a second.
+    None where it is missing, cut short or altered, to be made again, or where images have more than
+    `most` pixels.
     """
-    flat = array.reshape(-1).view(np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib counts outside Python's lock
-        sums = pool.map(zlib.crc32, np.split(flat, range(1 << 24, len(flat), 1 << 24)))
-        return np.fromiter(sums, "<u4").tobytes()
+    try:
+        said = json.loads(file.with_suffix(".json").read_text())
+        if math.prod(said["shape"][1:3]) > most:
+            return None
+        # Copy on write: torch wants memory that it could write to.
+        pixels = np.memmap(file, np.uint8, "c", shape=tuple(said["shape"]))
+        right = said["sha256"] == _digest(pixels, said["left_out"])
+        return (pixels, said["left_out"]) if right else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _save(array: np.ndarray, file: Path) -> None:
-    with open(file, "wb") as opened:  # to a path NumPy would append its suffix
-        np.save(opened, array)
-        opened.write(_checksums(array))
+def _digest(pixels: np.ndarray, left_out: list[int]) -> str:
+    """Return a SHA-256 of what a cache file holds: a flipped bit or a zeroed page is seen."""
+    digest = hashlib.sha256(repr((pixels.shape, left_out)).encode())
+    digest.update(pixels)
+    return digest.hexdigest()
 
 
 def _decode_all(
-    paths: list[str], shape: Size, skip: bool, show: bool, kept_file: Path, file: Path
-) -> None:
-    """Decode every image to a shape, and write the pixels and the rows that they belong to."""
-    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(paths), *shape, 3))
-    with open(file, "rb+") as opened:  # a disk that is full later would end the process
-        try:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        except (AttributeError, OSError) as error:  # macOS and some disks cannot
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise
+    file: Path, paths: list[str], size: Size, skip: bool, show: bool
+) -> tuple[np.ndarray, list[int]]:
+    """Decode every image to a size, write the cache file, and return what `_mapped` would."""
+    broken = {}  # row: what is wrong with it
 
-    def decode(row: int) -> str | None:
-        """Put one image in its place; return what is wrong with it, if anything."""
+    def decoded(path: str) -> Image.Image | ValueError:
         try:
-            image = read_image(paths[row])
+            image = Image.fromarray(read_image(path))
+            return image.resize(size[::-1], Image.Resampling.BILINEAR)
         except ValueError as error:
-            return str(error)
-        if image.shape != pixels.shape[1:]:
-            image = Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR)
-        pixels[row] = image
-        return None
+            return error
 
-    # Pillow lets other threads run while it decodes. Where an image takes a fraction of a
-    # millisecond, as Market-1501's do, they only wait for each other.
-    bytes_each = [os.path.getsize(path) for path in paths[:100] if os.path.isfile(path)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        over = pool.map if np.median(bytes_each or [0]) > 50_000 else map
-        words = {"desc": "decode images", "unit": "img", "show": show}
-        problems = [*progress(over(decode, range(len(paths))), total=len(paths), **words)]
-    broken = [problem for problem in problems if problem]
-    if broken and (not skip or len(broken) == len(paths)):
-        shown = "\n".join(broken[:10]) + ("\n…" if len(broken) > 10 else "")
-        raise ValueError(
-            f"{len(broken)} of {len(paths)} images cannot be read:\n{shown}\n"
-            f'Replace them, or leave them out with unreadable="skip".'
-        )
-    kept = np.array([row for row, problem in enumerate(problems) if not problem])
-    if broken:
-        _save(pixels[kept], file)
-    else:
-        pixels.flush()
-        with open(file, "ab") as opened:
-            opened.write(_checksums(pixels))
-    write_atomically(kept_file, partial(_save, kept))
+    def write(fresh: Path) -> None:
+        words = {"total": len(paths), "desc": "decode images", "unit": "img", "show": show}
+        with ThreadPool() as pool, open(fresh, "wb") as opened:
+            for row, image in enumerate(progress(pool.imap(decoded, paths), **words)):
+                if isinstance(image, ValueError):
+                    broken[row] = str(image)
+                else:
+                    opened.write(image.tobytes())
+        if broken and (not skip or len(broken) == len(paths)):
+            shown = [*broken.values()][:10] + ["…"] * (len(broken) > 10)
+            raise ValueError(
+                f"{len(broken)} of {len(paths)} images cannot be read:\n" + "\n".join(shown) + "\n"
+                'Replace them, or leave them out with unreadable="skip".'
+            )
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, write, 3 * len(paths) * math.prod(size))
+    shape = (len(paths) - len(broken), *size, 3)
+    pixels, left_out = np.memmap(file, np.uint8, "c", shape=shape), [*broken]
+    said = {"shape": shape, "left_out": left_out, "sha256": _digest(pixels, left_out)}
+    write_json(file.with_suffix(".json"), said)
+    return pixels, left_out

@@ -16,7 +16,7 @@ import torch
 
 from reidlib import runs
 from reidlib.data.check import on_both_sides
-from reidlib.data.pixels import load_images, load_training_images
+from reidlib.data.pixels import load_images
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
 from reidlib.evaluation.baselines import score_baselines
 from reidlib.evaluation.intervals import confidence_interval
@@ -169,7 +169,7 @@ def trained_on(run: Path, recipe: Recipe, data: Dataset) -> bool | None:
         if recipe.hold_out:
             train = hold_out(train, recipe.hold_out, seed=0)[0]
         if recipe.unreadable == "skip":
-            train = load_training_images(train, recipe, show_progress=False)[1]
+            train = load_images(train, recipe, show_progress=False, training=True)[1]
     except (OSError, ValueError):  # too few people, or not those that were held out
         return False
     return fingerprint(train) == known

@@ -26,7 +26,7 @@ import torch
 from reidlib import runs
 from reidlib.data.augment import Augmentation
 from reidlib.data.check import on_both_sides
-from reidlib.data.pixels import load_images, load_training_images
+from reidlib.data.pixels import load_images
 from reidlib.data.sampler import PKSampler
 from reidlib.data.tables import Dataset, fingerprint, hold_out, load
 from reidlib.look import board
@@ -118,7 +118,7 @@ def prepare(
         # The same identities whatever the run's seed, so that runs can be compared on them.
         table, *others = hold_out(table, recipe.hold_out, seed=0)
         held_out = tuple(load_images(one, recipe, show_progress) for one in others)
-    pixels, table = load_training_images(table, recipe, show_progress)
+    pixels, table = load_images(table, recipe, show_progress, training=True)
     epoch = len(PKSampler(table["pid"], recipe.p, recipe.k, recipe.epoch))
     steps = recipe.steps or recipe.epochs * epoch
     check_chunk(recipe.chunk, len(distributed.shares(recipe.p, recipe.k)[0]))
