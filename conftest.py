@@ -20,6 +20,14 @@ def data_root(tmp_path_factory):
     return root
 
 
+def table(pids, camids=None, paths=None):
+    """Whose the images are, and where from, as far as it is known."""
+    import pandas as pd
+
+    columns = {"pid": pids, "camid": camids, "path": paths}
+    return pd.DataFrame({name: [*column] for name, column in columns.items() if column is not None})
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Make every test's random tensors the same in every run."""

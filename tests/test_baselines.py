@@ -42,11 +42,7 @@ COLOURS = {"colours_without_camera": 0.09}
     ("mAP", "baselines", "wanted"),
     [
         (0.5, {}, "No baselines were scored"),
-        (
-            0.5,
-            COLOURS | {"untrained": 0.03},
-            "is 50.0%, before it 3.0%. Colours, each camera's mean",
-        ),
+        (0.5, COLOURS | {"untrained": 0.03}, "is 50.0%, before it 3.0%. Colours, each camera's"),
         (0.5, COLOURS | {"pretrained": 0.07}, "the features that it started from have 7.0%"),
         (0.5, COLOURS, "is 50.0%. Colours, each camera's mean taken off, reach 9.0%"),
         (0.05, COLOURS | {"untrained": 0.03}, "**Colours without camera does at least as well"),
@@ -60,39 +56,24 @@ def test_what_training_added_in_words(mAP, baselines, wanted):
     assert ("does not show" in said) == (mAP <= 0.09 and bool(baselines))
 
 
+HIGH, LOW, SAME = [0.9, 0.8, 0.9, 0.8], [0.2, 0.1, 0.2, 0.1], [1.0, 1.0, np.nan]
+LEAD = " points of mAP above the best of the others, no net (difference "
+
+
 @pytest.mark.parametrize(
     ("trained", "untrained", "wanted"),
     [
-        (
-            [0.9, 0.8, 0.9, 0.8],
-            [0.2, 0.1, 0.2, 0.1],
-            "70.0 points of mAP above the best of the others",
-        ),
-        (
-            [0.9, 0.8, 0.9, 0.8],
-            [0.2, 0.1, 0.2, 0.1],
-            "(difference 70.0, with other people 70.0 to 70.0)",
-        ),
-        ([0.9, 0.8, 0.9, 0.8], [0.2, 0.1, 0.2, 0.1], "**That is more than luck"),
-        ([0.2, 0.1, 0.2, 0.1], [0.9, 0.8, 0.9, 0.8], "**What never learnt from these pictures is"),
+        (HIGH, LOW, f"70.0{LEAD}70.0, with other people 70.0 to 70.0). **That is more than luck"),
+        (LOW, HIGH, "**What never learnt from these pictures is"),
         ([0.9, 0.1, 0.9, 0.1], [0.1, 0.9, 0.1, 0.8], "**That may be luck"),
-        (
-            [1.0],
-            [1.0],
-            "Queries of one person cannot say whether the network is better than no net.",
-        ),
-        (
-            [1.0, 1.0, np.nan],
-            [1.0, 1.0, np.nan],
-            "0.0 points of mAP above the best of the others, no net",
-        ),
+        ([1.0], [1.0], "one person cannot say whether the network is better than no net."),
+        (SAME, SAME, f"0.0{LEAD}"),
     ],
 )
 def test_the_lead_over_what_cost_nothing_in_words(trained, untrained, wanted):
     def table(aps):
-        return pd.DataFrame(
-            {"query": range(len(aps)), "pid": range(len(aps)), "AP": aps, "matches": 1}
-        )
+        who = {"query": range(len(aps)), "pid": range(len(aps))}
+        return pd.DataFrame(who | {"AP": aps, "matches": 1})
 
     others = {"no_net": untrained, "worse": [0.05] * len(untrained)}
     others = {

@@ -6,14 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import table
 from reidlib.evaluation import distances, ranks
 from reidlib.evaluation.distances import nearest, product_with, squared
 from reidlib.evaluation.ranks import match_ranks
 from reidlib.evaluation.retrieval import Retrieval, evaluate
-
-
-def table(pids, camids=None):
-    return pd.DataFrame({"pid": pids} | ({} if camids is None else {"camid": camids}))
 
 
 def by_sorting(measured, query, gallery):

@@ -68,10 +68,9 @@ SCENES = {
     "all equal": [np.full((4, 3), 1.3), np.full((50, 3), 1.3)],
     "far from the origin": [emb.astype(np.float64) + 1e7 for emb in people(8, 80)],
     # Around the origin, at distances that differ in the eleventh digit; the queries stand there.
-    "near ties": [
-        np.zeros((2, 4)),
-        normalise(SHELL) * (1 + 1e-10 * RNG.random((90, 1))),
-    ],
+    "near ties": [np.zeros((2, 4)), normalise(SHELL) * (1 + 1e-10 * RNG.random((90, 1)))],
+    # Lengths and distances have no rounding, and most distances tie.
+    "corners of a cube": [RNG.choice([-1.0, 1.0], size=(count, 4)) for count in (9, 70)],
 }
 
 
@@ -156,31 +155,29 @@ def test_memory_does_not_grow_with_the_square(monkeypatch):
     assert peak < 0.25 * 8 * 4040**2, "a dense (N, N) matrix of float64 is four times as much"
 
 
+ONES, NAN = np.ones((2, 3)), float("nan")
+
+
 @pytest.mark.parametrize(
-    ("function", "options", "message"),
+    ("name", "values", "message"),
     [
-        (k_reciprocal, {"k1": 0}, "k1 must be a whole number from 1, not 0"),
-        (k_reciprocal, {"k1": 2.5}, "k1 must be a whole number from 1, not 2.5"),
-        (k_reciprocal, {"k2": -1}, "k2 must be a whole number from 1, not -1"),
-        (k_reciprocal, {"lam": 1.1}, "lam is the share of the original distance, 0 to 1, not 1.1"),
-        (k_reciprocal, {"lam": float("nan")}, "lam is the share"),
-        (query_expansion, {"n": 0}, "n must be a whole number from 1 and alpha 0 or more"),
-        (query_expansion, {"n": 1.5}, "n must be a whole number from 1 and alpha 0 or more"),
-        (query_expansion, {"alpha": -1}, "n must be a whole number from 1 and alpha 0 or more"),
-        (query_expansion, {"alpha": float("nan")}, "n must be a whole number .* alpha 0 or more"),
+        ("k1", (0, 2.5), "k1 must be a whole number from 1, not"),
+        ("k2", (-1,), "k2 must be a whole number from 1, not -1"),
+        ("lam", (1.1, NAN), "lam is the share of the original distance, 0 to 1, not"),
+        ("n", (0, 1.5), "n must be a whole number from 1 and alpha 0 or more"),
+        ("alpha", (-1, NAN), "n must be a whole number from 1 and alpha 0 or more"),
     ],
 )
-def test_bad_settings(function, options, message):
-    with pytest.raises(ValueError, match=message):
-        function(*SCENES["people"], **options)
-
-
-@pytest.mark.parametrize("function", [k_reciprocal, query_expansion])
-def test_embeddings_are_checked(function):  # as those of a retrieval, see test_retrieval
+def test_bad_settings(name, values, message):
+    function = query_expansion if name in ("n", "alpha") else k_reciprocal
+    for value in values:
+        with pytest.raises(ValueError, match=message):
+            function(*SCENES["people"], **{name: value})
+    # and embeddings, as those of a retrieval, see test_retrieval
     with pytest.raises(ValueError, match="query embeddings have 4 dimensions.*3"):
-        function(np.ones((2, 4)), np.ones((2, 3)))
+        function(np.ones((2, 4)), ONES)
     with pytest.raises(ValueError, match="gallery embeddings hold NaN"):
-        function(np.ones((2, 3)), np.full((2, 3), np.nan))
+        function(ONES, NAN * ONES)
 
 
 # --- unit length, query expansion
@@ -204,14 +201,10 @@ def expanded(emb, gallery, n, alpha):
     return np.array(out)
 
 
-@pytest.mark.parametrize("scene", ["people", "corners", "copies", "one query", "fewer images"])
+@pytest.mark.parametrize("scene", ["people", "corners of a cube", "copies", "fewer images than k1"])
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.0), (5, 3.0), (200, 1.0)])
 def test_query_expansion_is_the_loop(scene, n, alpha, monkeypatch):
-    rng = np.random.default_rng(3)
-    # Corners of a cube: lengths and distances have no rounding, and most distances tie.
-    corners = [rng.choice([-1.0, 1.0], size=(count, 4)) for count in (9, 70)]
-    scenes = SCENES | {"corners": corners, "fewer images": people(3, 4)}
-    query, gallery = (normalise(emb) for emb in scenes[scene])
+    query, gallery = (normalise(emb) for emb in SCENES[scene])
     monkeypatch.setattr(distances, "BLOCK", 8 * 70)
     # Not of unit length, and the sides of different length.
     found, same = query_expansion(3 * query, 7 * gallery, n, alpha)

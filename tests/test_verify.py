@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from conftest import table
 from reidlib.evaluation.pairs import halves, pair_distances
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.verify import (
@@ -23,11 +24,6 @@ from reidlib.evaluation.verify import (
 )
 
 same = pd.testing.assert_frame_equal
-
-
-def table(pids, camids=None, paths=None):
-    columns = {"pid": pids, "camid": camids, "path": paths}
-    return pd.DataFrame({name: list(c) for name, c in columns.items() if c is not None})
 
 
 def measure(query_emb, query, gallery_emb, gallery, **options):
