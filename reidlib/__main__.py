@@ -9,16 +9,18 @@ import json
 import os
 import shlex
 import sys
+import tomllib
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_type_hints
 
 import reidlib
 from reidlib.progress import progress
 from reidlib.recipes import Recipe, make_recipe
 from reidlib.runs import find_run, run_name, write_text
-from reidlib.typed import alternatives, typed
+from reidlib.typed import in_words, typed
 from reidlib.words import did_you_mean
 
 # Each command imports what else it needs: torch takes seconds, and --help does without.
@@ -30,8 +32,10 @@ def say(*lines: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _output(name: str) -> Path:
+def _output(name: str | None) -> Path | None:
     """Return the path of a file to be written; a folder or a device is refused now, not after an hour."""
+    if name is None:
+        return None
     path = Path(name).expanduser()
     if not name.strip() or (path.exists() and not path.is_file()):
         raise ValueError(f"{name!r} is no file: give the name of one to be written.")
@@ -130,7 +134,7 @@ def scores(args) -> None:
 
 def evaluate(args) -> None:
     """Print the scores of embeddings from any toolkit as JSON."""
-    out = _output(args.out) if args.out else None
+    out = _output(args.out)
     query = reidlib.read_embeddings(args.query, args.query_csv)
     gallery = reidlib.read_embeddings(args.gallery, args.gallery_csv, in_memory=False)
     options = {"exclude_same_camera": args.exclude_same_camera}
@@ -155,13 +159,12 @@ def embed(args) -> None:
     model = reidlib.load_model(args.model, pick_device(args.device), args.unreadable)
     pixels, readable = reidlib.load_images(table, model.recipe)
     say(*left_out({"images": table}, {"images": readable}))
-    table = readable
     if args.crops:
-        save_images(table, Path(args.crops).expanduser())
+        save_images(readable, Path(args.crops).expanduser())
     emb = reidlib.embed(model, pixels, model.recipe, flip=args.flip)
-    reidlib.write_embeddings(out, emb, table)
+    reidlib.write_embeddings(out, emb, readable)
     say(f"{len(emb):,} embeddings of {emb.shape[1]} numbers: {out}")
-    if (table["pid"] == -1).all():
+    if (readable["pid"] == -1).all():
         say(
             "No identities are known (pid -1): enough to search, not to evaluate. "
             "--pattern market1501 reads them from file names like Market-1501's."
@@ -175,8 +178,7 @@ def search(args) -> None:
 
     if args.picture and Path(args.picture).suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise ValueError(f"{args.picture} must end in .jpg or .png.")
-    named = (args.out, args.picture, args.html)
-    out, picture, page = (None if name is None else _output(name) for name in named)
+    out, picture, page = map(_output, (args.out, args.picture, args.html))
     tables = {"query": room.picture_table(args.query), "gallery": room.read_gallery(args.gallery)}
     model = reidlib.load_model(args.model, pick_device(args.device), args.unreadable)
     say(*room.remarks(vars(args), tables, model.recipe))
@@ -225,7 +227,7 @@ def run(args) -> None:
     """Run notebooks, headless, one after another."""
     from reidlib.workbook.notebooks import run
 
-    run(args.notebooks, dict(args.parameters), output=args.output, timeout=args.timeout)
+    run(args.notebooks, dict(args.parameters or ()), output=args.output, timeout=args.timeout)
 
 
 def release(args) -> None:
@@ -259,79 +261,10 @@ def _true_or_false(text: str) -> bool:
     raise argparse.ArgumentTypeError("must be true or false")
 
 
-YES, NEEDED = {"action": "store_true"}, {"required": True}
-PAIR = {"nargs": 2, "metavar": ("NAME", "VALUE"), "action": "append", "default": []}
-FLOATS = ("float32", "bfloat16")
-RESUME = (
-    "with a run of this name: go on (auto), from the checkpoint before the last (previous), refuse "
-    "(never), or start again and replace it (restart)"
-)
-RESUMES = {"default": "auto", "choices": ("auto", "previous", "never", "restart")}
-BROKEN = "broken images: stop, or leave them out (as the model's recipe says)"
-AUTO = {"default": "auto"}
-CSV, INDEX = {"metavar": "FILE.csv"}, {"metavar": "FILE.hnsw"}
 OF_ROWS = ("loss", "margin", "seed", "checkpoint_every", "evaluate_every")  # each row sets them
-SPLITS = {"default": "test", "choices": ("test", "held_out")}
-CAMERA = "leave out matches by the query's own camera, as the protocol does (true)"
-CAMERAS = {"type": _true_or_false, "default": True, "metavar": "true|false"}
-
-# The commands that have it, its name, its help, and what else `argparse` wants to know.
-OPTIONS = (
-    ("data", "--dataset", "a name, a path, or several with commas", NEEDED),
-    ("data", "--k", "the K of PK batches (4)", {"type": int, "default": 4}),
-    ("data", "--no-decode", "do not read the images themselves", YES),
-    ("train", "--recipe", "plain, trinet (the default) or demo", {"default": "trinet"}),
-    ("train compare", "--tag", "appended to the run's name", {"default": ""}),
-    ("compare", "--list", "print a command for each row, and train nothing", YES),
-    ("compare", "--row", "this row alone, as --list names it", {"metavar": "NAME"}),
-    ("compare", "--recipe", "plain, trinet or demo (the default)", {"default": "demo"}),
-    ("compare", "--seeds", "trainings of each variant (3)", {"type": _count, "default": 3}),
-    ("compare", "--no-margins", "leave out the grid of margins", YES),
-    ("compare", "--no-ladder", "leave out what makes the numbers", YES),
-    ("compare", "--split", "scores on the test split, or of people held out", SPLITS),
-    ("compare", "--jobs", "rows at once on a CPU (1)", {"type": _count, "default": 1}),
-    ("train", "--resume", RESUME, RESUMES),
-    ("health", "runs", "a run's name, or its folder", {"nargs": "+", "metavar": "RUN"}),
-    ("score release publish", "run", "a run's name, or its folder", {"metavar": "RUN"}),
-    ("score", "--dataset", "score on another data set than the run's own"),
-    ("score", "--flip", "score the mean of each image and its mirror, too", YES),
-    ("score", "--precision", "(float32)", {"choices": FLOATS, "default": "float32"}),
-    ("score", "--no-baselines", "do not score what the run compares with", YES),
-    ("scores", "runs", "by default all under outputs/", {"nargs": "*", "metavar": "RUN"}),
-    ("scores", "--baselines", "show what the runs compare with, too", YES),
-    ("scores", "--matrix", "each run on each data set, with intervals over people", YES),
-    ("scores", "--against", "show gains over this run, with intervals", {"metavar": "RUN"}),
-    ("evaluate", "--query", "HDF5 file of the query embeddings", NEEDED),
-    ("evaluate", "--query-csv", "its list of images, if it holds embeddings alone"),
-    ("evaluate", "--gallery", "the same of the gallery, .npy, or a folder of shards", NEEDED),
-    ("evaluate", "--gallery-csv", "its list of images, if it holds embeddings alone"),
-    ("evaluate", "--out", "the table of queries; beside it, what a killed one goes on from", CSV),
-    ("score evaluate", "--exclude-same-camera", CAMERA, CAMERAS),
-    ("embed search export", "--model", "a run, weights.safetensors, or hf-hub:owner/name", NEEDED),
-    ("embed", "--images", "a folder, a CSV list, or a tracker's sequence", NEEDED),
-    ("embed", "--out", "the file to write, such as gallery.h5", NEEDED),
-    ("embed", "--crops", "write the images there, too, a folder for each identity"),
-    ("search", "--gallery", "as --query, or embeddings: .h5, or a folder of shards", NEEDED),
-    ("search", "--query", "an image, a folder, a list, or a tracker's sequence", NEEDED),
-    ("search", "--top", "how many of each query (10)", {"type": _count, "default": 10}),
-    ("embed search", "--flip", "mean of each image and its mirror image", YES),
-    ("data score embed", "--pattern", 'names to pid and camid: a regex, or "market1501"'),
-    ("data embed", "--image-root", "where the relative paths of CSV lists start"),
-    ("score embed search", "--unreadable", BROKEN, {"choices": ("fail", "skip")}),
-    ("search", "--out", "write the CSV there (standard output)", CSV),
-    ("search", "--index", "look at a part of the gallery; made if it is not there", INDEX),
-    ("search", "--picture", "draw the ranked lists, 20 at most", {"metavar": "FILE.jpg"}),
-    ("search", "--html", "a page to browse the ranked lists", {"metavar": "FILE.html"}),
-    ("export", "--out", "a folder, or a file ending in .onnx", NEEDED),
-    ("export", "--normalised", "the graph takes normalised pixels, as trackers give them", YES),
-    ("publish", "--to", "the folder to write", NEEDED | {"metavar": "FOLDER"}),
-    ("export", "--images", "compare model and file on these: an image, a folder, a CSV list"),
-    ("run", "notebooks", "03_train, 03, or a path", {"nargs": "+"}),
-    ("run", "-p", "a parameter of the notebooks; repeat it", PAIR | {"dest": "parameters"}),
-    ("run", "--output", "folder of the executed copies (outputs/notebooks)"),
-    ("run", "--timeout", "seconds that a cell may take (no limit)", {"type": float}),
-    ("train compare score embed search", "--device", "auto, cpu, cuda, mps, …", AUTO),
-)
+# What the help shows for a value: `batch_hard|batch_all`, `NUMBER|soft`.
+VALUES = {bool: "true|false", str: "TEXT", int: "N", float: "NUMBER", NoneType: "none"}
+TYPES = {"int": int, "float": float, "count": _count, "truth": _true_or_false}  # in commands.toml
 
 
 class Parser(argparse.ArgumentParser):
@@ -352,16 +285,20 @@ def _parser() -> Parser:
         words = {"help": (text[0].lower() + text[1:]).rstrip("."), "description": text}
         parser = commands.add_parser(function.__name__, allow_abbrev=False, **words)
         parser.set_defaults(function=function, parser=parser)
-    for names, option, text, *settings in OPTIONS:
+    told = Path(__file__).with_name("commands.toml").read_text(encoding="utf-8")
+    for names, option, text, *more in tomllib.loads(told)["options"]:
+        more = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(*more).items()}
+        more |= {"type": TYPES[more["type"]]} if "type" in more else {}
         for name in names.split():
-            commands.choices[name].add_argument(option, help=text, **dict(*settings))
+            commands.choices[name].add_argument(option, help=text, **more)
     title = "settings of the recipe (defaults are trinet's)"
     groups = [commands.choices[name].add_argument_group(title) for name in ("train", "compare")]
     for name, kind in _kinds().items():
         field = Recipe.model_fields[name]
         text = f"{field.description} ({field.default})".replace("%", "%%")
+        values = in_words(kind, VALUES, "|", str)
         for group in groups[: 1 if name in OF_ROWS else 2]:
-            group.add_argument(f"--{name.replace('_', '-')}", metavar=_values(kind), help=text)
+            group.add_argument(f"--{name.replace('_', '-')}", metavar=values, help=text)
     return top
 
 
@@ -369,16 +306,6 @@ def _kinds() -> dict[str, Any]:
     """Return what each setting of a recipe may be, without its limits."""
     hints = get_type_hints(Recipe)
     return {name: hints[name] for name in Recipe.model_fields}
-
-
-def _values(annotation: Any) -> str:
-    """Return what the help shows for a value: `batch_hard|batch_all`, `NUMBER|soft`."""
-    words = {bool: "true|false", str: "TEXT", int: "N", float: "NUMBER"}
-    shown = []
-    for kind in alternatives(annotation):
-        literal = get_origin(kind) is Literal
-        shown += map(str, get_args(kind)) if literal else [words.get(kind, "none")]
-    return "|".join(shown)
 
 
 def _mend_streams() -> None:

@@ -165,7 +165,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def update_json(path: Path, **content) -> None:
     """Add keys to a JSON file, or make it."""
-    write_json(path, (read_json(path) if path.exists() else {}) | content)
+    write_json(path, read_json(path, {}) | content)
 
 
 @contextmanager
@@ -220,7 +220,8 @@ def lock(run: Path, timeout: float = 0):
     """Hold a run's folder against every other process that writes runs.
 
     The lock is the operating system's: it ends with the process, however that ends. One that another
-    process holds is waited for as many seconds as `timeout`; -1: for ever.
+    process holds is waited for as many seconds as `timeout`; -1: for ever. Whoever gets it removes
+    what killed processes left half-written.
 
     Raises:
         Busy: another process holds it.
@@ -228,19 +229,14 @@ def lock(run: Path, timeout: float = 0):
     run.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run / ".lock", timeout):
-            _sweep(run)
+            sweep(run)
+            for left in run.glob(".release-*"):  # `release` holds the lock that is held here
+                shutil.rmtree(left, ignore_errors=True)
             yield
     except Timeout:
         raise Busy(
             f"Another process is writing {run}. Wait for it, stop it, or give this run another tag."
         ) from None
-
-
-def _sweep(run: Path) -> None:
-    """Remove what killed processes left half-written in a run's folder: up to a checkpoint each."""
-    sweep(run)
-    for path in run.glob(".release-*"):  # `release` holds the lock that is held here
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

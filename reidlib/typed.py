@@ -54,14 +54,14 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if union else (annotation,)
 
 
-def in_words(annotation: Any) -> str:
-    """Say what an annotation wants.
+def in_words(annotation: Any, words: dict = _WORDS, between: str = " or ", say=repr) -> str:
+    """Say what an annotation wants: kinds by their `words`, literals as `say` has them.
 
     >>> in_words(float | Literal["soft"])
     "a number or 'soft'"
     """
-    words = []
+    said = []
     for kind in alternatives(annotation):
         literal = get_origin(kind) is Literal
-        words += map(repr, get_args(kind)) if literal else [_WORDS.get(kind, str(kind))]
-    return " or ".join(words)
+        said += map(say, get_args(kind)) if literal else [words.get(kind, str(kind))]
+    return between.join(said)

@@ -215,13 +215,12 @@ def read_per_query(folder: Path, split: str = "test") -> pd.DataFrame:
     numbers = ("query", "pid", "matches", "AP", "AP_market", "first_rank", "INP")
     table = read_table(file, numbers)
     metrics = read_json(folder / "metrics.json", {})
-    written = metrics.get("per_query_sha256")
     if split == "held_out":  # while it trains, the table is ahead
         ended = read_json(folder / "manifest.json", {}).get("status") == "finished"
         held_out = metrics.get("held_out", {}) if ended else {}
-        written = held_out.get("per_query_sha256")
-        last = held_out.get("last", {})
-        metrics = {key.removeprefix("held_out_"): value for key, value in last.items()}
+        metrics = {k.removeprefix("held_out_"): v for k, v in held_out.get("last", {}).items()}
+        metrics["per_query_sha256"] = held_out.get("per_query_sha256")
+    written = metrics.get("per_query_sha256")
     found = score_values(table).mean()
     differ = [key for key in SCORES if not abs(found[key] - metrics.get(key, found[key])) < 1e-9]
     # Runs of older versions have no digest.
