@@ -197,7 +197,7 @@ def judged(recipe=None, facts=None, **changes):
     return names(report(history(**changes), make_recipe("demo", **(recipe or {})), **(facts or {})))
 
 
-STEP, FALLS, BEFORE = np.arange(20), history()["loss"], dict(before=0.1)
+STEP, FALLS, BEFORE, FEW = np.arange(20), history()["loss"], dict(before=0.1), dict(hold_out=9)
 
 
 def scored(*scores):
@@ -244,6 +244,7 @@ def shrunk(negative, loss):
         (dict(positive_p50=4.0, negative_p50=at_end(19, 4.3, 4.0)), ["not learning"]),
         (dict(held_out_mAP=scored(0.1, 0.11, 0.11, 0.11), facts=BEFORE), ["not learning"]),
         (dict(held_out_mAP=scored(0.1, 0.11, 0.13, 0.13), facts=BEFORE), []),
+        (dict(held_out_mAP=scored(0.9, 0.9, 0.9, 0.9), recipe=FEW, facts=dict(before=0.9)), []),
         # active triplets
         (dict(active=at_end(6, 0, 0.1), recipe=dict(margin=0.2)), ["too easy"]),
         (dict(active=at_end(5, 0, 0.1), recipe=dict(margin=0.2)), []),
