@@ -1,4 +1,4 @@
-"""Input at 256x128 with crop and flip, 16 batches of 72 x size, and the first decode.
+"""Input at 256x128 with crop and flip, 16 batches of 72 x size.
 
 The images are the first of Market-1501, if it is there, else drawn as JPEG of its size, 128x64.
 """
@@ -22,10 +22,7 @@ from reidlib.recipes import Recipe
 SIZES = (1, 2, 4, 8)
 WORKERS = os.cpu_count()
 MEMORY = False
-GOALS = {
-    f"torchvision, DataLoader, {WORKERS} workers": {"least": 8},
-    "ours, first decode of Market-1501": {"seconds": 15},
-}
+GOALS = {}
 FOLDER = tempfile.TemporaryDirectory(prefix="reid_bench_")
 SEED = np.random.default_rng(0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -73,14 +70,12 @@ class OneByOne(torch.utils.data.Dataset):
 
 
 def cases(size: float) -> dict:
-    """A pass over the images, from the cache and by a DataLoader; and the first decode."""
+    """A pass over the images, from the cache and by a DataLoader."""
     paths = files(72 * max(1, round(16 * size)))
     os.environ["REID_CACHE"] = FOLDER.name
 
-    def table(paths):
-        return pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
-
-    pixels, _ = load_images(table(paths), Recipe(), show_progress=False)
+    table = pd.DataFrame({"path": paths, "pid": 1, "camid": -1})
+    pixels, _ = load_images(table, Recipe(), show_progress=False)
     augment, rng = Augmentation((256, 128), enlarge=1.125), np.random.default_rng(0)
 
     def ours():
@@ -104,22 +99,8 @@ def cases(size: float) -> dict:
 
         return run
 
-    def decode(paths):
-        for file in Path(FOLDER.name).glob("*.json"):
-            file.unlink()
-        load_images(table(paths), Recipe(), show_progress=False)
-
-    def decode_one_by_one():
-        for path in paths:
-            np.asarray(Image.open(path).convert("RGB"))
-
-    found = {
+    return {
         "ours, input from the cache": ours,
         f"torchvision, DataLoader, {WORKERS} workers": loader(WORKERS),
         "torchvision, DataLoader, none": loader(0),
-        "ours, first decode": lambda: decode(paths),
-        "Pillow in a loop": decode_one_by_one,
     }
-    if market() and size == 1:
-        found["ours, first decode of Market-1501"] = lambda: decode(market())
-    return found
