@@ -275,15 +275,15 @@ class Scored:
         return 100 * scores[list(SCORES)].astype(float).rename(columns=SCORES)
 
     def spread_in_words(self) -> str:
-        """Say how far the mAP would move with other queries."""
+        """Say how far the mAP would move with other queries, and where else intervals are drawn."""
         half = 50 * (self.intervals.loc["mAP", "high"] - self.intervals.loc["mAP", "low"])
         if not half > 0:  # NaN, of one query
             which = "One query alone" if np.isnan(half) else "Queries that all have the same AP"
             return f"{which} cannot say how far the mAP would move with others."
         return (
-            f"With other queries like these the mAP would move by about ±{half:.1f} points. "
-            "On these same queries two runs are told apart at smaller differences, pair by pair: "
-            "`05_compare_margins` does it."
+            f"With other queries like these the mAP would move by about ±{half:.1f} points. Other people "
+            "may move it further, for queries of one person are alike: `05_compare_margins` draws people. On "
+            "these same queries it tells two runs apart at smaller differences, pair by pair."
         )
 
     def __repr__(self) -> str:
