@@ -108,17 +108,6 @@ def test_the_scenes_are_not_trivial():
     assert 0.1 < grown.mean() < 0.95
 
 
-def test_by_hand():
-    # Two pairs on a line. Everyone's one nearest other is its twin: R* = the pair.
-    found = k_reciprocal([[0.0]], [[1.0], [10.0], [11.0]], k1=1, k2=1, lam=0.3)
-    # V(q) = (1, exp(-1/121)) / sum over (q, g0); g0's furthest is q's end, 100 away.
-    a, b = np.exp(-1 / 121), np.exp(-1 / 100)
-    v_q, v_g = np.array([1, a]) / (1 + a), np.array([b, 1]) / (1 + b)
-    shared = np.minimum(v_q, v_g).sum()
-    expected = [0.7 * (1 - shared / (2 - shared)) + 0.3 / 121, 0.7 + 0.3 * 100 / 121, 1.0]
-    np.testing.assert_allclose(found[0], expected, atol=1e-7)
-
-
 def test_equal_gallery_images_tie_whatever_the_blocks(monkeypatch):
     query, gallery = people(5, 60, dim=32)
     gallery[40:] = gallery[:20]

@@ -70,15 +70,11 @@ def test_rates_that_nothing_can_be_chosen_at(ids, fmr, message):
         choose_threshold(people(0, ids=ids), fmr, **HOW)
 
 
-@pytest.mark.parametrize(
-    ("seed", "shift", "verdict"),
-    [
-        (1, 0.0, "no more than other people"),
-        (2, 0.0, "holds"),
-        (2, 0.8, "more false matches than promised"),
-        (3, -3, "fewer"),
-    ],
-)
+PROMISES = [(1, 0.0, "no more than other people"), (2, 0.0, "holds")]
+PROMISES += [(2, 0.8, "more false matches than promised"), (3, -3, "fewer")]
+
+
+@pytest.mark.parametrize(("seed", "shift", "verdict"), PROMISES)
 def test_a_promise_holds_on_people_like_those_and_not_on_others(seed, shift, verdict):
     trial = try_threshold(THRESHOLD, people(seed, shift), **HOW)
     assert list(trial.rates) == ["promised", "value", "low", "high", "accepted", "pairs"]
@@ -105,18 +101,15 @@ def test_camera_rates_in_words():
     assert "cannot be compared" in thresholds.camera_rates_in_words(cameras[:1])
 
 
-@pytest.mark.parametrize(
-    ("fmr", "tmr", "wanted"),
-    [
+def test_alarms_in_words():
+    for fmr, tmr, wanted in (
         (0.0, 0.0, "Nothing at all"),
         (0.0, 0.5, "100.0% of the accepted"),
         (0.1, 0.5, "Beyond 5 strangers"),
-    ],
-)
-def test_alarms_in_words(fmr, tmr, wanted):
-    said = thresholds.alarms_in_words(CHOSEN, 60, fmr, tmr, 0.25)
-    assert wanted in said and "25.0% of the queries" in said
-    assert ("images are wrong" in said) == bool(fmr)
+    ):
+        said = thresholds.alarms_in_words(CHOSEN, 60, fmr, tmr, 0.25)
+        assert wanted in said and "25.0% of the queries" in said
+        assert ("images are wrong" in said) == bool(fmr)
 
 
 def test_a_row_for_json_has_no_nan():

@@ -332,13 +332,11 @@ def test_maps_of_queries_beside_strangers_and_matches():
 
 def test_overlay():
     image = np.full((4, 4, 3), (90, 120, 150), np.uint8)  # grey 120
-    values = np.array([[1.0, 0], [-1, 4]])
+    values = np.array([[1.0, 0], [-1, 4]])  # more than most is drawn as most
     drawn = photographs.overlay(image, values, most=1.0)
     assert drawn.dtype == np.uint8 and drawn.shape == (4, 4, 3)
     orange, blue = (0.8 * np.array(c) + 0.2 * 120 for c in ((213, 94, 0), (0, 114, 178)))
-    np.testing.assert_allclose(drawn[0, 0], orange, atol=1)
-    np.testing.assert_allclose(drawn[3, 0], blue, atol=1)
-    np.testing.assert_allclose(drawn[3, 3], orange, atol=1)  # more than most is drawn as most
+    np.testing.assert_allclose(drawn[[0, 3, 3], [0, 0, 3]], [orange, blue, orange], atol=1)
     assert (photographs.overlay(image, np.zeros((2, 2)), 1.0) == 120).all()
     with pytest.raises(ValueError, match="above zero"):
         photographs.overlay(image, values, most=0.0)
@@ -394,8 +392,8 @@ def test_planted_copies_are_found_and_nothing_else(data_root):
     by_image = found.set_index("image")
     assert {*by_image.index} == {*planted} and by_image.index.is_unique
     for image, expected in planted.items():
-        assert tuple(by_image.loc[image, ["other", "harm", "kind"]]) == expected
-        assert by_image.loc[image, "path"] == table["path"][image]
+        columns = ["other", "harm", "kind", "path"]
+        assert tuple(by_image.loc[image, columns]) == (*expected, table["path"][image])
     assert (found["harm"].head(3) == "two identities").all() and found["harm"].iloc[-1] == "none"
     evidence = by_image.loc[len(everything) + 1, "evidence"]
     assert evidence == "same pixels (gallery and train), correlation 1.000"
@@ -480,9 +478,8 @@ def test_label_scores_are_those_of_a_slow_loop(monkeypatch):
     table.loc[[0, 20], "pid"] = -1
     pids = table["pid"].to_numpy()
     monkeypatch.setattr(suspects, "LEAST", 0.0)
-    found = suspects.label_errors(
-        emb, table, suspects.nearest_images(emb[pids != -1], len(emb) - 3)
-    )
+    near = suspects.nearest_images(emb[pids != -1], len(emb) - 3)
+    found = suspects.label_errors(emb, table, near)
     found = found[found["kind"] == "wrong identity?"].set_index("image")
     assert {*found.index} == {*np.flatnonzero(pids > 0)}
     for i in np.flatnonzero(pids > 0):
@@ -498,13 +495,10 @@ def test_label_scores_are_those_of_a_slow_loop(monkeypatch):
 
 def test_label_errors_of_little_data(monkeypatch):
     emb, table = good_embeddings(people=3)
-    for rows in (slice(0, 0), slice(0, 1), slice(0, 2), slice(0, 9)):  # one person alone at most
-        few, some = emb[rows], table.iloc[rows].reset_index(drop=True)
+    little = [(emb[:n], table.head(n)) for n in (0, 1, 2, 9)]  # one person alone at most
+    for few, some in (*little, (emb, table.assign(pid=-1))):
         for function in (suspects.label_errors, suspects.identity_errors):
             assert len(function(few, some)) == 0
-    unlabelled = table.assign(pid=-1)
-    assert len(suspects.label_errors(emb, unlabelled)) == 0
-    assert len(suspects.identity_errors(emb, unlabelled)) == 0
     # the only image of an identity has no other to be far from
     alone = table.assign(pid=np.where(np.arange(len(table)) == 0, 77, table["pid"]))
     monkeypatch.setattr(suspects, "LEAST", 0.0)
@@ -630,13 +624,9 @@ BREAK = "</script><script>document.title='taken'</script>"
 def map_page(lists=(), **options):
     """Six images: two identities of two, a distractor, an unknown one; dots in two rows of three."""
     points = np.array([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1.0]])
-    table = pd.DataFrame(
-        {
-            "path": [f"/far/{i}.jpg" for i in range(5)] + [f"/far/{EVIL}"],
-            **{"pid": [4, 4, 9, 9, 0, -1], "camid": [1, 2, 1, 2, 3, -1]},
-            "split": [""] * 5 + [BREAK],
-        }
-    )
+    table = pd.DataFrame({"pid": [4, 4, 9, 9, 0, -1], "camid": [1, 2, 1, 2, 3, -1]})
+    table["path"] = [f"/far/{i}.jpg" for i in range(5)] + [f"/far/{EVIL}"]
+    table["split"] = [""] * 5 + [BREAK]
     near = np.array([[1, 2], [0, 2], [3, 1], [2, 0], [5, 3], [4, 0]])
     pixels = np.random.default_rng(0).integers(0, 256, (6, 200, 100, 3), dtype=np.uint8)
     given = {"points": points, "table": table, "pixels": pixels, "neighbours": near}
@@ -649,11 +639,8 @@ def test_linked_map_holds_all_and_loads_nothing():
     assert "<b>Map" not in page and page.count("</script>") == 2
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", page)
     dots = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    assert [dot["text"] for dot in dots[3:]] == [
-        "identity 9, camera 2",
-        "distractor, camera 3",
-        f"unknown person, {BREAK}",
-    ]
+    texts = ["identity 9, camera 2", "distractor, camera 3", f"unknown person, {BREAK}"]
+    assert [dot["text"] for dot in dots[3:]] == texts
     assert dots[5]["file"] == EVIL and dots[0]["file"] == "0.jpg"
     assert dots[0]["near"] == [1, 2] and dots[0]["far"] == [0.333, 0.667]
     assert dots[0]["x"] < dots[2]["x"] and dots[0]["y"] > dots[3]["y"], "upwards, as in figures"
@@ -674,35 +661,54 @@ def test_linked_map_holds_all_and_loads_nothing():
             map_page(**options)
 
 
+class Map:
+    """A map in a browser."""
+
+    def __init__(self, chromium, page, tmp_path):
+        self.driver, place = chromium, Path(tmp_path, "map.html")
+        place.write_text(page, encoding="utf-8")
+        self.address = place.as_uri()
+        chromium.get(self.address)
+
+    def every(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def dot(self, i):
+        return self.one(f'circle[data-row="{i}"]')
+
+    def kind(self, i):
+        return self.dot(i).get_attribute("class") or ""
+
+    def press(self, *keys):
+        for key in keys:
+            self.driver.switch_to.active_element.send_keys(key)
+
+
 def test_linked_map_zooms_makes_lists_and_leads_to_ranked_lists(chromium, tmp_path):
     from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
     known = {"key": ["q0", "g1", "q1", "g3", "g4", "g5"], "AP": [0.9, None, 0.3] + [None] * 3}
     table = pd.DataFrame({"path": [f"/far/{i}.jpg" for i in range(6)], "pid": [4, 4, 9, 9, 0, -1]})
     table = table.assign(camid=1, split="").assign(**known)
-    place = Path(tmp_path, "map.html")
-    place.write_text(map_page(table=table, lists={"q0", "g1"}), encoding="utf-8")
-    chromium.get(place.as_uri())
-    every = lambda selector: chromium.find_elements(By.CSS_SELECTOR, selector)
-    one = lambda selector: chromium.find_element(By.CSS_SELECTOR, selector)
-    press = lambda *keys: [chromium.switch_to.active_element.send_keys(key) for key in keys]
-    dot = lambda i: one(f'circle[data-row="{i}"]')
+    page = Map(chromium, map_page(table=table, lists={"q0", "g1"}), tmp_path)
+    every, one, dot, press = page.every, page.one, page.dot, page.press
     chosen = lambda: one('circle[aria-pressed="true"]').get_attribute("data-row")
     box = lambda: [float(part) for part in one("#map").get_dom_attribute("viewBox").split()]
     # it starts at the worst query, coloured by AP
     assert chosen() == "2" and "AP 30.0 %" in one("#side").text and not every("#side a")
-    assert [entry.text for entry in every("#key > span")] == [
-        "● 20 to 40 %", "● 80 to 100 %", "● no query",
-    ]  # fmt: skip
+    legend = [entry.text for entry in every("#key > span")]
+    assert legend == ["● 20 to 40 %", "● 80 to 100 %", "● no query"]
     # a click 9 pixels beside a dot hits it; it leads to its ranked list, and a link comes back to it
     size = dot(0).rect
     aside = ActionChains(chromium).move_to_element_with_offset(dot(0), 9 + size["width"] // 3, 0)
     aside.click().perform()
     assert chosen() == "0" and chromium.current_url.endswith("#q0")
     assert one("#side a").get_attribute("href").endswith("ranked_lists.html#q0")
-    chromium.get(place.as_uri() + "#g1")
+    chromium.get(page.address + "#g1")
     chromium.refresh()
     assert chosen() == "1"
     # zoom and pan; dots keep their size on the screen, and the one that is chosen stays in view
@@ -720,17 +726,14 @@ def test_linked_map_zooms_makes_lists_and_leads_to_ranked_lists(chromium, tmp_pa
     press(" ")
     assert one("#list h2").text == "Listed images: 1"
     one("#lasso").click()
-    down = one("#map").rect
-    lasso = ActionChains(chromium).move_to_element(one("#map"))
-    step = [(-0.495, -0.49), (-0.3, -0.49), (-0.3, 0.49), (-0.495, 0.49)]
-    for place_, (a, b) in enumerate(step):
-        lasso.move_to_element_with_offset(
-            one("#map"), int(a * down["width"]), int(b * down["height"])
-        )
-        if place_ == 0:
+    lasso, box_of = ActionChains(chromium).move_to_element(one("#map")), one("#map").rect
+    for n, (a, b) in enumerate([(-0.495, -0.49), (-0.3, -0.49), (-0.3, 0.49), (-0.495, 0.49)]):
+        corner = int(a * box_of["width"]), int(b * box_of["height"])
+        lasso.move_to_element_with_offset(one("#map"), *corner)
+        if n == 0:
             lasso.click_and_hold()
     lasso.release().perform()
-    left = [i for i in range(6) if "listed" in (dot(i).get_attribute("class") or "")]
+    left = [i for i in range(6) if "listed" in page.kind(i)]
     assert left == [0, 3, 5] and len(every("#list li")) == 3
     one("#by option[value=identity]").click()
     assert len(every("#key > span")) == 3
@@ -739,17 +742,11 @@ def test_linked_map_zooms_makes_lists_and_leads_to_ranked_lists(chromium, tmp_pa
 
 def test_linked_map_in_a_browser(chromium, tmp_path):
     from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    place = Path(tmp_path, "map.html")
-    place.write_text(map_page(), encoding="utf-8")
-    chromium.get(place.as_uri())
+    page = Map(chromium, map_page(), tmp_path)
     assert chromium.title == "<b>Map</b>", "a file's name must not run as a script"
-    every = lambda selector: chromium.find_elements(By.CSS_SELECTOR, selector)
-    one = lambda selector: chromium.find_element(By.CSS_SELECTOR, selector)
-    dot = lambda i: one(f'circle[data-row="{i}"]')
-    kind = lambda i: dot(i).get_attribute("class") or ""
+    every, one, dot, kind = page.every, page.one, page.dot, page.kind
     active = lambda name: chromium.switch_to.active_element.get_attribute(name)
 
     def side(*said):
@@ -776,11 +773,10 @@ def test_linked_map_in_a_browser(chromium, tmp_path):
     assert side("identity 4, camera 1")
     # the keyboard alone: Tab comes to the chosen dot, arrows go on from there
     assert active("data-row") == "0" and active("aria-label")
-    for key, expected in (
-        (Keys.ARROW_RIGHT, 1), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_UP, 5),
-        (Keys.ARROW_LEFT, 4), (Keys.ARROW_DOWN, 1), (Keys.END, 5), (Keys.HOME, 0),
-    ):  # fmt: skip
-        chromium.switch_to.active_element.send_keys(key)
+    walk = {"ARROW_RIGHT": [1, 2, 2], "ARROW_UP": [5], "ARROW_LEFT": [4], "ARROW_DOWN": [1]}
+    walk |= {"END": [5], "HOME": [0]}
+    for key, expected in ((key, dot) for key, dots in walk.items() for dot in dots):
+        page.press(getattr(Keys, key))
         assert active("data-row") == str(expected) and active("tabindex") == "0"
     assert len(every('circle[tabindex="0"]')) == 1, "one stop for Tab, not hundreds"
     # search: an identity, else a part of a file's name; the first that fits is chosen
@@ -818,19 +814,15 @@ def causes_of(wrong, right):
     return pd.DataFrame(columns)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "right", "wanted"),
-    [
-        (20, 20, "**hat** (hat): 100% of the wrong"),
-        (5, 9, "No evidence"),
-        (9, 0, "nothing to compare"),
-    ],
-)
-def test_lifts_in_words(wrong, right, wanted):
-    table = causes_of(wrong, right).assign(**({"hat": False} if wrong == 5 else {}))
-    said = why.lifts_in_words(why.base_rates(table, ["hat"]), table)
-    assert wanted in said
-    assert ("stay unexplained" in said) == ("**hat**" in said)
+def test_lifts_in_words():
+    bare = causes_of(5, 9).assign(hat=False)
+    for table, wanted in (
+        (causes_of(20, 20), "**hat** (hat): 100% of the wrong"),
+        (bare, "No evidence"),
+        (causes_of(9, 0), "nothing to compare"),
+    ):
+        said = why.lifts_in_words(why.base_rates(table, ["hat"]), table)
+        assert wanted in said and ("stay unexplained" in said) == ("**hat**" in said)
 
 
 def test_cameras_and_confusions_in_words():
@@ -844,19 +836,14 @@ def test_cameras_and_confusions_in_words():
     assert "No list has" in why.confusions_in_words(pd.DataFrame([row])[:0])
 
 
-@pytest.mark.parametrize(
-    ("swings", "wrong", "wanted"),
-    [
+def test_places_and_suspects_in_words():
+    for swings, wrong, wanted in (
         ([0, 2], 5, "In 1 of the 2"),
         ([0, 0], 5, "In none of the 2"),
         ([2, 2], 0, "No query is wrong"),
-    ],
-)
-def test_places_in_words(swings, wrong, wanted):
-    assert why.places_in_words(np.array([1, 1]), np.array(swings), wrong).startswith(wanted)
-
-
-def test_suspects_in_words():
+    ):
+        said = why.places_in_words(np.array([1, 1]), np.array(swings), wrong)
+        assert said.startswith(wanted)
     copies = pd.DataFrame({"harm": ["none", "two identities"]})
     said = duplicates_in_words(copies, 1000)
     assert said.startswith("2 pairs of copies among 1,000 images, 1 of")
