@@ -143,13 +143,13 @@ def test_show_gives_an_image_with_escaped_alt_text(monkeypatch, photos):
 
 def test_save_chooses_the_format_by_name(tmp_path, photos):
     figure = photographs.photo_grid(photos)
-    for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG")):
-        figures.save(figure, tmp_path / name)
-        with Image.open(tmp_path / name) as image:
-            assert image.format == kind
+    sizes = []
+    for file, kind in ((tmp_path / "a.jpg", "JPEG"), (tmp_path / "a.png", "PNG")):
+        figures.save(figure, file)
+        sizes.append(file.stat().st_size)
+        with Image.open(file) as image:
+            assert image.format == kind and image.getpixel((1, 1))[:3] == (255, 255, 255)
             assert image.size == pytest.approx(150 * figure.get_size_inches(), abs=1)
-            assert image.getpixel((1, 1))[:3] == (255, 255, 255)
-    sizes = [(tmp_path / name).stat().st_size for name in ("a.jpg", "a.png")]
     assert sizes[0] < 0.4 * sizes[1], "photographs are small as JPEG"
 
 
@@ -169,9 +169,8 @@ def test_runs_without_a_screen_and_without_pyplot():
 
 def test_photo_grid_draws_each_photograph_once_in_reading_order(photos):
     marks = [RIGHT] * 3 + [WRONG] * 2 + [EXCLUDED] + [PLAIN] * 6
-    figure = photographs.photo_grid(
-        photos, [f"t{i}" for i in range(12)], columns=5, marks=marks, row_titles=["a", "b", "c"]
-    )
+    titles = [f"t{i}" for i in range(12)]
+    figure = photographs.photo_grid(photos, titles, 5, marks, row_titles=["a", "b", "c"])
     axes = figure.axes[0]
     drawn = drawn_photos(axes)
     assert all(np.array_equal(d.get_array(), p) for d, p in zip(drawn, photos, strict=True))
@@ -179,8 +178,7 @@ def test_photo_grid_draws_each_photograph_once_in_reading_order(photos):
     tops = [d.get_extent()[3] for d in drawn]
     assert lefts[:5] == sorted(lefts[:5]) and lefts[5] == lefts[0]
     assert tops[0] == tops[4] < tops[5] < tops[10]
-    wanted = [(m.colour.lower(), m.line) for m in marks if m != PLAIN]
-    assert frames(axes) == wanted
+    assert frames(axes) == [(m.colour.lower(), m.line) for m in marks if m != PLAIN]
     assert {"✓ t0", "✗ t3", "– t5", "t6", "a", "c"} <= set(texts(axes))
     assert drawn[5].get_alpha() < 0.5 and drawn[0].get_alpha() == 1
     assert inside(figure)
@@ -203,17 +201,17 @@ def test_photographs_keep_their_proportions():
         assert y1 - y0 <= 1.001 and x1 - x0 <= 2.001  # no larger than its place
 
 
-@pytest.mark.parametrize("wrong", [{"titles": ["a"]}, {"marks": [RIGHT]}, {"row_titles": ["a"]}])
-def test_photo_grid_refuses_lists_that_do_not_fit(photos, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        photographs.photo_grid(photos, **wrong)
-
-
 def test_photo_grid_leaves_gaps(photos):
     figure = photographs.photo_grid([None, photos[0], photos[1]], ["a", "b", "c"], columns=2)
     drawn = drawn_photos(figure.axes[0])
     assert len(drawn) == 2 and texts(figure.axes[0]) == ["b", "c"]
     assert drawn[0].get_extent()[0] > drawn[1].get_extent()[0]
+
+
+@pytest.mark.parametrize("wrong", [{"titles": ["a"]}, {"marks": [RIGHT]}, {"row_titles": ["a"]}])
+def test_photo_grid_refuses_lists_that_do_not_fit(photos, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        photographs.photo_grid(photos, **wrong)
     for nothing in ([None], []):
         with pytest.raises(ValueError, match="no photographs"):
             photographs.photo_grid(nothing)
@@ -228,17 +226,10 @@ def row(tmp_path, photos):
     paths = [str(tmp_path / f"{i}.png") for i in range(7)]
     for path, photo in zip(paths, photos, strict=False):
         Image.fromarray(photo).save(path)
-    results = pd.DataFrame(
-        {
-            "rank": pd.array([None, 1, None, None, 2, 3], dtype="Int64"),
-            "gallery": range(6),
-            "path": paths[1:],
-            "pid": [7, 7, -1, 7, 9, 0],
-            "camid": [1, 2, 3, 1, 4, 5],
-            "distance": [0.1, 0.25, 0.3, 0.4, 1.0, 12.345],
-            "status": ["same camera", "match", "junk", "same camera", "wrong", "wrong"],
-        }
-    )
+    results = pd.DataFrame({"rank": pd.array([None, 1, None, None, 2, 3], dtype="Int64")})
+    results = results.assign(gallery=range(6), path=paths[1:], pid=[7, 7, -1, 7, 9, 0])
+    results["camid"], results["distance"] = [1, 2, 3, 1, 4, 5], [0.1, 0.25, 0.3, 0.4, 1.0, 12.345]
+    results["status"] = ["same camera", "match", "junk", "same camera", "wrong", "wrong"]
     return photographs.RankedRow("Query 3, camera 1", paths[0], results)
 
 
@@ -381,12 +372,10 @@ def test_examples_are_the_best_the_median_and_the_worst_queries(row):
 def history():
     step = np.array([1, 20, 40, 60])
     columns = {"step": step, "loss": 1 / step, "active": 0.5, "lr": [1e-3, 1e-3, 1e-4, 1e-5]}
-    columns |= {"norm": 3.0, "images_per_s": 90.0}
-    columns |= {f"positive_p{p}": float(p) for p in (5, 50, 95)}
-    columns |= {f"negative_p{p}": 2.0 * p for p in (5, 50, 95)}
-    columns |= {"held_out_mAP": [np.nan, 0.3, np.nan, 0.5]}
-    columns |= {"held_out_top1": [np.nan, 0.4, np.nan, 0.6]}
-    return pd.DataFrame(columns)
+    columns |= {"norm": 3.0, "images_per_s": 90.0, "held_out_mAP": [np.nan, 0.3, np.nan, 0.5]}
+    for p in (5, 50, 95):
+        columns |= {f"positive_p{p}": float(p), f"negative_p{p}": 2.0 * p}
+    return pd.DataFrame(columns | {"held_out_top1": [np.nan, 0.4, np.nan, 0.6]})
 
 
 @pytest.fixture
@@ -396,9 +385,8 @@ def without(history):
 
 
 def drawn_panels(history, **changes):
-    figure = figures.training_curves(history, make_recipe("demo", **changes))
-    assert len(figure.axes) == 6
-    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+    axes = figures.training_curves(history, make_recipe("demo", **changes)).axes
+    return {one.get_title(loc="left"): one for one in axes}
 
 
 def test_training_curves_show_every_sign_of_health(history):
@@ -426,9 +414,7 @@ def test_training_curves_of_a_margin_and_without_held_out_identities(without):
         drawn_panels(without.iloc[:0])
 
 
-def test_histories_side_by_side_have_a_row_of_held_out_scores_only_where_there_are_any(
-    history, without
-):
+def test_histories_side_by_side_have_a_row_of_held_out_scores_where_there_are_any(history, without):
     for second, rows in ((without, 4), (history, 5)):
         axes = np.reshape(figures.side_by_side({"a": without, "b": second}).axes, (rows, 2))
         assert [panel.get_title(loc="left") for panel in axes[0]] == ["a", "b"]
@@ -449,10 +435,8 @@ def test_curves_differ_in_colour_and_line(history):
 
 
 def test_cmc_counts_first_matches_and_leaves_out_queries_without():
-    figure = figures.cmc_curve({"a": [1, 1, 3, np.nan, 30]}, up_to=4)
-    (line,) = figure.axes[0].lines
-    assert list(line.get_xdata()) == [1, 2, 3, 4]
-    assert list(line.get_ydata()) == [50, 50, 75, 75]
+    (line,) = figures.cmc_curve({"a": [1, 1, 3, np.nan, 30]}, up_to=4).axes[0].lines
+    assert line.get_xydata().tolist() == [[1, 50], [2, 50], [3, 75], [4, 75]]
 
 
 def test_bars_of_each_camera_are_means_of_its_queries():
