@@ -36,13 +36,15 @@ def network(folder: Path) -> nn.Module:
     if read_json(folder / "config.json")["last_stride"] == 1:
         mobilenet.features[14].conv[1][0].stride = (1, 1)
     parts = nn.ModuleDict({"backbone": nn.ModuleDict({"features": mobilenet.features})})
+    if "norm.weight" in state:
+        parts["norm"] = nn.BatchNorm1d(1280)
     if "head.0.weight" in state:
         hidden, dim = len(state["head.0.weight"]), len(state["head.3.weight"])
         linear = nn.Linear(1280, hidden), nn.Linear(hidden, dim)
         parts["head"] = nn.Sequential(linear[0], nn.BatchNorm1d(hidden), nn.ReLU(), linear[1])
     parts.load_state_dict(state)
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(mobilenet.features, pool, parts["head"] if "head" in parts else pool[1])
+    after = [parts[name] for name in ("norm", "head") if name in parts]
+    return nn.Sequential(mobilenet.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *after)
 
 
 def side(net: nn.Module, folder: Path, resize: str, size: list[int]) -> tuple[np.ndarray, ...]:

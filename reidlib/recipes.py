@@ -51,6 +51,10 @@ class Recipe(BaseModel):
     hidden: Count = _setting(1024, "width of the head's hidden layer")
     last_stride: Literal[1, 2] = _setting(2, "the backbone's last stride: 1 or 2")
     head: bool = _setting(True, "False: the embedding is the pooled features")
+    norm: bool = _setting(False, "BatchNorm of the pooled features")
+    classifier: Annotated[float, Field(ge=0)] = _setting(
+        0.0, "weight of an ID loss beside the triplets: not the paper's; 0: none"
+    )
 
     height: int = _setting(256, "height of the network's input, in pixels", ge=32)
     width: int = _setting(128, "width of the network's input, in pixels", ge=16)
@@ -89,9 +93,16 @@ class Recipe(BaseModel):
     decay_to: Annotated[float, Field(gt=0, le=1)] = _setting(
         0.001, "what the learning rate is multiplied by at the last step"
     )
+    average: float = _setting(
+        0.0,
+        "decay of a moving average of all weights, which is scored and saved; 0: none",
+        ge=0,
+        lt=1,
+    )
     seed: int = _setting(0, "of weights, batches and augmentation", ge=0, lt=2**63)
     chunk: Annotated[int, Field(ge=2)] | None = _setting(
-        None, "images embedded at once: a big batch in little memory, for a third more time"
+        None,
+        "images embedded at once: a big batch in little memory, for about half as much time again",
     )
     precision: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto", "float32, bfloat16, or auto: bfloat16 where the device is fast at it"
@@ -110,6 +121,12 @@ class Recipe(BaseModel):
     def _steps_or_epochs(self) -> "Recipe":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, and set the other to None")
+        return self
+
+    @model_validator(mode="after")
+    def _classifier_sees_normed_features(self) -> "Recipe":
+        if self.classifier and (self.head or not self.norm or self.reduction != "mean"):
+            raise ValueError('a classifier needs norm = True, head = False and reduction = "mean"')
         return self
 
     @property

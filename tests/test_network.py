@@ -65,6 +65,20 @@ def test_the_network_is_trinet():
     assert bare.dim == 512
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_batchnorm_stands_between_pooling_and_head(head):
+    net = EmbeddingNet("resnet8", head=head, norm=True).train()
+    emb = net(x := torch.rand(6, 3, 64, 32))
+    pooled = net.pooled(x)
+    torch.testing.assert_close(pooled, net.backbone(x).mean((2, 3)))
+    normed = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(emb, net.head(normed))
+    assert set(net.state_dict()) - set(EmbeddingNet("resnet8", head=head).state_dict()) == {
+        f"norm.{name}"
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (3, (2, 1)), (3, 3)])
 @pytest.mark.parametrize("size", [(8, 4), (7, 5), (2, 1)])
 def test_the_strided_depthwise_gradient_is_pytorchs(kernel, stride, size):

@@ -45,6 +45,7 @@ class EmbeddingNet(nn.Module):
             width ("Bag of Tricks", arXiv 1903.07071, section 3.4). The weights fit both.
         head: True for Linear > BatchNorm > ReLU > Linear; False gives the pooled features, and
             `dim` becomes the number of the backbone's channels.
+        norm: BatchNorm of the pooled features ("Bag of Tricks", section 3.5, has it before a classifier).
         size: (height, width) of the images; some of timm's networks are made for one size.
 
     Raises:
@@ -66,6 +67,7 @@ class EmbeddingNet(nn.Module):
         last_stride: int = 2,
         head: bool = True,
         size: tuple[int, int] | None = None,
+        norm: bool = False,
     ):
         super().__init__()
         if backbone not in BACKBONES and not backbone.startswith("timm:"):
@@ -85,6 +87,7 @@ class EmbeddingNet(nn.Module):
         if last_stride == 1:
             _unstride_last_block(self.backbone, backbone)
         quicken_depthwise(self.backbone)
+        self.norm = nn.BatchNorm1d(channels) if norm else nn.Identity()
         self.dim, self.head = channels, nn.Identity()
         if head:
             self.dim = dim
@@ -97,10 +100,13 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, D) of normalised images (B, 3, H, W)."""
+        return self.head(self.norm(self.pooled(images)))  # (B, C) -> (B, D)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Return the pooled features (B, C) of normalised images (B, 3, H, W)."""
         features = self.backbone(images)  # (B, C, h, w), or (B, C) of timm's
-        if features.dim() == 4:
-            features = features.mean(dim=(2, 3))  # (B, C, h, w) -> (B, C)
-        return self.head(features)  # (B, C) -> (B, D)
+        # (B, C, h, w) -> (B, C)
+        return features.mean(dim=(2, 3)) if features.dim() == 4 else features
 
 
 def _unstride_last_block(backbone: nn.Module, name: str) -> None:

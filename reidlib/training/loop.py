@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from reidlib import runs
 from reidlib.data.augment import Augmentation
@@ -45,6 +46,7 @@ from reidlib.recipes import WATCHING, Recipe, located
 from reidlib.training import distributed
 from reidlib.training.checkpoint import State, load_checkpoint
 from reidlib.training.chunks import check_chunk, in_chunks
+from reidlib.training.identity import WithClassifier, with_id_loss
 from reidlib.training.journal import Journal, Onlooker, tell
 from reidlib.training.losses import LOSSES, TripletLoss
 
@@ -80,7 +82,13 @@ class Plan:
         """Return the recipe's loss, of embeddings (N, D) and their pids (N,)."""
         r = self.recipe
         options = {"mean": r.mean} if r.loss == "batch_all" else {}
-        return partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
+        loss = partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
+        return with_id_loss(loss, self.identities, r.classifier) if r.classifier else loss
+
+    @property
+    def identities(self) -> torch.Tensor:
+        """(C,) the sorted pids of the training images."""
+        return torch.from_numpy(np.unique(self.table["pid"])).to(self.device)
 
 
 @distributed.in_turn()
@@ -121,6 +129,8 @@ def prepare(
     pixels, table = load_images(table, recipe, show_progress, training=True)
     epoch = len(PKSampler(table["pid"], recipe.p, recipe.k, recipe.epoch))
     steps = recipe.steps or recipe.epochs * epoch
+    if recipe.classifier and distributed.size() > 1:
+        raise ValueError("A classifier is trained in one process: start it without torchrun.")
     check_chunk(recipe.chunk, len(distributed.shares(recipe.p, recipe.k)[0]))
     data = fingerprint(table)
     return Plan(recipe, tag, target, folder, table, pixels, data, held_out, steps, epoch)
@@ -176,7 +186,7 @@ def train(
         if begun:
             # Says whatever is wrong with the network or its weights, before anything is replaced.
             state = distributed.together(partial(_start, plan, *begun))
-            distributed.align(state.model, plan.device)
+            distributed.align(state.network, plan.device)
             replaced = resume == "restart" and not distributed.rank()
             with _replaced(plan.folder) if replaced else nullcontext():
                 _run(plan, state, show_progress)
@@ -314,9 +324,14 @@ def _start(plan: Plan, checkpoint: dict | None, data: str) -> State:
         raise ValueError("it sees other training images than process 0.")
     torch.manual_seed(plan.recipe.seed)
     model = build_model(plan.recipe, pretrained=checkpoint is None)
-    model.to(plan.device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.Adam(model.parameters(), lr=plan.recipe.lr, fused=True)
-    state = State(model, optimiser, plan.sampler(), plan.augmentation())
+    network = WithClassifier(model, len(plan.identities)) if plan.recipe.classifier else model
+    network.to(plan.device, memory_format=torch.channels_last).train()
+    optimiser = torch.optim.Adam(network.parameters(), lr=plan.recipe.lr, fused=True)
+    state = State(network, optimiser, plan.sampler(), plan.augmentation())
+    if plan.recipe.average:
+        update = get_ema_multi_avg_fn(plan.recipe.average)
+        # The running statistics of BatchNorm, too: those of a few batches of 18 people are noisy.
+        state.average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
     if checkpoint:
         state.load_state_dict(checkpoint)
     return state
@@ -345,15 +360,17 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
         # (b, 3, h, w) -> (b, D)
         with autocast(plan.device, recipe.precision):
             batch = batch.contiguous(memory_format=torch.channels_last)
-            emb = in_chunks(state.model, batch, recipe.chunk)
+            emb = in_chunks(state.network, batch, recipe.chunk)
         result = distributed.across(loss, emb, pids[rows.to(pids.device)], shares)
         state.step += 1
         if not math.isfinite(result.loss.item()):
             journal.fail("the loss")
         state.optimiser.zero_grad(set_to_none=True)
         (result.total if recipe.reduction == "sum" else result.loss).backward()
-        distributed.average(state.model)
+        distributed.average(state.network)
         state.optimiser.step()
+        if state.average:
+            state.average.update_parameters(state.network)
         bar.update()
 
         state.seconds = time.monotonic() - started
