@@ -362,22 +362,6 @@ def test_rows_are_trained_scored_and_found_again_in_processes_of_their_own():
     assert weights.read_bytes() == before
 
 
-@pytest.mark.slow
-def test_a_row_that_was_stopped_goes_on():
-    it = row(steps=6, checkpoint_every=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            one(it)
-    folder = outputs_dir() / SOFT
-    assert (folder / "checkpoint.pt").exists() and not (folder / "weights.safetensors").exists()
-    assert one(it) == Made(folder, "", True)
-    # A run of another name beside it, never stopped. (By `complete` it would be this very row.)
-    whole = loop.train(it.recipe, "whole", device="cpu", show_progress=False)
-    files = [f / "weights.safetensors" for f in (folder, whole)]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
 def work(folder, name, commands):
     """A shell loop over commands, which writes down each step of each row.
 

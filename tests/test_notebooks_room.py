@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -105,65 +104,51 @@ def test_parameters_are_read_with_their_types(tmp_path):
     assert found["seeds"].default == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("text", "annotation", "value"),
-    [
-        ("1e-3", float, 0.001),
-        ("3", float, 3.0),
-        ("1e3", int, 1000),
-        ("18", int | float, 18),
-        ("0.2", float | str, 0.2),
-        ("soft", float | str, "soft"),
-        ("0.2", float | Literal["soft"], 0.2),
-        ("soft", float | Literal["soft"], "soft"),
-        ("market1501", int | str, "market1501"),
-        ("101", int | str | None, 101),
-        ("7", str, "7"),
-        ("true", bool, True),
-        ("False", bool | None, False),
-        ("true", str, "true"),
-        ("none", int | None, None),
-        ("null", float | None, None),
-        ("none", str | None, "none"),  # weights="none" is no None
-        ("[0, 1]", list, [0, 1]),
-        ("2", Literal[1, 2], 2),
-        ("2", Any, 2),
-        ("True", Any, True),
-        ("x", Any, "x"),
-        (1, float, 1.0),  # and from a program
-        (2.0, int, 2),
-        (None, int | None, None),
-        ([0, 1], list, [0, 1]),
-        (True, Any, True),
-    ],
-)
-def test_a_value_is_read_as_the_declared_type(text, annotation, value):
-    got = typed(text, annotation)
-    assert got == value and type(got) is type(value)
+SOFT = float | Literal["soft"]
 
 
 @pytest.mark.parametrize(
-    ("value", "annotation", "wanted"),
+    ("annotation", "read"),  # more of them in the docstring of `typed`
     [
-        ("1.5", int, "a whole number"),
-        ("fast", float | None, "a number or none"),
-        ("hard", float | Literal["soft"], "a number or 'soft'"),
-        ("[0", list, "a list"),
-        ("none", float, "a number"),
-        ("True", int, "a whole number"),
-        ("3", Literal[1, 2], "1 or 2"),
-        ("True", float, "a number"),
-        (True, int, "a whole number"),
-        (1, bool, "true or false"),
-        (3.0, str, "text"),
-        (True, str, "text"),
-        (1.5, int, "a whole number"),
-        (None, int, "a whole number"),
+        (float, [("1e-3", 0.001), ("3", 3.0), (1, 1.0)]),
+        (int, [("1e3", 1000), (2.0, 2)]),
+        (int | float, [("18", 18)]),
+        (SOFT, [("0.2", 0.2), ("soft", "soft")]),
+        (int | str, [("market1501", "market1501")]),
+        (int | str | None, [("101", 101)]),
+        (bool | None, [("False", False)]),
+        (str, [("true", "true"), ("7", "7")]),
+        (int | None, [("none", None), (None, None)]),
+        (float | None, [("null", None)]),
+        (str | None, [("none", "none")]),  # weights="none" is no None
+        (list, [("[0, 1]", [0, 1]), ([0, 1], [0, 1])]),
+        (Literal[1, 2], [("2", 2)]),
+        (Any, [("2", 2), ("True", True), ("x", "x"), (True, True)]),
     ],
 )
-def test_a_value_of_another_type_is_refused(value, annotation, wanted):
-    with pytest.raises(ValueError, match=f"should be {wanted}\\.$"):
-        typed(value, annotation)
+def test_a_value_is_read_as_the_declared_type(annotation, read):
+    for given, value in read:
+        got = typed(given, annotation)
+        assert got == value and type(got) is type(value), given
+
+
+@pytest.mark.parametrize(
+    ("annotation", "wanted", "refused"),
+    [
+        (int, "a whole number", ["1.5", "True", True, 1.5, None]),
+        (float, "a number", ["none", "True"]),
+        (float | None, "a number or none", ["fast"]),
+        (SOFT, "a number or 'soft'", ["hard"]),
+        (list, "a list", ["[0"]),
+        (Literal[1, 2], "1 or 2", ["3"]),
+        (bool, "true or false", [1]),
+        (str, "text", [3.0, True]),
+    ],
+)
+def test_a_value_of_another_type_is_refused(annotation, wanted, refused):
+    for value in refused:
+        with pytest.raises(ValueError, match=f"should be {wanted}\\.$"):
+            typed(value, annotation)
 
 
 @pytest.fixture
@@ -172,12 +157,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     monkeypatch.setattr(notebooks, "execute", lambda *_: pytest.fail("it ran"))
     (tmp_path / "notebooks").mkdir()
-    write(
-        tmp_path / "notebooks/03_train.ipynb",
-        parameters="lr: float = 0.1\nflip = True\np: int = 18  # P",
-    )
-    write(tmp_path / "notebooks/04_evaluate.ipynb", parameters='run = ""\ntop = 5')
-    return tmp_path / "notebooks"
+    folder = tmp_path / "notebooks"
+    write(folder / "03_train.ipynb", parameters="lr: float = 0.1\nflip = True\np: int = 18  # P")
+    write(folder / "04_evaluate.ipynb", parameters='run = ""\ntop = 5')
+    return folder
 
 
 def test_notebooks_are_found_by_name_number_and_path(folder):
@@ -199,15 +182,11 @@ def test_notebooks_are_found_by_name_number_and_path(folder):
         ({"flop": "1", "lr": 1}, "'flop'; did you mean 'flip'.* run, top.*03_train, 04_evaluate"),
         ({"lr": "fast"}, r"lr = 'fast': 03_train wants a number \(its default is 0.1\)"),
         ({"flip": 1}, "flip = 1: 03_train wants true or false"),
-        ({"p": 1.5}, "p = 1.5: 03_train wants a whole number"),
-        ({"p": True}, "p = True"),
         ({"p": "0"}, "p = '0': 03_train wants a whole number, 1 or more"),
         ({"run": [3]}, r"run = \[3\]: 04_evaluate wants text"),
         ({"p": 2**31}, "wants a whole number, 1 or more, below 2.31"),
-        *(
-            ({"lr": bad}, f"lr = '{bad}': 03_train wants a number")
-            for bad in ("nan", "-inf", "1e400")
-        ),
+        ({"lr": "nan"}, "lr = 'nan': 03_train wants a number"),
+        ({"lr": "1e400"}, "lr = '1e400': 03_train wants a number"),
         ({"top": None}, "top = None"),
     ],
 )
@@ -216,13 +195,7 @@ def test_wrong_parameters_are_refused_before_anything_runs(folder, parameters, m
         run(["03", "04"], parameters)
 
 
-def test_too_few_open_files_are_refused_before_a_kernel_dies(folder, monkeypatch):
-    monkeypatch.setattr("resource.getrlimit", lambda _: (20, 1024))
-    with pytest.raises(OSError, match="ulimit -n 1024"):
-        run("03")
-
-
-def test_wrong_places_are_refused_before_anything_runs(folder):
+def test_wrong_places_are_refused_before_anything_runs(folder, monkeypatch):
     with pytest.raises(ValueError, match="would overwrite"):
         run("03", output=folder)
     with pytest.raises(ValueError, match="give a folder"):
@@ -230,6 +203,9 @@ def test_wrong_places_are_refused_before_anything_runs(folder):
     (folder / "05_broken.ipynb").write_text("not JSON")
     with pytest.raises(ValueError, match="05_broken.ipynb is not a Jupyter notebook"):
         run(["03", "05"])
+    monkeypatch.setattr("resource.getrlimit", lambda _: (20, 1024))
+    with pytest.raises(OSError, match="ulimit -n 1024"):  # before a kernel dies
+        run("03")
 
 
 # --- real kernels
@@ -294,20 +270,18 @@ def test_a_failure_keeps_the_earlier_good_copy_and_ends_with_its_error(tmp_path,
     assert len(list(good.parent.iterdir())) == 2
 
 
-def test_a_notebook_that_exits_early_has_failed(tmp_path):
-    a = write(tmp_path / "a.ipynb", "import sys\nsys.exit()", "2 + 2")
-    with pytest.raises(NotebookFailed, match=r"(?s)In \[1\].*SystemExit"):
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("import sys\nsys.exit()", r"^a, cell In \[1\] 'import sys':\nSystemExit"),
+        ("import os\nos.kill(os.getpid(), 9)", r"^a, cell.* 'import os':\nThe kernel died. Out of"),
+    ],
+)
+def test_a_notebook_that_ends_early_has_failed(tmp_path, cell, said):
+    a = write(tmp_path / "a.ipynb", cell, "2 + 2")
+    with pytest.raises(NotebookFailed, match=said):
         run(a, show_progress=False)
-    copies = tmp_path / "outputs/notebooks"
-    assert [path.name for path in copies.iterdir()] == ["a.failed.ipynb"]
-
-
-def test_a_dead_kernel_and_its_cell_are_named(tmp_path, capfd):
-    a = write(tmp_path / "a.ipynb", "import os\nos.kill(os.getpid(), 9)")
-    assert main(["run", str(a)]) == 1
-    cell, died = capfd.readouterr().err.splitlines()[2:]
-    assert re.fullmatch(r"a, cell( In \[1\])? 'import os':", cell)
-    assert died == "The kernel died. Out of memory?"
+    assert [p.name for p in (tmp_path / "outputs/notebooks").iterdir()] == ["a.failed.ipynb"]
 
 
 def test_a_signal_lets_the_running_cell_end_by_itself_and_leaves_no_kernel(tmp_path):

@@ -122,16 +122,19 @@ def judged(table, recipe):
 
 def holds_for_a_training(watched, findings):
     """Assert that what is said of a training is so."""
-    loss, active, distances, _ = watched.curves_in_words()
+    loss, active, distances, norm = watched.curves_in_words()
     start, end = watched.start, watched.end
     assert numbers(loss)[:2] == pytest.approx([watched.history["loss"][0], end["loss"]], abs=6e-4)
+    assert f"sit at {watched.recipe.collapsed_loss:.3f}" in loss
+    assert numbers(norm)[:2] == pytest.approx([start["norm"], end["norm"]], abs=0.006)
     assert numbers(active)[:2] == pytest.approx([start["active"], end["active"]], abs=0.006)
     if watched.over_active:
         ends = [watched.loss[0], watched.loss_at_end]
         assert numbers(loss)[2:4] == pytest.approx(ends, abs=6e-4), "the curve shows the first two"
     apart = end["negative_p50"] / end["positive_p50"]
     assert numbers(distances)[1] == pytest.approx(apart, abs=0.06)
-    took = watched.takeaways(findings)[1]
+    _, took, found, _ = watched.takeaways(findings)
+    assert found == f"The health report found: {', '.join(findings) or 'nothing'}."
     assert numbers(took)[0] == pytest.approx(apart, abs=0.006)
     broken = {"collapsed", "near collapse", "not learning", "diverging"} & {*findings}
     better = apart > 1.1 * max(1, start["negative_p50"] / start["positive_p50"])

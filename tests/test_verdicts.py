@@ -55,12 +55,11 @@ def test_one_row_alone_is_compared_with_nothing():
     assert not len(pairs) and not [*verdicts.pairs_in_words(pairs)]
     alone = f"There is one row alone, {HARD}: nothing to compare it with."
     assert verdicts.conclusion(pairs, table) == alone
-    grid = verdicts.margin_table(found, {}, "test")
-    (said,) = verdicts.margins_in_words(found, {}, grid, "test", spread)
-    assert said == "The grid of margins was not asked for, or its rows are missing."
-    ladder = verdicts.ladder_of(found, [], spread)
-    said = verdicts.ladder_in_words(ladder, found)
-    assert said == "What makes the numbers was not asked for, or its rows are missing."
+    grid, ladder = verdicts.margin_table(found, {}, "test"), verdicts.ladder_of(found, [], spread)
+    (margins,) = verdicts.margins_in_words(found, {}, grid, "test", spread)
+    said = margins, verdicts.ladder_in_words(ladder, found)
+    lacks = " was not asked for, or its rows are missing."
+    assert said == (f"The grid of margins{lacks}", f"What makes the numbers{lacks}")
     assert verdicts.best_step_in_words(ladder) == ""
 
 
@@ -104,6 +103,11 @@ def test_a_clear_winner(seeds):
     assert ("±" in results.for_people(table, {})["mAP"][HARD]) == (seeds > 1)
     worth = table["mAP"][HARD] - table["mAP"]["random soft"]
     assert f"{HARD} {worth:+.1f}, {ALL} " in results.table_in_words(table, {})
+    pairs.loc[pairs.index[0], "low"] = -0.04  # no column is empty, and there is no -0.0
+    shown = verdicts.for_people(pairs)
+    assert ("error: seeds" in shown) == (seeds > 1) and not shown.isna().any(axis=None)
+    assert {"difference", "from", "to", "holds"} < {*shown} and "higher" not in shown
+    assert str(shown["from"].iloc[0]) == "0.0" and {*shown["holds"]} <= {"✓", "–"}
 
 
 def test_claims_are_the_differences_in_points_corrected_together():
@@ -124,24 +128,6 @@ def test_claims_are_the_differences_in_points_corrected_together():
     once = verdicts.claims({"a": sides, "b": sides}, spread, one_network=["b"])
     assert list(once["seeds"].isna()) == [False, True]
     assert list(once["p"]) == [slow.p, difference(*sides).p] and slow.p != difference(*sides).p
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_claims_for_people_have_plain_headings_and_no_empty_column(seeds):
-    _, _, pairs = judged(rows_of(WINNER, seeds))
-    pairs.loc[pairs.index[0], "low"] = -0.04
-    shown = verdicts.for_people(pairs)
-    assert ("error: seeds" in shown) == (seeds > 1) and not shown.isna().any(axis=None)
-    assert {"difference", "from", "to", "holds"} < {*shown} and "higher" not in shown
-    assert str(shown["from"].iloc[0]) == "0.0" and {*shown["holds"]} <= {"✓", "–"}
-
-
-def test_what_needs_no_training_stands_under_the_rows():
-    table = results.for_people(
-        results.summary(rows_of(WINNER)), {"a_b": dict.fromkeys(SCORES, 0.125)}
-    )
-    assert list(table.index) == [HARD, "batch-hard 0.2", ALL, "batch-all 0.2", "random soft", "a b"]
-    assert list(table.loc["a b", ["seeds", "mAP", "health"]]) == ["–", "12.5", "–"]
 
 
 def test_the_highest_may_be_told_apart_from_some_only():
@@ -169,9 +155,12 @@ def test_a_run_that_went_wrong_says_nothing_of_the_luck_of_seeds():
     assert verdicts.steady(found) == list(VARIANTS)[1:] and spread.freedom == 4
     said = verdicts.luck_in_words(found, spread, verdicts.intervals(found))
     assert f"(4 degrees of freedom, from {', '.join(list(VARIANTS)[1:])})" in said
-    assert "held-out mAP" not in results.for_people(table, {})
     assert list(table["health"]) == ["collapsed", "slow", "", "", ""]
-    assert results.for_people(table, {})["health"][HARD] == "no finding"
+    # What needs no training stands under the rows, the highest first.
+    shown = results.for_people(table, {"a_b": dict.fromkeys(SCORES, 0.125)})
+    assert list(shown.index) == [HARD, "batch-hard 0.2", ALL, "batch-all 0.2", "random soft", "a b"]
+    assert list(shown.loc["a b", ["seeds", "mAP", "health"]]) == ["–", "12.5", "–"]
+    assert "held-out mAP" not in shown and shown["health"][HARD] == "no finding"
 
 
 def test_all_scores_have_intervals_over_people():
@@ -250,15 +239,12 @@ def test_the_step_that_brings_most_is_named():
     assert ladder["mAP"][flips] == pytest.approx(60, abs=1)
 
 
-def test_nothing_above_plain():
+def test_nothing_above_plain_and_steps_whose_rows_are_missing():
     falls = {gain.after[0]: 0.5 - 0.02 * i for i, gain in enumerate(PATH, 1)}
     levels = dict.fromkeys(LEVEL, 0.2) | falls | {"plain": 0.5, "random soft": 0.6}
-    ladder, said = climbed(levels, noise=0)
+    _, said = climbed(levels, noise=0)
     assert said.startswith("No step gains anything here. The plain recipe alone has 50.0 % mAP.")
     assert "(-2.0)" in said, "losses that hold are told too"
-
-
-def test_steps_whose_rows_are_missing_are_left_out():
     levels = {name: 0.5 for name in LEVEL if name not in ("plain", "no head")}
     ladder, said = climbed(levels, noise=0)
     assert "plain recipe" not in said and "all claimed together: none. The others" in said

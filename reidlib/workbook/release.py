@@ -67,9 +67,8 @@ def publish(run: str | Path, to: str | Path) -> list[Path]:
         ValueError: its scores are not there, or of other weights; `to` is the run itself, or a file.
     """
     folder, to = runs.find_run(run), Path(to).expanduser()
-    weights, scores = weights_file(folder), folder / "metrics.json"
+    weights, scored = weights_file(folder), runs.read_json(folder / "metrics.json", {})
     load_model(folder)  # or an error: it is whole, and fits its recipe
-    scored = runs.read_json(scores) if scores.is_file() else {}
     digest = runs.sha256(weights)  # which older scores do not say: the run vouches for them
     if "mAP" not in scored or scored.get("weights_sha256", digest) != digest:
         raise ValueError(
