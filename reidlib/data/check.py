@@ -1,5 +1,6 @@
 """What is wrong with a data set, named, with what to do about it."""
 
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,34 +13,8 @@ from reidlib.data.pixels import read_image
 from reidlib.data.tables import Dataset
 from reidlib.words import some
 
-# All that may be wrong: severity, problem, what to do; {n} is how many are concerned, {them} who.
-# fmt: off
-PROBLEMS = {
-    "counts": ("warning", "{split} has {found:,} images, {title} has {wanted:,}: scores do not "
-               "compare with published ones.", "{cause}"),
-    "unreadable": ("error", "{n} images cannot be read: {them}.",
-                   "Replace them, or go on without them: drop_unreadable(dataset, report)."),
-    "twice": ("warning", "{n} images are listed twice in {split}: {them}.", "Keep one row an image."),
-    "junk": ("error", "{n} images in {split} have pid -1, junk.",
-             "Junk belongs in the gallery alone: move or remove them."),
-    "distractors": ("warning", "{n} images in {split} have pid 0, distractor.",
-                    "If 0 is a person, number identities from 1."),
-    "single": ("warning", "{n} training identities have one image: {them}.",
-               "They give no positive pair but the image with itself; add images or remove them."),
-    "few": ("note", "{n} training identities have fewer than K = {k} images: {them}.",
-            "PK batches repeat their images."),
-    "alone": ("error", "training has fewer than two identities.", "Triplets need two or more."),
-    "both sides": ("error", "{n} identities are in training and in test: {them}.",
-                   "Scores would be too good; give each person to one side."),
-    "found again": ("error", "{n} queries are in the gallery too: {them}.",
-                    "None finds itself; take them out of the gallery, or give cameras."),
-    "no cameras": ("warning", "Without cameras nothing is excluded by camera: a query may find the "
-                   "next frame of the same shot.", "Give cameras by a camid column or a pattern."),
-    "no match": ("{severity}", "{n} of {queries} queries have no match {where}; identities: {them}.",
-                 "They are left out of the means."),
-    "remark": ("note", "{them}", ""),
-}
-# fmt: on
+# All that may be wrong: severity, problem, and what to do.
+PROBLEMS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +74,7 @@ def check(
     for name, them, words in _concerned(dataset, k, unreadable):
         words |= {"n": len(them), "them": some(dict.fromkeys(them), words.get("most", 5))}
         if len(them):
-            found.append([text.format(**words) for text in PROBLEMS[name]])
+            found.append([text.format(**words) for text in PROBLEMS[name].values()])
     found.sort(key=lambda row: ("error", "warning", "note").index(row[0]))
     problems = pd.DataFrame(found, columns=["severity", "problem", "advice"])
     counts = {
@@ -125,8 +100,8 @@ def _both_sides(dataset: Dataset) -> list[int]:
 def on_both_sides(dataset: Dataset) -> str:
     """Say beside a score, and before a training, who is in training and in test at once, or ""."""
     them = _both_sides(dataset)
-    said = " ".join(PROBLEMS["both sides"][1:]).format(n=len(them), them=some(them))
-    return said if them else ""
+    _, *said = PROBLEMS["both sides"].values()
+    return " ".join(said).format(n=len(them), them=some(them)) if them else ""
 
 
 def drop_unreadable(dataset: Dataset, report: DataReport) -> Dataset:

@@ -6,8 +6,10 @@ so a run, its embeddings and its scores say that they are of the corrected data.
 
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 NAME = "corrections.csv"  # in the data set's folder
@@ -24,17 +26,20 @@ def correct(
     Raises:
         ValueError: another action, no pid, a path of no image or of several, no such columns.
     """
-    file, counts = root / NAME, {"drop": 0, "relabel": 0}
+    file, done = root / NAME, {"drop": {}, "relabel": {}}
     if not file.is_file():
         return tables
     try:
         rows = pd.read_csv(file, dtype=str, keep_default_na=False)[["path", "action", "pid"]]
     except (KeyError, ValueError) as error:  # pandas' own, and bytes that are no text, are such
         raise ValueError(f"{file} is no CSV with path, action, pid: {error}") from None
-    known = {f"/{one}".replace(os.sep, "/"): one for one in pd.concat(tables.values())["path"]}
+    named = defaultdict(list)
+    for one in {*pd.concat(tables.values())["path"]}:
+        named[os.path.basename(one)].append(one)
     for path, action, pid in rows[rows["action"] != ""].to_numpy():
         end = "/" + path.replace(os.sep, "/").lstrip("/")
-        hits = [one for whole, one in known.items() if whole.endswith(end)]
+        likely = named[end.rsplit("/", 1)[1]]
+        hits = [one for one in likely if f"/{one}".replace(os.sep, "/").endswith(end)]
         able = action == "drop" or (action == "relabel" and re.fullmatch(r"-1|\d{1,9}", pid))
         if len(hits) != 1 or not able:
             raise ValueError(
@@ -42,12 +47,11 @@ def correct(
                 "and must have one; the action is drop, or relabel with a whole number as pid: that of this "
                 "data set by itself, not of several."
             )
-        counts[action] += 1
-        for split, table in tables.items():
-            here = table["path"] == hits[0]
-            if action == "relabel":
-                tables[split] = table.assign(pid=table["pid"].mask(here, int(pid)))
-            else:
-                tables[split] = table[~here].reset_index(drop=True)
-    notes.append(f"{NAME}: {counts['drop']} images left out, {counts['relabel']} relabelled.")
+        done[action][hits[0]] = pid
+    left_out, pids = done.values()
+    for split, table in tables.items():
+        kept = table[~table["path"].isin([*left_out])]
+        new = [pids.get(path, pid) for path, pid in zip(kept["path"], kept["pid"], strict=True)]
+        tables[split] = kept.assign(pid=np.array(new, np.int64)).reset_index(drop=True)
+    notes.append(f"{NAME}: {len(left_out)} images left out, {len(pids)} relabelled.")
     return tables

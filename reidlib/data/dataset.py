@@ -9,6 +9,7 @@ import pandas as pd
 
 from reidlib.data.files import cut_of
 from reidlib.data.layouts import LAYOUTS
+from reidlib.runs import text_sha256
 from reidlib.words import some
 
 
@@ -99,18 +100,16 @@ def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
     Paths are relative to a Dataset's root, or to the folder that a table's images share. With
     `mtime` the time of change counts too, so that a cache here sees an edit that keeps the size.
     """
-    several = []
     if isinstance(data, Dataset):
         several = [*data.parts.values()]
-        parts = [(split, table, str(data.root)) for split, table in data.splits.items()]
+        parts = [(split, table, data.root) for split, table in data.splits.items()]
     else:
-        if "dataset" in data:
-            several = [t.drop(columns="dataset") for _, t in data.groupby("dataset", sort=False)]
-        shared = os.path.commonpath([os.path.dirname(p) for p in data["path"]]) if len(data) else ""
+        groups = data.groupby("dataset", sort=False) if "dataset" in data else ()
+        several = [table.drop(columns="dataset") for _, table in groups]
+        shared = os.path.commonpath([*map(os.path.dirname, data["path"])]) if len(data) else ""
         parts = [("", data, shared)]
     if len(several) > 1:  # how they lie to one another says nothing
-        each = "".join(fingerprint(one, mtime=mtime) for one in several)
-        return hashlib.sha256(each.encode()).hexdigest()
+        return text_sha256("".join(fingerprint(one, mtime=mtime) for one in several))
     digest = hashlib.sha256()
     for split, table, root in parts:
         for path, pid, camid in zip(table["path"], table["pid"], table["camid"], strict=True):
@@ -118,7 +117,6 @@ def fingerprint(data: Dataset | pd.DataFrame, *, mtime: bool = False) -> str:
             info = os.stat(file) if os.path.exists(file) else None  # a dead link is read later on
             name = os.path.relpath(path, root).replace(os.sep, "/")
             row = (split, name, info and info.st_size, int(pid), int(camid))
-            digest.update(
-                repr(row + ((info and info.st_mtime_ns,) if mtime else ())).encode() + b"\n"
-            )
+            row += (info and info.st_mtime_ns,) if mtime else ()
+            digest.update(f"{row!r}\n".encode())
     return digest.hexdigest()

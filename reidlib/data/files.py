@@ -1,7 +1,6 @@
 """What lies on the disk: folders, zips and CSV lists of images, read to rows of text."""
 
 import csv
-import hashlib
 import math
 import os
 import re
@@ -11,7 +10,7 @@ import stat
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 from reidlib.paths import data_dir, temporary
 from reidlib.recipes import DATA_SETS
+from reidlib.runs import text_sha256
 from reidlib.words import did_you_mean, some
 
 Source = str | Path
@@ -33,6 +33,9 @@ SPLIT_FOLDERS = {
 }
 SPLIT_WORDS = {"train": "train", "query": "query|querie|probe", "gallery": "gallery|test"}
 _UNPACKED = ".unpacked"  # in an unpacked folder: the digest of the zip's contents
+_OUTSIDE = re.compile(
+    r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)"
+)  # names that would leave that folder
 # The pattern ends at the first dot: 24 official files end in ".jpg.jpg", and a pattern that ends
 # in r"\.jpg$" loses all six queries of identity 1488 and 18 gallery images without a word.
 MARKET_NAME = r"^(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\."
@@ -87,7 +90,7 @@ def find_below(root: Path, name: str) -> Path | None:
     pattern = re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", name)
     for level in ("", "*/", "*/*/"):
         hits = sorted(p.parent for p in root.glob(level + pattern) if p.is_dir())
-        hits = [p for p in hits if not _hidden(p.relative_to(root).parts)]
+        hits = [p for p in hits if not _hidden(*p.relative_to(root).parts)]
         if len(hits) > 1:
             raise ValueError(f"{root} holds several data sets, give one: {some(hits)}.")
         if hits:
@@ -114,7 +117,7 @@ def find_splits(root: Path, notes: list[str]) -> dict[str, Path]:
     `notes` get a sentence on other folders beside them. Raises FileNotFoundError where one is
     missing, and ValueError where nobody can say which of several it is.
     """
-    places = [p for p in sorted(root.iterdir()) if p.is_dir() and not _hidden([p.name])]
+    places = [p for p in sorted(root.iterdir()) if p.is_dir() and not _hidden(p.name)]
     found = {}
     for split, names in SPLIT_FOLDERS.items():
         likely = [p for p in places if split_of(p.name) == split]
@@ -170,19 +173,17 @@ def unpack(archive: Path) -> Path:
     to more than 20 times its size and 100 MB, as no pictures do; then nothing is written.
     """
     target = archive.with_suffix("")
-    marker, before = target / _UNPACKED, target.is_dir()
-    if before and not marker.is_file():
+    marker = target / _UNPACKED
+    if target.is_dir() and not marker.is_file():
         return target
-    outside = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
     try:
         with zipfile.ZipFile(archive) as opened:
             members = opened.infolist()
-            content = repr([(m.filename, m.file_size, m.CRC) for m in members])
-            digest = hashlib.sha256(content.encode()).hexdigest()
-            if before and marker.read_text() == digest:
+            digest = text_sha256(repr([(m.filename, m.file_size, m.CRC) for m in members]))
+            if marker.is_file() and marker.read_text() == digest:
                 return target
             for m in members:
-                if outside.match(m.filename) or stat.S_ISLNK(m.external_attr >> 16):
+                if _OUTSIDE.match(m.filename) or stat.S_ISLNK(m.external_attr >> 16):
                     raise ValueError(f"{archive} is refused: {m.filename} would leave the folder.")
             size, free = sum(m.file_size for m in members), shutil.disk_usage(archive.parent).free
             bound = 20 * archive.stat().st_size + 10**8
@@ -195,7 +196,7 @@ def unpack(archive: Path) -> Path:
             with whole_folder(target) as part:
                 opened.extractall(part)
                 (part / _UNPACKED).write_text(digest)
-                if before:
+                if target.is_dir():
                     target.rename(f"{target}.replaced-{time.strftime('%Y%m%dT%H%M%S')}")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise ValueError(
@@ -230,28 +231,28 @@ def walk(place: Path) -> tuple[list[str], list[str]]:
     Links are followed, and each real folder or picture is taken once, under its own name if it has
     one here. Raises ValueError: names that are no UTF-8.
     """
-    images, strays, seen = [], [], set()
+    images, strays, links, seen = [], [], [], set()
 
-    def again(path: str) -> bool:
-        real = os.path.realpath(path)
-        linked = os.path.islink(path) and path != str(place)
-        if real in seen or (linked and _below(real, place)):
-            return True
+    def visit(path: str, real: str) -> None:
+        """Note a picture, or what is in a folder, unless it was seen; links are kept for later."""
+        name, folder = path[len(str(place)) + 1 :].replace(os.sep, "/"), os.path.isdir(path)
+        if real in seen or _hidden(name.split("/")[-1]) or not (folder or _is_image(name)):
+            strays.append(name + "/" * folder)
+            return
         seen.add(real)
-        return False
+        if not folder:
+            images.append(name)
+            return
+        for entry in os.scandir(path):
+            if entry.is_symlink():
+                links.append(entry.path)
+            else:
+                visit(entry.path, os.path.join(real, entry.name))
 
-    for base, dirs, files in os.walk(place, followlinks=True):
-        if again(base):
-            strays.append(os.path.relpath(base, place) + "/")
-            dirs.clear()
-            continue
-        strays += [d + "/" for d in dirs if _hidden([d])]
-        dirs[:] = sorted(d for d in dirs if not _hidden([d]))  # the same of two links each time
-        for name in sorted(files):
-            path = os.path.join(base, name)
-            image = _is_image(name) and not _hidden([name])
-            image = image and not (os.path.islink(path) and again(path))
-            (images if image else strays).append(os.path.relpath(path, place).replace(os.sep, "/"))
+    visit(str(place), os.path.realpath(place))
+    links.sort()  # the same of two each time
+    for path in links:  # and those that are met on the way
+        visit(path, os.path.realpath(path))
     strays = [_shown(stray) for stray in sorted(strays) if stray != _UNPACKED]
     note = f"In {place.name}/ ignored, hidden, linked twice or no images: {some(strays)}."
     return _utf8(sorted(images), f"in {place}"), [note] if strays else []
@@ -259,13 +260,6 @@ def walk(place: Path) -> tuple[list[str], list[str]]:
 
 def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _below(real: str, place: Path) -> bool:
-    """Whether `walk` finds a folder or a picture in `place` without the link that leads to it."""
-    path, root = Path(real), Path(os.path.realpath(place))
-    inside = path.is_relative_to(root) and not _hidden(path.relative_to(root).parts)
-    return inside and (path.is_dir() or (path.is_file() and _is_image(path.name)))
 
 
 def _shown(name: str) -> str:
@@ -305,9 +299,8 @@ def read_folder(
         names = [*listed]
     if not names:
         raise ValueError(f"{place} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    folders = {Path(name).parent for name in names}
-    above = {folder for path in folders for folder in (path, *path.parents)}
-    if labelled and (inner := sorted(str(folder) for folder in above if split_of(folder.name))):
+    folders = {folder for name in names for folder in Path(name).parents}
+    if labelled and (inner := sorted(str(f) for f in folders if split_of(f.name))):
         raise ValueError(
             f"{place} was taken for a folder of people, and holds {some(inner)}: give the folder that "
             "has train, query and gallery in it, or rename what is a person."
@@ -425,5 +418,5 @@ def _groups_of(names: list[str], pattern: str | None, place: Path) -> dict[str, 
     return {group: [caught[name][group] for name in names] for group in wanted}
 
 
-def _hidden(parts: Iterable[str]) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def _hidden(*names: str) -> bool:
+    return any(name.startswith(".") or name == "__MACOSX" for name in names)

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pandas as pd
 
@@ -12,22 +12,8 @@ from reidlib.paths import data_dir
 from reidlib.words import some
 
 
-class Layout(NamedTuple):
-    """A data set as it is downloaded; `layouts.toml` says what each means."""
-
-    title: str
-    called: str
-    folder: str
-    folders: dict[str, str]
-    images: dict[str, int]
-    get: str
-    said: str = ""
-    below: str = ""
-    lists: dict[str, str] = {}
-    pattern: str = r"^(?P<pid>\d+)_c(?P<camid>\d+)"
-    apart: bool = False
-    causes: dict[str, str] = {}
-    same: str = ""
+class Layout(SimpleNamespace):
+    """A data set as it is downloaded; `layouts.toml` says what each of its facts means."""
 
     @property
     def mark(self) -> str:
@@ -55,11 +41,10 @@ class Layout(NamedTuple):
 
 def _layouts() -> dict[str, Layout]:
     """Read the table, where one may be `like` another that stands before it."""
-    told = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    facts = {}
-    for name, own in told.items():
-        facts[name] = facts.get(own.pop("like", ""), {}) | own
-    return {name: Layout(**fact) for name, fact in facts.items()}
+    facts = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    for name, own in facts.items():
+        facts[name] = facts[own.pop("like", "default")] | own
+    return {name: Layout(**own) for name, own in facts.items() if name != "default"}
 
 
 LAYOUTS = _layouts()

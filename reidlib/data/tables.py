@@ -70,11 +70,11 @@ def load(
     if len(names) > 1:
         yours = {"pattern": pattern, "image_root": image_root}
         return union([load(one, **({} if one in DATA_SETS else yours)) for one in names])
-    if name in DATA_SETS and (pattern or image_root):
-        raise ValueError(f"pattern and image_root are for your own data, not for {name!r}.")
-    if name == "synthetic":
-        return replace(_folder(built_in_data(), None), name=name)
     if name in DATA_SETS:
+        if pattern or image_root:
+            raise ValueError(f"pattern and image_root are for your own data, not for {name!r}.")
+        if name == "synthetic":
+            return replace(_folder(built_in_data(), None), name=name)
         return _known(*layouts.find(name))
     path = files.existing(dataset)
     if path.is_file() and path.suffix.lower() == ".csv":
@@ -93,16 +93,14 @@ def load(
     if not lists and not pattern and (known := layouts.recognise(path)):
         return _known(*known)
     market = files.find_below(path, "bounding_box_train") if len(lists) < 3 else None
-    others = (
-        p for p in path.iterdir() if p.is_dir() and files.split_of(p.name) not in {None, *lists}
-    )
-    beside = market or next(others, None)
-    if 0 < len(lists) < 3 and beside:
-        raise ValueError(
-            f"{path} holds the lists {some(lists.values())} and the folder {beside}: give the one that "
-            "is meant, by its own path."
-        )
     if lists:
+        others = (p for p in path.iterdir() if p.is_dir() and files.split_of(p.name))
+        others = (p for p in others if files.split_of(p.name) not in lists)
+        if len(lists) < 3 and (beside := market or next(others, None)):
+            raise ValueError(
+                f"{path} holds the lists {some(lists.values())} and the folder {beside}: give the one "
+                "that is meant, by its own path."
+            )
         return _lists(lists, image_root, pattern)
     if image_root:
         raise ValueError(f"image_root goes with CSV lists, and {path} has none.")
@@ -235,21 +233,22 @@ def hold_out(
         )
     named = rng.choice(matchable, size=count, replace=False) if named is None else named
     held = train["pid"].isin(named)
-    parts = train[~held], *_draw_queries(train[held], rng)
-    return tuple(part.reset_index(drop=True) for part in parts)
+    return train[~held].reset_index(drop=True), *_draw_queries(train[held], rng)
 
 
 def _draw_queries(
     test: pd.DataFrame, rng: np.random.Generator
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the query and gallery that `hold_out` makes of people who can be matched."""
-    mixed = test.iloc[rng.permutation(len(test))]
+    """Return the tables query and gallery of a test, see `hold_out`; who cannot be matched comes last."""
+    able = test["pid"].isin(_matchable(test))
+    mixed = test[able].iloc[rng.permutation(able.sum())]
     group = mixed.groupby(["pid", "camid"])["pid"]
     picked = (group.transform("size") > 1) & (group.cumcount() == 0)
     # Identities with one image in each camera: one query, and the others stay to be found.
     picked |= ~mixed["pid"].isin(mixed["pid"][picked]) & ~mixed["pid"].duplicated()
-    query = test.index.isin(mixed.index[picked])
-    return test[query], test[~query]
+    asked = test.index.isin(mixed.index[picked])
+    gallery = pd.concat([test[able & ~asked], test[~able]], ignore_index=True)
+    return test[asked].reset_index(drop=True), gallery
 
 
 def _matchable(table: pd.DataFrame) -> np.ndarray:
@@ -286,29 +285,28 @@ def _number(
     They may begin at 0, if `from_0`: where a 0 is not in the gallery alone, as distractors are, and
     there is no junk, it is a person, and all numbers move up by one.
     """
-    rows, known = pd.concat(raw), 18 if "" in raw else 15  # digits: a page's numbers have no more
+    rows, digits = pd.concat(raw), 18 if "" in raw else 15  # a page's numbers have no more
+    not_gallery = (rows.index.get_level_values(0) != "gallery") | ("query" not in raw)
     for column, word, special in (("pid", "identities", (-1, 0)), ("camid", "cameras", (-1,))):
         texts = sorted(rows[column].unique())
-        kept = {t: int(t) for t in texts if re.fullmatch(rf"-?\d{{1,{known}}}", t)}
-        people = [raw[split] for split in raw if split != "gallery" or "query" not in raw]
-        zero = 0 in {kept.get(t) for table in people for t in table[column].unique()}
-        numbers = len(kept) == len(texts) and -1 not in kept.values()
-        if from_0 and column == "pid" and zero and numbers:
-            notes.append("Identities begin at 0: 0 is a person, and all are numbered one higher.")
-            kept = {t: number + 1 for t, number in kept.items()}
-            rows["label"] = rows["pid"]
-        if len(kept) < len(texts):  # names: only "-1" and "0000" keep their meaning
-            kept = {t: number for t, number in kept.items() if number in special}
-            named = {t: i for i, t in enumerate((t for t in texts if t not in kept), 1)}
+        numbers = {t: int(t) for t in texts if re.fullmatch(rf"-?\d{{1,{digits}}}", t)}
+        before = rows[column].map(numbers)
+        renumbered = len(numbers) < len(texts)
+        if renumbered:  # names: only "-1" and "0000" keep their meaning
+            numbers = {t: number for t, number in numbers.items() if number in special}
+            named = {t: i for i, t in enumerate((t for t in texts if t not in numbers), 1)}
             shown = some([f"{t} = {i}" for t, i in named.items()])
             notes.append(f"The {word} are names and were numbered: {shown}.")
-            kept |= named
-            if column == "pid":
-                rows["label"] = rows["pid"]
-        below = [t for t, number in kept.items() if number < -1]
-        if below:
+            numbers |= named
+        elif from_0 and column == "pid" and before.ne(-1).all() and before[not_gallery].eq(0).any():
+            renumbered = True
+            notes.append("Identities begin at 0: 0 is a person, and all are numbered one higher.")
+            numbers = {t: number + 1 for t, number in numbers.items()}
+        if renumbered and column == "pid":
+            rows["label"] = rows["pid"]
+        if below := [t for t, number in numbers.items() if number < -1]:
             raise ValueError(f"{word} below -1 have no meaning: {some(below)}.")
-        rows[column] = rows[column].map(kept).astype("int64")
+        rows[column] = rows[column].map(numbers).astype("int64")
     return {split: rows.loc[split].reset_index(drop=True) for split in raw}
 
 
@@ -352,12 +350,9 @@ def _dataset(
         tables = _halves(tables["all"])
         notes.append("No split is given: identities were split in halves with seed 0.")
     if "gallery" in tables and "query" not in tables:
-        test = tables["gallery"]
-        able = test["pid"].isin(_matchable(test))
-        query, gallery = _draw_queries(test[able], np.random.default_rng(0))
-        gallery = pd.concat([gallery, test[~able]], ignore_index=True)
-        tables |= {"query": query.reset_index(drop=True), "gallery": gallery}
-        notes.append(f"No queries are given: {len(query)} were drawn from the test with seed 0.")
+        drawn = _draw_queries(tables["gallery"], np.random.default_rng(0))
+        tables |= dict(zip(("query", "gallery"), drawn, strict=True))
+        notes.append(f"No queries are given: {len(drawn[0])} were drawn from the test with seed 0.")
     absent = [split for split in files.SPLIT_FOLDERS if split not in tables]
     if absent:
         able = "train, not test" if "train" in tables else "test, not train"
