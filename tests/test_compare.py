@@ -235,15 +235,8 @@ def test_rows_that_another_process_is_at_come_last_and_are_waited_for(fake, caps
     threading.Thread(target=other).start()
     begun.wait()
     assert all(m.trained for m in done(rows).values())
-    order = [
-        ("train", A),
-        ("train", SOFT),
-        ("score", SOFT),
-        ("train", A),
-        ("train", A),
-        ("score", A),
-    ]
-    assert fake.did() == order
+    train, soft = ("train", A), [("train", SOFT), ("score", SOFT)]
+    assert fake.did() == [train, *soft, train, train, ("score", A)]
     said = capsys.readouterr().err
     assert f"{A}: another process is at it; others first.\n" in said
     assert f"{A}: another process is at it; waiting.\n" in said
@@ -282,8 +275,7 @@ def test_each_listed_command_makes_its_row_and_any_merges_them(fake, capsys):
 
 
 def test_a_data_set_without_a_test_is_refused_before_anything_is_trained(fake, tmp_path):
-    names = [f"{pid}_{n}.jpg" for pid in (1, 2, 3) for n in (1, 2)]
-    for name in names:
+    for name in (names := [f"{pid}_{n}.jpg" for pid in (1, 2, 3) for n in (1, 2)]):
         (tmp_path / name).touch()
     (tmp_path / "train.csv").write_text("\n".join(f"{name[0]},{name}" for name in names))
     with pytest.raises(ValueError, match="has no test"):
@@ -374,9 +366,8 @@ def work(folder, name, commands):
     def noted(*args):
         steps.append(row)
         if steps.count(row) == 6 and not Path("killed").exists():
-            until(
-                lambda: any("; waiting." in path.read_text() for path in Path().glob("err*")), 120
-            )
+            told = "; waiting."  # by another one
+            until(lambda: any(told in path.read_text() for path in Path().glob("err*")), 120)
             Path("killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         with open("steps", "a") as file:

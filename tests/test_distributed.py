@@ -10,14 +10,13 @@ import sys
 import traceback
 from datetime import timedelta
 
-import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
 from test_training import final_state, small
 from torch import nn
 
-from reidlib import runs, score_run
+from reidlib import runs
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import make_recipe
 from reidlib.training import chunks, distributed, loop
@@ -456,20 +455,3 @@ def test_negative_control_a_second_embedding_that_is_not_the_first_shows(lost, m
     wrong = step(Noisy(torch.float64), 4, torch.float64)
     with pytest.raises(AssertionError):
         same(*(tries[lost != "random state"] for tries in (wrong, right)))
-
-
-# --- a whole run
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(pool):
-    recipe = make_recipe("demo", hold_out=0, p=6, steps=40, checkpoint_every=40)
-    for size in (1, 2):
-        pool(size, trained, recipe, f"of_{size}")
-    one, two = (score_run(RUN.format(f"of_{size}"), baselines=False) for size in (1, 2))
-    for key in ("mAP", "top1"):
-        low, high = one.intervals.loc[key, ["low", "high"]]
-        assert low <= two.scores[key] <= high, key
-    for folder in (one.run.folder, two.run.folder):
-        row = pd.read_csv(folder / "history.csv").iloc[-1]
-        assert row["negative_p50"] > 1.05 * row["positive_p50"]  # it was learnt

@@ -356,7 +356,7 @@ def test_runs_from_before_the_report_are_judged_by_their_history():
     # A run under way is not told that it ended too early, and keeps what was found at its start.
     found = ["weights did not load", "too few identities"]
     findings = [Finding(name, "a", "b", "c")._asdict() for name in found]
-    runs.update_json(folder / "manifest.json", status="running", health=findings)
+    runs.update_json(folder / "manifest.json", status="running", steps=400, health=findings)
     assert names(report_run(folder)) == found
 
 

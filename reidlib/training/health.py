@@ -77,21 +77,7 @@ def report_run(run: str | Path) -> list[Finding]:
     Raises:
         FileNotFoundError: no such run, or one that has logged nothing yet.
     """
-    folder = runs.find_run(run)
-    manifest, file = runs.read_json(folder / "manifest.json"), folder / "history.csv"
-    found = {finding["name"]: Finding(**finding) for finding in manifest.get("health", [])}
-    checks = _checks(manifest)
-    if "health" not in manifest or checks == UNDER_WAY:
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder.name} has no history.csv: it has just begun.")
-        history, recipe = read_table(file, READ), runs.read_recipe(folder)
-        now = report(history, recipe, checks, identities=manifest["train_identities"])
-        found |= {finding.name: finding for finding in now}
-    return [*found.values()]
-
-
-def _checks(manifest: dict) -> tuple:
-    return UNDER_WAY if manifest["status"] in ("running", "stopped") else CHECKS
+    return _judged(run)[0]
 
 
 def run_text(run: str | Path) -> str:
@@ -100,15 +86,28 @@ def run_text(run: str | Path) -> str:
     Raises:
         FileNotFoundError: as in `report_run`.
     """
-    folder = runs.find_run(run)
-    manifest = runs.read_json(folder / "manifest.json")
-    text = as_text(report_run(folder), checks := _checks(manifest))
-    if checks == UNDER_WAY:  # a kill leaves no other trace than its history
-        step = read_table(folder / "history.csv", READ)["step"].iloc[-1]
-        left_out = ", ".join(named(check for check in CHECKS if check not in checks))
-        done = f"step {step:,} of {manifest['steps']:,}"
-        text += f"\nIts training has not ended ({done}), so not checked: {left_out}."
-    return text
+    findings, checks, left_out = _judged(run)
+    return as_text(findings, checks) + left_out
+
+
+def _judged(run: str | Path) -> tuple[list[Finding], tuple, str]:
+    """Return a run's findings, the checks that were made, and of a run under way which were not."""
+    folder, left_out = runs.find_run(run), ""
+    manifest, file = runs.read_json(folder / "manifest.json"), folder / "history.csv"
+    found = {finding["name"]: Finding(**finding) for finding in manifest.get("health", [])}
+    under_way = manifest["status"] in ("running", "stopped")
+    checks = UNDER_WAY if under_way else CHECKS
+    if under_way or "health" not in manifest:  # a kill leaves no other trace than its history
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder.name} has no history.csv: it has just begun.")
+        history, recipe = read_table(file, READ), runs.read_recipe(folder)
+        now = report(history, recipe, checks, identities=manifest["train_identities"])
+        found |= {finding.name: finding for finding in now}
+    if under_way:
+        others = ", ".join(named(check for check in CHECKS if check not in checks))
+        done = f"step {history['step'].iloc[-1]:,} of {manifest['steps']:,}"
+        left_out = f"\nIts training has not ended ({done}), so not checked: {others}."
+    return [*found.values()], checks, left_out
 
 
 def as_text(findings: Sequence[Finding], checks=CHECKS) -> str:

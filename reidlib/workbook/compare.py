@@ -5,7 +5,7 @@ comparisons may be under way at once: the lock of its run gives a row to one of 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -134,18 +134,14 @@ def _data(dataset: str, pattern: str, held_out: int | str, split: Split) -> tupl
 
 def _settled(row: Sought, split: Split, train: bool) -> Made | None:
     """Return what becomes of a row that needs no work; None for one that does."""
-    folder = _find(row)
-    if not folder and train:
-        return None
-    if not folder:
-        return Made(None, f"No run with these settings is there. {_nearest(row)}")
-    try:
+    if not (folder := _find(row)):
+        said = "" if train else f"No run with these settings is there. {_nearest(row)}"
+        return Made(None, said) if said else None
+    with suppress(ValueError, OSError):  # whoever scores it again says what is wrong
         if _scored(row, folder, split):
             return Made(folder)
-    except (ValueError, OSError):
-        return None  # whoever scores it again says what is wrong
-    if split == "held_out":
-        return Made(None, f"{folder.name} has no {PER_QUERY[split]}: delete it.")
+        if split == "held_out":
+            return Made(None, f"{folder.name} has no {PER_QUERY[split]}: delete it.")
     return None
 
 

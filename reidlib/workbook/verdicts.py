@@ -36,11 +36,11 @@ def intervals(found: Runs) -> pd.DataFrame:
 
     Columns are pairs of a score and `value`, `low` or `high`.
     """
-    scores = {}
-    for name in compared(found):
-        table = pd.concat(tables_of(found, name), ignore_index=True)
-        scores[name] = 100 * confidence_interval(table, by="pid").stack()
-    return pd.DataFrame(scores).T
+    tables = {
+        name: pd.concat(tables_of(found, name), ignore_index=True) for name in compared(found)
+    }
+    scores = {name: confidence_interval(table, by="pid") for name, table in tables.items()}
+    return 100 * pd.DataFrame({name: score.stack() for name, score in scores.items()}).T
 
 
 def steady(found: Runs) -> list[str]:
