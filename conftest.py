@@ -28,6 +28,32 @@ def table(pids, camids=None, paths=None):
     return pd.DataFrame({name: [*column] for name, column in columns.items() if column is not None})
 
 
+def problem(seed, *, ties=False, cameras=True, queries=14, size=60, people=6):
+    """A random problem with junk, distractors, a query without match and queries in the gallery."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    query_pids = np.append(rng.integers(1, people, queries - 1), 99)
+    gallery_pids = np.append(rng.integers(-1, people, size - 1), query_pids[0])
+    centres = rng.normal(size=(100, 3))
+    query_emb = centres[query_pids] + rng.normal(size=(queries, 3))
+    gallery_emb = centres[gallery_pids] + rng.normal(size=(size, 3))
+    if ties:  # many different images at the same distance
+        query_emb, gallery_emb = query_emb.round(), gallery_emb.round()
+    query_camids, gallery_camids = rng.integers(1, 4, queries), rng.integers(1, 4, size)
+    gallery_camids[-1] = 1 + query_camids[0] % 3
+    gallery_paths = [f"g{i}" for i in range(size - 1)] + ["q0"]  # the query, whatever its camera
+    for i in range(1, queries, 2):  # and every other query, by its own camera
+        itself = (gallery_pids == query_pids[i]) & (gallery_camids == query_camids[i])
+        for row in np.flatnonzero(itself)[:1]:
+            gallery_paths[row] = f"q{i}"
+    query = table(query_pids, query_camids, [f"q{i}" for i in range(queries)])
+    gallery = table(gallery_pids, gallery_camids, gallery_paths)
+    if not cameras:
+        query["camid"] = gallery["camid"] = -1
+    return query_emb, query, gallery_emb, gallery
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Make every test's random tensors the same in every run."""

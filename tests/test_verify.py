@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from conftest import table
+from conftest import problem, table
 from reidlib.evaluation.pairs import halves, pair_distances
 from reidlib.evaluation.retrieval import Retrieval
 from reidlib.evaluation.verify import (
@@ -35,26 +35,6 @@ def on_a_line(query, pids, gallery, gallery_pids, *camids, **options):
     emb = (np.array(places, dtype=np.float64)[:, None] for places in (query, gallery))
     tables = map(table, (pids, gallery_pids), *camids)
     return measure(next(emb), next(tables), next(emb), next(tables), **options)
-
-
-def problem(seed, *, ties=False, cameras=True, queries=14, size=60, people=6):
-    """A random problem with junk, distractors, a query without match and a query in the gallery."""
-    rng = np.random.default_rng(seed)
-    query_pids = np.append(rng.integers(1, people, queries - 1), 99)
-    gallery_pids = np.append(rng.integers(-1, people, size - 1), query_pids[0])
-    centres = rng.normal(size=(100, 3))
-    query_emb = centres[query_pids] + rng.normal(size=(queries, 3))
-    gallery_emb = centres[gallery_pids] + rng.normal(size=(size, 3))
-    if ties:  # many different images at the same distance
-        query_emb, gallery_emb = query_emb.round(), gallery_emb.round()
-    query_camids, gallery_camids = rng.integers(1, 4, queries), rng.integers(1, 4, size)
-    gallery_camids[-1] = 1 + query_camids[0] % 3
-    gallery_paths = [f"g{i}" for i in range(size - 1)] + ["q0"]  # the query, whatever its camera
-    query = table(query_pids, query_camids, [f"q{i}" for i in range(queries)])
-    gallery = table(gallery_pids, gallery_camids, gallery_paths)
-    if not cameras:
-        query["camid"] = gallery["camid"] = -1
-    return query_emb, query, gallery_emb, gallery
 
 
 def oracle_pairs(query_emb, query, gallery_emb, gallery):
