@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from conftest import problem as people
 from conftest import table
 from reidlib.evaluation import retrieval
 from reidlib.evaluation.metrics import average_precision
@@ -59,26 +60,15 @@ def oracle(*args):
     return scores | {"queries_without_match": len(rows) - len(have)}, per_query
 
 
-def problem(
-    seed, *, kind="integers", cameras=True, queries=12, size=60, dtype=np.float32, dim=None
-):
-    """A random problem with junk, distractors and duplicates; identity 9 is in the query alone."""
-    rng = np.random.default_rng(seed)
-    dim = dim or int(rng.integers(1, 9))
-    query_pids = np.append(rng.integers(1, 6, queries - 1), 9)
-    gallery_pids = np.append(rng.integers(-1, 6, size - 1), 1)
-    query_pids[0] = 1
-    if kind == "integers":  # many different images at the same distance
-        query_emb, gallery_emb = (rng.integers(-2, 3, (n, dim)) for n in (queries, size))
-    else:
-        query_emb, gallery_emb = (rng.normal(size=(n, dim)) for n in (queries, size))
-        copies = rng.permutation(size)  # the same image three times and more, all over the gallery
-        gallery_emb[copies[: size // 2]] = gallery_emb[copies[rng.integers(0, 8, size // 2)]]
-    query_camids = rng.integers(0, 3, queries) if cameras else np.full(queries, -1)
-    gallery_camids = rng.integers(0, 3, size) if cameras else np.full(size, -1)
-    gallery_camids[-1] = (query_camids[0] + 1) % 3 if cameras else -1  # query 0 has a match
-    tables = table(query_pids, query_camids), table(gallery_pids, gallery_camids)
-    return query_emb.astype(dtype), tables[0], gallery_emb.astype(dtype), tables[1]
+def problem(seed, *, kind="integers", dtype=np.float32, **options):
+    """Embeddings of whole numbers, many at the same distance; or half of them copies of others."""
+    ties = kind == "integers"
+    query_emb, query, gallery_emb, gallery = people(seed, queries=12, ties=ties, **options)
+    if kind == "duplicates":  # the same image three times and more, all over the gallery
+        rng = np.random.default_rng(seed)
+        copies = rng.permutation(60)
+        gallery_emb[copies[:30]] = gallery_emb[copies[rng.integers(0, 8, 30)]]
+    return query_emb.astype(dtype), query, gallery_emb.astype(dtype), gallery
 
 
 def assert_agrees(args):
