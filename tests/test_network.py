@@ -65,6 +65,20 @@ def test_the_network_is_trinet():
     assert bare.dim == 512
 
 
+def test_pooling_of_a_power_is_the_mean_of_powers():
+    net = EmbeddingNet("resnet8", head=False, pooling_power=3.0).eval()
+    with torch.no_grad():
+        x = torch.rand(2, 3, 64, 32)
+        maps, pooled = net.backbone(x).double().numpy(), net(x)
+    expected = [[(sum(v**3 for v in m.flat) / m.size) ** (1 / 3) for m in image] for image in maps]
+    np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(pooled, maps.mean((2, 3)), rtol=0.1)
+    with torch.no_grad():  # a channel that is 0 everywhere has a gradient that is finite
+        list(net.backbone.modules())[-1].weight.zero_()
+    net(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_batchnorm_stands_between_pooling_and_head(head):
     net = EmbeddingNet("resnet8", head=head, norm=True).train()

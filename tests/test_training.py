@@ -444,26 +444,3 @@ def test_too_few_identities_are_an_error_before_anything_is_written():
     with pytest.raises(ValueError, match="P = 10 identities, the data has 9"):
         fit("few", p=10)
     assert not (outputs_dir() / RUN.format("few")).exists()
-
-
-def test_the_moving_average_of_the_weights_is_what_is_left():
-    """e ← decay · e + (1 − decay) · w after every step, from the weights after the first."""
-    seen, step = [], torch.optim.Adam.step
-
-    def watch(optimiser, *args):
-        step(optimiser, *args)
-        seen.append(optimiser.param_groups[0]["params"][0].detach().clone())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", watch)
-        folder = fit("average", average=0.9)
-    expected = seen[0]
-    for weights in seen[1:]:
-        expected = 0.9 * expected + 0.1 * weights
-    model, last = load_model(folder), load_checkpoint(folder / "checkpoint.pt")
-    found = next(model.parameters())
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, seen[-1]) and last["model"].keys() == model.state_dict().keys()
-    whole = final_state(folder)
-    fit("average", "previous", average=0.9)  # from its step 8
-    assert final_state(folder) == whole

@@ -5,6 +5,7 @@ TriNet (arXiv 1703.07737, section 4.3) is the network as its defaults make it.
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 from torchvision import models
 
@@ -45,6 +46,8 @@ class EmbeddingNet(nn.Module):
             width ("Bag of Tricks", arXiv 1903.07071, section 3.4). The weights fit both.
         head: True for Linear > BatchNorm > ReLU > Linear; False gives the pooled features, and
             `dim` becomes the number of the backbone's channels.
+        pooling_power: p of the pooling, (mean of x^p)^(1/p) over the map, x ≥ 0: 1 is the mean, 3 the
+            usual value of GeM ("Fine-tuning CNN Image Retrieval", arXiv 1711.02512, equation 3).
         norm: BatchNorm of the pooled features ("Bag of Tricks", section 3.5, has it before a classifier).
         size: (height, width) of the images; some of timm's networks are made for one size.
 
@@ -67,6 +70,7 @@ class EmbeddingNet(nn.Module):
         last_stride: int = 2,
         head: bool = True,
         size: tuple[int, int] | None = None,
+        pooling_power: float = 1.0,
         norm: bool = False,
     ):
         super().__init__()
@@ -84,9 +88,12 @@ class EmbeddingNet(nn.Module):
             channels = norms[-1].num_features
         else:
             self.backbone, channels = elsewhere.timm_network(backbone, size)
+            if pooling_power != 1:
+                raise ValueError(f"{backbone} pools as it does in timm: set pooling_power = 1.")
         if last_stride == 1:
             _unstride_last_block(self.backbone, backbone)
         quicken_depthwise(self.backbone)
+        self.pooling_power = pooling_power
         self.norm = nn.BatchNorm1d(channels) if norm else nn.Identity()
         self.dim, self.head = channels, nn.Identity()
         if head:
@@ -105,8 +112,16 @@ class EmbeddingNet(nn.Module):
     def pooled(self, images: Tensor) -> Tensor:
         """Return the pooled features (B, C) of normalised images (B, 3, H, W)."""
         features = self.backbone(images)  # (B, C, h, w), or (B, C) of timm's
-        # (B, C, h, w) -> (B, C)
-        return features.mean(dim=(2, 3)) if features.dim() == 4 else features
+        if features.dim() == 2:
+            return features
+        if (p := self.pooling_power) == 1:
+            return features.mean(dim=(2, 3))  # (B, C, h, w) -> (B, C)
+        # In float32 at least: powers of half precision have few digits left. Above 0, where the slope
+        # of the root is finite.
+        powers = (
+            features.to(torch.promote_types(features.dtype, torch.float32)).clamp(min=1e-6) ** p
+        )
+        return powers.mean(dim=(2, 3)) ** (1 / p)  # (B, C, h, w) -> (B, C)
 
 
 def _unstride_last_block(backbone: nn.Module, name: str) -> None:

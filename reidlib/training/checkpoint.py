@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from reidlib.data.augment import Augmentation
 from reidlib.data.sampler import PKSampler
@@ -19,6 +18,7 @@ from reidlib.model.weights import read_tensors
 from reidlib.runs import sha256, write_atomically, write_text
 from reidlib.training.identity import WithClassifier
 
+PARTS = {"model": "network", "optimiser": "optimiser", "sampler": "sampler"}
 VALUES = ("step", "best", "seconds", "history", "facts")
 
 
@@ -30,7 +30,6 @@ class State:
     optimiser: torch.optim.Optimizer
     sampler: PKSampler
     augmentation: Augmentation
-    average: AveragedModel | None = None  # of the network, if the recipe asks for it
     step: int = 0  # the last one that is done
     best: dict | None = None  # step, mAP and top1 of the best held-out score; None before the first
     seconds: float = 0.0  # that training has taken, in all processes that worked at it
@@ -39,30 +38,24 @@ class State:
 
     @property
     def model(self) -> EmbeddingNet:
-        """What is scored, and left after training: the average, if there is one."""
-        network = self.average.module if self.average else self.network
-        return network if isinstance(network, EmbeddingNet) else network.model
+        """What is scored, and left after training."""
+        return self.network if isinstance(self.network, EmbeddingNet) else self.network.model
 
     def state_dict(self) -> dict:
         """Return what `save_checkpoint` writes: tensors and plain values alone."""
-        parts = {key: part.state_dict() for key, part in self._parts().items()}
+        parts = {key: getattr(self, name).state_dict() for key, name in PARTS.items()}
         values = {name: getattr(self, name) for name in VALUES}
         augmentation, others = self.augmentation.generator.get_state(), torch.get_rng_state()
         return parts | values | {"augmentation": augmentation, "torch_random": others}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned; torch's random state is set, too."""
-        for key, part in self._parts().items():
-            part.load_state_dict(state[key])
+        for key, name in PARTS.items():
+            getattr(self, name).load_state_dict(state[key])
         self.augmentation.generator.set_state(state["augmentation"])
         torch.set_rng_state(state["torch_random"])
         for name in VALUES:
             setattr(self, name, state.get(name, {}))  # old checkpoints have no facts
-
-    def _parts(self) -> dict:
-        """Return what has a state of its own, by its name in a checkpoint."""
-        parts = {"model": self.network, "optimiser": self.optimiser, "sampler": self.sampler}
-        return parts | ({"average": self.average} if self.average else {})
 
 
 def _digests(path: Path) -> list[str]:

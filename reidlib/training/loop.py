@@ -22,7 +22,6 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from reidlib import runs
 from reidlib.data.augment import Augmentation
@@ -328,10 +327,6 @@ def _start(plan: Plan, checkpoint: dict | None, data: str) -> State:
     network.to(plan.device, memory_format=torch.channels_last).train()
     optimiser = torch.optim.Adam(network.parameters(), lr=plan.recipe.lr, fused=True)
     state = State(network, optimiser, plan.sampler(), plan.augmentation())
-    if plan.recipe.average:
-        update = get_ema_multi_avg_fn(plan.recipe.average)
-        # The running statistics of BatchNorm, too: those of a few batches of 18 people are noisy.
-        state.average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
     if checkpoint:
         state.load_state_dict(checkpoint)
     return state
@@ -369,8 +364,6 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
         (result.total if recipe.reduction == "sum" else result.loss).backward()
         distributed.average(state.network)
         state.optimiser.step()
-        if state.average:
-            state.average.update_parameters(state.network)
         bar.update()
 
         state.seconds = time.monotonic() - started
