@@ -70,6 +70,15 @@ def places(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("REID_OUTPUTS", str(tmp_path / "outputs"))
 
 
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An empty data folder."""
+    place = tmp_path / "data"
+    place.mkdir()
+    monkeypatch.setenv("REID_DATA", str(place))
+    return place
+
+
 # --- a real browser
 
 
