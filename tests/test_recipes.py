@@ -69,7 +69,7 @@ def test_errors_name_the_setting(changes, message):
 def test_all_errors_are_named_at_once():
     with pytest.raises(ValueError, match=r"(?s)p = 2\.5.*k = 1.*Unknown setting 'x'"):
         make_recipe("demo", p=2.5, k=1, x=3)
-    message = "Unknown recipe 'best': choose one of plain, trinet, demo"
+    message = "Unknown recipe 'best': choose one of plain, trinet, strong, id, demo"
     with pytest.raises(ValueError, match=message):
         make_recipe("best")
 
