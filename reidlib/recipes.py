@@ -52,6 +52,9 @@ class Recipe(BaseModel):
     last_stride: Literal[1, 2] = _setting(2, "the backbone's last stride: 1 or 2")
     head: bool = _setting(True, "False: the embedding is the pooled features")
 
+    pooling: Literal["mean", "gem"] = _setting("mean", "over the map: mean or gem")
+    norm: bool = _setting(False, "BatchNorm of the pooled features, where there is no head")
+
     height: int = _setting(256, "height of the network's input, in pixels", ge=32)
     width: int = _setting(128, "width of the network's input, in pixels", ge=16)
     enlarge: float = _setting(
@@ -59,6 +62,8 @@ class Recipe(BaseModel):
     )
     flip: bool = _setting(True, "flip half the images from left to right")
     erasing: Share = _setting(0.0, "share of images with a random rectangle erased")
+    colour: Share = _setting(0.0, "share of images with other brightness, contrast and saturation")
+    grey: Share = _setting(0.0, "share of images with a grey rectangle")
     normalise: Literal[*NORMALISATIONS] = _setting(
         "imagenet", "imagenet: ImageNet's mean and deviation; unit: pixels in [0, 1]"
     )
@@ -89,6 +94,10 @@ class Recipe(BaseModel):
     decay_to: Annotated[float, Field(gt=0, le=1)] = _setting(
         0.001, "what the learning rate is multiplied by at the last step"
     )
+    warmup: Share = _setting(0.0, "share of the steps over which the rate rises from 0")
+    decay: Literal["exponential", "cosine"] = _setting("exponential", "how the rate falls")
+    average: float = _setting(0.0, "decay of the moving average of the weights", ge=0, lt=1)
+    weight_decay: float = _setting(0.0, "of Adam with decoupled decay, times the rate", ge=0)
     seed: int = _setting(0, "of weights, batches and augmentation", ge=0, lt=2**63)
     chunk: Annotated[int, Field(ge=2)] | None = _setting(
         None, "images embedded at once: a big batch in little memory, for a third more time"
@@ -133,8 +142,13 @@ class Recipe(BaseModel):
         [0.0003, 0.0003, 9.5e-06, 3e-07]
         """
         start = self.decay_start * steps
+        if step < self.warmup * steps:
+            return self.lr * (step + 1) / (self.warmup * steps)
         if step <= start:
             return self.lr
+        if self.decay == "cosine":
+            share = (step - start) / (steps - start)
+            return self.lr * max(self.decay_to, (1 + math.cos(math.pi * share)) / 2)
         return self.lr * self.decay_to ** ((step - start) / (steps - start))
 
 

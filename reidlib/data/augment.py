@@ -46,7 +46,10 @@ class Augmentation:
         erasing: float = 0.0,
         normalise: str = "imagenet",
         seed: int = 0,
+        colour: float = 0.0,
+        grey: float = 0.0,
     ):
+        self.colour, self.grey = colour, grey
         self.size = tuple(size)
         self.enlarged = (round(size[0] * enlarge), round(size[1] * enlarge))
         self.flip, self.erasing, self.normalise = flip, erasing, normalise
@@ -61,6 +64,8 @@ class Augmentation:
             return drawn if own is None else drawn[own]
 
         images = self._resized_crop_and_flip(pixels, uniform)
+        images = self._coloured(images, uniform) if self.colour else images
+        images = self._greyed(images, uniform) if self.grey else images
         images = self._normalised(images.permute(0, 3, 1, 2))
         return self._erased(images, uniform) if self.erasing else images
 
@@ -96,6 +101,40 @@ class Augmentation:
         for image, whole, y, x in zip(*views, top.tolist(), left, strict=True):
             image[:] = whole[y : y + h, x : x + w]
         return out.float()
+
+    def _coloured(self, images, uniform):
+        """(B, h, w, 3) float in [0, 255]: brightness, contrast, saturation times 0.8 to 1.2."""
+        chosen = uniform() < self.colour
+        b, c, s = (
+            torch.where(chosen, 0.8 + 0.4 * uniform(), 1.0).to(images.device)[:, None, None, None]
+            for _ in range(3)
+        )
+        images = images * b
+        grey = images.mean(dim=3, keepdim=True)
+        images = grey + (images - grey) * s
+        mean = grey.mean(dim=(1, 2), keepdim=True)
+        return (mean + (images - mean) * c).clamp(0, 255)
+
+    def _greyed(self, images, uniform):
+        inside, chosen = self._rectangles(uniform, self.grey)
+        mask = (
+            chosen[:, None, None, None] & inside[0][:, :, None, None] & inside[1][:, None, :, None]
+        )
+        grey = images.mean(dim=3, keepdim=True).expand_as(images)
+        return torch.where(mask.to(images.device), grey, images)
+
+    def _rectangles(self, uniform, share):
+        h, w = self.size
+        chosen = uniform() < share
+        area = (0.02 + 0.38 * uniform()) * h * w
+        log_aspect = (2 * uniform() - 1) * np.log(1 / 0.3)
+        inside = []  # true inside the rectangle: (B, h) and (B, w)
+        for whole, side in ((h, area * log_aspect.exp()), (w, area / log_aspect.exp())):
+            side = side.sqrt().round().clamp(1, whole)[:, None]
+            start = (uniform()[:, None] * (whole - side + 1)).floor()
+            at = torch.arange(whole)
+            inside.append((at >= start) & (at < start + side))
+        return inside, chosen
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Of (B, 3, h, w) in [0, 255], written over."""

@@ -5,6 +5,7 @@ TriNet (arXiv 1703.07737, section 4.3) is the network as its defaults make it.
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 from torchvision import models
 
@@ -66,6 +67,8 @@ class EmbeddingNet(nn.Module):
         last_stride: int = 2,
         head: bool = True,
         size: tuple[int, int] | None = None,
+        pooling: str = "mean",
+        norm: bool = False,
     ):
         super().__init__()
         if backbone not in BACKBONES and not backbone.startswith("timm:"):
@@ -85,7 +88,9 @@ class EmbeddingNet(nn.Module):
         if last_stride == 1:
             _unstride_last_block(self.backbone, backbone)
         quicken_depthwise(self.backbone)
-        self.dim, self.head = channels, nn.Identity()
+        self.dim, self.head = channels, nn.BatchNorm1d(channels) if norm else nn.Identity()
+        if pooling == "gem":
+            self.gem = nn.Parameter(torch.tensor(3.0))
         if head:
             self.dim = dim
             self.head = nn.Sequential(
@@ -99,6 +104,10 @@ class EmbeddingNet(nn.Module):
         """Return the embeddings (B, D) of normalised images (B, 3, H, W)."""
         features = self.backbone(images)  # (B, C, h, w), or (B, C) of timm's
         if features.dim() == 4:
+            if hasattr(self, "gem"):
+                with torch.autocast(images.device.type, enabled=False):
+                    powers = features.float().clamp(min=1e-6).pow(self.gem)
+                    return self.head(powers.mean(dim=(2, 3)).pow(1 / self.gem))
             features = features.mean(dim=(2, 3))  # (B, C, h, w) -> (B, C)
         return self.head(features)  # (B, C) -> (B, D)
 

@@ -40,7 +40,9 @@ def build_model(recipe: Recipe, pretrained: bool = True) -> EmbeddingNet:
     >>> build_model(make_recipe("demo", dim=64)).dim
     64
     """
-    sizes = recipe.model_dump(include={"backbone", "dim", "hidden", "last_stride", "head"})
+    sizes = recipe.model_dump(
+        include={"backbone", "dim", "hidden", "last_stride", "head", "pooling", "norm"}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = EmbeddingNet(**sizes, size=(recipe.height, recipe.width))

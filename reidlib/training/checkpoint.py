@@ -29,6 +29,7 @@ class State:
     optimiser: torch.optim.Optimizer
     sampler: PKSampler
     augmentation: Augmentation
+    average: torch.nn.Module | None = None
     step: int = 0  # the last one that is done
     best: dict | None = None  # step, mAP and top1 of the best held-out score; None before the first
     seconds: float = 0.0  # that training has taken, in all processes that worked at it

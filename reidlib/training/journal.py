@@ -139,11 +139,11 @@ class Journal:
         facts = self._counts | self.state.facts
         return health.report(self.state.history, self.recipe, checks, failed=failed, **facts)
 
-    def _held_out(self) -> Retrieval:
+    def _held_out(self, model=None) -> Retrieval:
         options = {"precision": self.recipe.precision, "show_progress": False}
         sides = []
         for pixels, table in self.plan.held_out:
-            sides += [embed(self.state.model, pixels, self.recipe, **options), table]
+            sides += [embed(model or self.state.model, pixels, self.recipe, **options), table]
         return Retrieval(*sides)
 
     def _score_held_out(self) -> None:
@@ -152,6 +152,21 @@ class Journal:
         retrieval = self._held_out()
         evaluation = retrieval.evaluate()
         scores = {key: evaluation.scores[key] for key in ("mAP", "top1")}
+        if state.average is not None:
+            ema = state.average.module.eval()
+            ema.recipe = self.recipe
+            other = self._held_out(ema).evaluate()
+            print(
+                step,
+                "raw",
+                scores,
+                "average",
+                other.scores["mAP"],
+                other.scores["top1"],
+                flush=True,
+            )
+            table = other.per_query.drop(columns="path")
+            runs.write_text(self.folder / "per_query_average.csv", table.to_csv(index=False))
         # Without paths, which are this machine's: `query` is the row in what `hold_out` returns.
         table = evaluation.per_query.drop(columns="path")
         runs.write_text(self.folder / PER_QUERY["held_out"], table.to_csv(index=False))

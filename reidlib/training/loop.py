@@ -74,7 +74,9 @@ class Plan:
     def augmentation(self) -> Augmentation:
         """Return the augmentation as it is before the first batch."""
         r = self.recipe
-        return Augmentation((r.height, r.width), r.enlarge, r.flip, r.erasing, r.normalise, r.seed)
+        return Augmentation(
+            (r.height, r.width), r.enlarge, r.flip, r.erasing, r.normalise, r.seed, r.colour, r.grey
+        )
 
     def loss(self) -> Callable[..., TripletLoss]:
         """Return the recipe's loss, of embeddings (N, D) and their pids (N,)."""
@@ -315,8 +317,15 @@ def _start(plan: Plan, checkpoint: dict | None, data: str) -> State:
     torch.manual_seed(plan.recipe.seed)
     model = build_model(plan.recipe, pretrained=checkpoint is None)
     model.to(plan.device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.Adam(model.parameters(), lr=plan.recipe.lr, fused=True)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=plan.recipe.lr, weight_decay=plan.recipe.weight_decay, fused=True
+    )
     state = State(model, optimiser, plan.sampler(), plan.augmentation())
+    if plan.recipe.average:
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        multi = get_ema_multi_avg_fn(plan.recipe.average)
+        state.average = AveragedModel(model, multi_avg_fn=multi, use_buffers=True)
     if checkpoint:
         state.load_state_dict(checkpoint)
     return state
@@ -354,6 +363,8 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
         (result.total if recipe.reduction == "sum" else result.loss).backward()
         distributed.average(state.model)
         state.optimiser.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
         bar.update()
 
         state.seconds = time.monotonic() - started
