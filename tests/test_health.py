@@ -388,21 +388,3 @@ def test_released_runs(name):
     found = names(report(table, recipe, identities=manifest["train_identities"]))
     # It was caught in the plateau at ln 2, and scored 22 points of mAP lower: no false alarm.
     assert found == (["near collapse"] if name.endswith("erasing") else [])
-
-
-# --- in words
-
-
-@pytest.mark.parametrize(
-    ("scores", "wanted"),
-    [
-        ([], "No identities were held out"),
-        ([0.2, 0.5], "50.0% mAP at the end, the best of the run."),
-        ([0.5, 0.2], "20.0% mAP at the end; the best was 50.0% at step 20."),
-    ],
-)
-def test_held_out_scores_in_words(scores, wanted):
-    rows = history()
-    if scores:
-        rows.loc[rows.index[1 : 1 + len(scores)], "held_out_mAP"] = scores
-    assert wanted in Watched(rows, make_recipe("demo")).held_out_in_words()

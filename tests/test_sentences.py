@@ -73,12 +73,13 @@ def shape(request):
     return SHAPES[request.param]()
 
 
-RELEASED = [path.parent.name for path in sorted((ROOT / "outputs").glob("market*/per_query.csv"))]
+RELEASED = {path.parent.name for path in (ROOT / "outputs").glob("market*/history.csv")}
+RELEASED.remove("market1501_batchhard_softplus_grown")  # by a setting that was taken out
 
 
-@pytest.fixture(params=RELEASED)
+@pytest.fixture(params=sorted(RELEASED))
 def released(request):
-    """The folder of each released run: config.json, metrics.json, history.csv and per_query.csv."""
+    """The folder of each released run: config.json, history.csv and more."""
     return ROOT / "outputs" / request.param
 
 
@@ -154,12 +155,13 @@ def test_a_released_training(released):
     watched, findings = judged(pd.read_csv(released / "history.csv"), runs.read_recipe(released))
     holds_for_a_training(watched, findings)
     scores = watched.held_out
-    last, *best = numbers(watched.held_out_in_words()) if len(scores) else (None,)
+    said = watched.held_out_in_words()
+    assert ("No identities were held out" in said) == scores.empty
     if len(scores):
-        assert last == pytest.approx(scores.iloc[-1], abs=6e-4)
-        assert best[:1] == pytest.approx(
-            [scores.max()] if scores.max() > scores.iloc[-1] else [], abs=6e-4
-        )
+        last, best = scores.iloc[-1], scores.max()
+        told = [last] if best == last else [last, best, scores.idxmax()]
+        assert numbers(said) == pytest.approx(told, abs=6e-4)
+        assert ("the best of the run" in said) == (best == last)
 
 
 # --- a run that is scored: 04
