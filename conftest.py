@@ -28,16 +28,16 @@ def table(pids, camids=None, paths=None):
     return pd.DataFrame({name: [*column] for name, column in columns.items() if column is not None})
 
 
-def problem(seed, *, ties=False, cameras=True, queries=14, size=60, people=6):
+def problem(seed, *, ties=False, cameras=True, queries=14, size=60, people=6, dim=3):
     """A random problem with junk, distractors, a query without match and queries in the gallery."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
     query_pids = np.append(rng.integers(1, people, queries - 1), 99)
     gallery_pids = np.append(rng.integers(-1, people, size - 1), query_pids[0])
-    centres = rng.normal(size=(100, 3))
-    query_emb = centres[query_pids] + rng.normal(size=(queries, 3))
-    gallery_emb = centres[gallery_pids] + rng.normal(size=(size, 3))
+    centres = rng.normal(size=(100, dim))
+    query_emb = centres[query_pids] + rng.normal(size=(queries, dim))
+    gallery_emb = centres[gallery_pids] + rng.normal(size=(size, dim))
     if ties:  # many different images at the same distance
         query_emb, gallery_emb = query_emb.round(), gallery_emb.round()
     query_camids, gallery_camids = rng.integers(1, 4, queries), rng.integers(1, 4, size)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import problem
 from reidlib.__main__ import main
 from reidlib.evaluation import partial, ranks, retrieval
 from reidlib.evaluation.index import Index, price
@@ -23,16 +24,11 @@ NAN = np.full((1, DIM), np.nan, np.float32)
 @pytest.fixture(scope="module")
 def sides():
     """Query and gallery, embeddings and tables: clusters of 20 people, ties, junk and distractors."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(21, DIM))
-    found = []
-    for count, least in ((30, 1), (COUNT, -1)):
-        pids = rng.integers(least, 21, count)
-        emb = (centres[pids.clip(0)] + rng.normal(size=(count, DIM))).astype(np.float32)
-        emb[::7] = emb[0]
-        table = {"path": [f"{least} {i}.jpg" for i in range(count)], "pid": pids}
-        found += [emb, pd.DataFrame(table | {"camid": rng.integers(0, 3, count)})]
-    return found
+    query_emb, query, emb, table = problem(0, queries=30, size=COUNT, people=21, dim=DIM)
+    for side in (query_emb, emb):
+        side[::7] = side[0]
+    table["path"] = [f"{i}.jpg" for i in range(COUNT)]  # a list of images puts a folder before them
+    return query_emb.astype(np.float32), query, emb.astype(np.float32), table
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +157,7 @@ def test_counts_of_another_gallery_are_not_taken_up(sides, tmp_path, monkeypatch
     file = tmp_path / "x.partial"
     Retrieval(*sides).evaluate(partial_file=file)
     assert file.exists()
-    other = [part.copy() for part in sides]
-    other[2] += np.float32(1)
+    other = (*sides[:2], sides[2] + np.float32(1), sides[3])
     expected = Retrieval(*other).evaluate()
     assert Retrieval(*other).evaluate(partial_file=file).scores == expected.scores
     file.write_text("damaged")
