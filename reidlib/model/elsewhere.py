@@ -44,9 +44,8 @@ def timm_network(name: str, size: tuple[int, int] | None = None) -> tuple[nn.Mod
         network = need("timm", name).create_model(name[5:], num_classes=0, **options)
         patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
         unit = patch or unit
-        if (
-            not patch or h % patch[0] == w % patch[1] == 0
-        ):  # else pixels at the border would be lost
+        # Else pixels at the border would be lost.
+        if not patch or h % patch[0] == w % patch[1] == 0:
             channels = network.eval()(torch.zeros(1, 3, h, w)).shape[1]
             return network.train(), channels
     near = "×".join(str(max(1, round(n / u)) * u) for n, u in zip((h, w), unit, strict=True))

@@ -71,15 +71,14 @@ class Shards:
         """Read the rows of a slice without a step, (n, D)."""
         start, stop, _ = rows.indices(len(self))
         dim, read = self.shape[1], [np.empty(0, self.dtype)]
-        inside = (self.starts[1:] > start) & (self.starts[:-1] < stop)
-        for n in np.flatnonzero(inside):
-            part, origin = self.parts[n], self.starts[n]
+        for part, origin in zip(self.parts, self.starts.tolist(), strict=False):
             first, last = max(start - origin, 0), min(stop - origin, part.shape[0])
-            offset = part.offset + int(first) * dim * self.dtype.itemsize
-            read.append(np.fromfile(part.path, self.dtype, (last - first) * dim, offset=offset))
-            if len(read[-1]) != (last - first) * dim:
-                raise ValueError(f"{part.path} has become shorter since it was opened.")
-        return np.concatenate(read[1:] or read).reshape(-1, dim)
+            if first < last:
+                offset = part.offset + first * dim * self.dtype.itemsize
+                read.append(np.fromfile(part.path, self.dtype, (last - first) * dim, offset=offset))
+                if len(read[-1]) != (last - first) * dim:
+                    raise ValueError(f"{part.path} has become shorter since it was opened.")
+        return np.concatenate(read).reshape(-1, dim)
 
 
 def npy(path: str | Path) -> Stored:

@@ -119,19 +119,18 @@ def read_embeddings(
 def _joined(files: list[Path], in_memory: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read HDF5 files as one: their datasets, end to end, and what all of them say of themselves."""
     contents, abouts = zip(*(_read_hdf5(file, in_memory) for file in files), strict=True)
-    content, about = contents[0], abouts[0]
-    if len(files) > 1:
-        abouts = [{**a, "content_sha256": ""} for a in abouts]
-        for file, other, said in zip(files, contents, abouts, strict=True):
-            if {*other} != {*content} or said != abouts[0]:
-                raise ValueError(f"{file} and {files[0]} are of different origin: no one gallery.")
-        embs = [each.pop("emb") for each in contents]
-        content = {key: np.concatenate([each[key] for each in contents]) for key in content}
-        stored = not in_memory and all(isinstance(emb, Shards) for emb in embs)
-        parts = [part for emb in embs for part in emb.parts] if stored else ()
-        content["emb"] = Shards(parts) if stored else np.concatenate(embs)
-        del (about := abouts[0])["content_sha256"]
-    return content, about
+    if len(files) == 1:
+        return contents[0], abouts[0]
+    abouts = [{k: v for k, v in about.items() if k != "content_sha256"} for about in abouts]
+    for file, other, said in zip(files, contents, abouts, strict=True):
+        if {*other} != {*contents[0]} or said != abouts[0]:
+            raise ValueError(f"{file} and {files[0]} are of different origin: no one gallery.")
+    embs = [each.pop("emb") for each in contents]
+    content = {key: np.concatenate([each[key] for each in contents]) for key in contents[0]}
+    stored = all(isinstance(emb, Shards) for emb in embs)
+    parts = [part for emb in embs for part in emb.parts] if stored else ()
+    content["emb"] = Shards(parts) if stored else np.concatenate([emb[:] for emb in embs])
+    return content, abouts[0]
 
 
 def _read_hdf5(
@@ -175,18 +174,15 @@ def _read_hdf5(
 def _checked(key: str, values: np.ndarray) -> np.ndarray:
     """Return what a dataset should hold: (N,) whole numbers as int64, or (N,) names as bytes."""
     values = np.asarray(values)
-    if key == "emb":
-        return values
-    if values.ndim != 1:
+    if key != "emb" and values.ndim != 1:
         raise ValueError(f"{key!r} must have one value an image, not {values.shape}")
-    if key == "path":
-        if not all(isinstance(name, bytes) for name in values):
-            raise ValueError("'path' must hold names")
+    if key == "path" and not all(isinstance(name, bytes) for name in values):
+        raise ValueError("'path' must hold names")
+    if key in ("emb", "path"):
         return values
-    whole, kind = np.full(len(values), -2), values.dtype.kind
-    if kind in "biufOS":
-        with np.errstate(invalid="ignore"):  # NaN becomes some number, and is not equal to it
-            whole = values.astype(np.int64)
+    kind = values.dtype.kind
+    with np.errstate(invalid="ignore"):  # NaN becomes some number, and is not equal to it
+        whole = values.astype(np.int64) if kind in "biufOS" else np.full(len(values), -2)
     if (whole < -1).any() or (kind not in "OS" and (whole != values).any()):
         raise ValueError(f"{key!r} must hold whole numbers from -1, not {values.dtype}")
     return whole

@@ -89,9 +89,8 @@ def weights_file(run: str | Path) -> Path:
     return path.resolve()
 
 
-def _from_hub(name: str, file: str | None = None) -> Path:
-    """Download a model from the Hub of Hugging Face, or take it from its cache."""
-    file = file or PUBLISHED
+def _from_hub(name: str, file: str = PUBLISHED) -> Path:
+    """Download a file of a model from the Hub of Hugging Face, or take it from its cache."""
     hub = need("huggingface_hub", name)
     place, _, revision = name.removeprefix(HUB).partition("@")
     try:
@@ -108,8 +107,7 @@ def _way_out(path: Path) -> str:
     """Say how to have the weights of a run again."""
     if not path.with_name("checkpoint.pt").is_file():
         return "Take that file from where it came from, or train the run again."
-    manifest = path.with_name("manifest.json")
-    command = read_json(manifest).get("reproduce", "") if manifest.is_file() else ""
+    command = read_json(path.with_name("manifest.json"), {}).get("reproduce", "")
     return f"Train it as before, and they are written from its checkpoint.pt. {command}".rstrip()
 
 
@@ -172,7 +170,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"it is cut short or altered ({error}).") from error
     manifest = path.with_name("manifest.json")
-    run = read_json(manifest) if path.name == "weights.safetensors" and manifest.is_file() else {}
+    run = read_json(manifest, {}) if path.name == "weights.safetensors" else {}
     # While it trains, a manifest may be of weights that are yet to come.
     known = run.get("weights_sha256") if run.get("status") == "finished" else None
     if own not in (None, _digest(content, said)):
@@ -228,7 +226,8 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
     """Download torchvision's ImageNet weights, or timm's pretrained ones, or take them from the caches."""
     entry = timm_entry(name) if name.startswith("timm:") else None
     if entry and entry.hf_hub_id:
-        return _read_weights(str(_from_hub(HUB + entry.hf_hub_id, entry.hf_hub_filename)))
+        file = entry.hf_hub_filename or PUBLISHED
+        return _read_weights(str(_from_hub(HUB + entry.hf_hub_id, file)))
     if name not in models.list_models():
         raise ValueError(f'There are no ImageNet weights of {name}: choose weights="none".')
     source = models.get_model_weights(name).IMAGENET1K_V1
