@@ -7,7 +7,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -169,20 +168,9 @@ def test_data_of_three_people_without_cameras_are_told_as_they_are(tmp_path, dat
             folder.mkdir(parents=True)
             for file in [file for file in files if file.name.startswith(name)][:4]:
                 shutil.copy(file, folder / file.name[5:])
-    line = [
-        "reidlib",
-        "run",
-        "00",
-        "01",
-        "06",
-        "-p",
-        "dataset",
-        str(tmp_path / "few"),
-        "-p",
-        "p",
-        "2",
-    ]
-    line += ["-p", "folder", str(tmp_path / "few"), "-p", "start", "", "-p", "steps", "2"]
+    few = tmp_path / "few"
+    line = f"reidlib run 00 01 06 -p dataset {few} -p folder {few} -p p 2 -p steps 2 -p start"
+    line = [*line.split(), ""]
     done = execute(line, tmp_path, tmp_path / "outputs", data_root)
     assert done.returncode == 0, done.stderr[-3000:]
     for path in (tmp_path / "outputs" / "notebooks").iterdir():
@@ -218,14 +206,3 @@ def test_plain_papermill_from_any_folder(tmp_path, data_root, folder):
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "outputs" / "synthetic_batchhard_softplus_small"
     assert runs.read_json(run / "manifest.json")["status"] == "finished"
-
-
-@pytest.mark.slow
-def test_plain_papermill_with_an_ill_typed_parameter_fails_and_names_it(tmp_path, data_root):
-    """A misspelt one fails in the same place, see test_notebooks_room."""
-    source, out = str(ROOT / "notebooks" / "03_train.ipynb"), tmp_path / "out.ipynb"
-    command = ["papermill", source, str(out), "-y", "lr: fast"]
-    done = execute(command, tmp_path, tmp_path / "o", data_root)
-    message = "lr = 'fast': the notebook wants a number or none"
-    assert done.returncode != 0 and message in done.stderr
-    assert not Path(tmp_path / "o").exists()
