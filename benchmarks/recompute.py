@@ -24,16 +24,17 @@ from torchvision.transforms import functional
 
 from reidlib.paths import data_dir
 from reidlib.progress import progress
-from reidlib.runs import find_run, read_json
+from reidlib.recipes import Recipe
+from reidlib.runs import find_run, read_json, read_recipe
 
 BATCH = 64
 
 
-def network(folder: Path) -> nn.Module:
+def network(folder: Path, recipe: Recipe) -> nn.Module:
     """(B, 3, h, w) to (B, D), of torchvision's and PyTorch's own modules."""
     state = safetensors.torch.load_file(folder / "weights.safetensors")
     mobilenet = models.mobilenet_v2(weights=None)
-    if read_json(folder / "config.json")["last_stride"] == 1:
+    if recipe.last_stride == 1:
         mobilenet.features[14].conv[1][0].stride = (1, 1)
     parts = nn.ModuleDict({"backbone": nn.ModuleDict({"features": mobilenet.features})})
     if "norm.weight" in state:
@@ -44,7 +45,19 @@ def network(folder: Path) -> nn.Module:
         parts["head"] = nn.Sequential(linear[0], nn.BatchNorm1d(hidden), nn.ReLU(), linear[1])
     parts.load_state_dict(state)
     after = [parts[name] for name in ("norm", "head") if name in parts]
-    return nn.Sequential(mobilenet.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *after)
+    return nn.Sequential(mobilenet.features, Pooling(recipe.pooling_power), *after)
+
+
+class Pooling(nn.Module):
+    """(B, C, h, w) to (B, C): the mean of x^p over the map, to the 1/p. PyTorch has only p = 1."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        """Pool."""
+        return x.clamp(min=1e-6).pow(self.p).mean(dim=(2, 3)).pow(1 / self.p)
 
 
 def side(net: nn.Module, folder: Path, resize: str, size: list[int]) -> tuple[np.ndarray, ...]:
@@ -75,10 +88,10 @@ def main() -> None:
     parser.add_argument("--resize", choices=("float", "pillow"), default="float")
     args = parser.parse_args()
     folder = find_run(args.run)
-    config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+    recipe, metrics = read_recipe(folder), read_json(folder / "metrics.json")
     rank = peers.torchreid("metrics/rank.py")
     root = data_dir() / "Market-1501-v15.09.15"
-    if config["backbone"] != "mobilenet_v2" or config["normalise"] != "imagenet":
+    if recipe.backbone != "mobilenet_v2" or recipe.normalise != "imagenet":
         parser.error(f"{folder.name} is not MobileNetV2 with ImageNet's normalisation.")
     if not (folder / "weights.safetensors").is_file():
         parser.error(f"{folder.name} was released without weights.")
@@ -86,7 +99,7 @@ def main() -> None:
         parser.error(f"There is no torchreid in {peers.FOLDER}: start this as `make recompute`.")
     if not root.is_dir():
         parser.error(f"There is no {root}: see the README on Market-1501.")
-    net, size = network(folder).eval(), [config["height"], config["width"]]
+    net, size = network(folder, recipe).eval(), [recipe.height, recipe.width]
     query = side(net, root / "query", args.resize, size)
     gallery = side(net, root / "bounding_box_test", args.resize, size)
     distances = torch.cdist(*(torch.from_numpy(emb).double() for emb, *_ in (query, gallery)))

@@ -71,6 +71,7 @@ def photos(tmp_path):
 # --- what the file computes
 
 OTHER = {"backbone": "mobilenet_v3_small", "head": False, "normalise": "unit", "last_stride": 1}
+OTHER |= {"pooling_power": 3.0, "norm": True}
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_convnext", "timm:test_vit"])

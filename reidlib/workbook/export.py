@@ -141,7 +141,9 @@ def _card(model: EmbeddingNet, name: str, digest: str, normalised: bool) -> dict
         card["input"]["range"] = "normalised"
         card["preprocessing"]["normalisation"]["inside_the_graph"] = False
     origin = {"run": name, "trained_on": data_set_name(recipe), "variant": recipe.variant}
-    origin |= recipe.model_dump(include={"backbone", "last_stride", "norm", "head"})
+    origin |= recipe.model_dump(
+        include={"backbone", "last_stride", "pooling_power", "norm", "head"}
+    )
     card["model"] = origin | {"weights_sha256": digest}
     card["made_with"] = {"torch": torch.__version__, "opset": OPSET}
     return card

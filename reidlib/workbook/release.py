@@ -97,7 +97,12 @@ def model_card(folder: Path, hub: bool = False) -> str:
     keys += ";\n`head.` is `Sequential(Linear, BatchNorm1d, ReLU, Linear)`" * recipe.head
     mean, std = NORMALISATIONS[recipe.normalise]
     scaled = {"imagenet": ", less ImageNet's mean, over its standard deviation", "unit": ""}
-    of_timm = recipe.backbone.startswith("timm:")
+    of_timm, power = recipe.backbone.startswith("timm:"), recipe.pooling_power
+    pooling = (
+        "global average\npooling"
+        if power == 1
+        else f"GeM\n(mean of x^{power:g} over the map, to the 1/{power:g}, x at least 1e-6)"
+    )
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     template = template if hub else template[template.index("# {name}") :]
     return template.format(
@@ -108,7 +113,7 @@ def model_card(folder: Path, hub: bool = False) -> str:
         head=head,
         keys=f"{keys}.",
         scaled=scaled.get(recipe.normalise, f", less {mean}, over {std}"),
-        pooling="its own" if of_timm else "global average",
+        pooling="its own\npooling" if of_timm else pooling,
         source="timm" if of_timm else "torchvision",
         file=PUBLISHED if hub else "weights.safetensors",
         place=f"hf-hub:OWNER/{folder.name}" if hub else folder.name,
