@@ -1,9 +1,8 @@
 """Training steps of ResNet-50 at 128x64 and 256x128 and of MobileNetV2 at 128x64, B = 32 x size, and
 extraction at 128x64.
 
-The parts of a step are timed alone, as shares of it: the network (forward and backward), the
-optimiser, and what is ours beside them, input and loss. "limit" is one matrix product after another,
-of as many operations as the step, in its precision.
+"limit" is one matrix product after another, of as many operations as the step, in its precision.
+Where the time of a step goes, `step.py` tells.
 """
 
 import pandas as pd
@@ -24,7 +23,7 @@ from reidlib.training.losses import batch_hard
 
 SIZES = (1 / 4, 1 / 2, 1)
 MEMORY = False
-GOALS = {f"share of {s}: input and loss": {"most": 0.05} for s in ("128x64", "256x128")}
+GOALS = {}
 LAST, PLAIN = torch.channels_last, torch.contiguous_format
 
 
@@ -44,25 +43,9 @@ def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50")
                 module.__class__ = nn.Conv2d
         run = torch.compile(model) if compiled else model
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-6, fused=ours)
-        ready = augment(pixels).contiguous(memory_format=layout)
-        ready_emb = torch.randn(b, 128, device=device)
-
-        def read():
-            return augment(pixels).contiguous(memory_format=layout)
-
-        def network():
-            with autocast(device, precision):
-                emb = run(ready)
-            emb.float().sum().backward()
-
-        def loss():
-            emb = ready_emb.detach().requires_grad_()
-            result = batch_hard(emb, pids, "soft").loss
-            result.item()
-            result.backward()
 
         def step():
-            batch = read()
+            batch = augment(pixels).contiguous(memory_format=layout)
             with autocast(device, precision):
                 emb = run(batch)
             result = batch_hard(emb, pids, "soft").loss
@@ -70,28 +53,18 @@ def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50")
             result.backward()
             optimiser.step()
 
-        def rest():
-            read()
-            loss()
-
-        return {
-            "step": step,
-            "network": network,
-            "optimiser": optimiser.step,
-            "input": read,
-            "rest": rest,
-        }
+        return step
 
     if backbone != "resnet50":
         return {
-            f"ours, {backbone} at {where}, {kind}, channels last": stepper(kind, LAST)["step"],
-            "the same without ours in gradient and Adam": stepper(kind, LAST, ours=False)["step"],
-            f"plain PyTorch, {backbone}, float32": stepper("float32", PLAIN, ours=False)["step"],
+            f"ours, {backbone} at {where}, {kind}, channels last": stepper(kind, LAST),
+            "the same without ours in gradient and Adam": stepper(kind, LAST, ours=False),
+            f"plain PyTorch, {backbone}, float32": stepper("float32", PLAIN, ours=False),
         }
     ours = stepper(kind, LAST)
     # Once, so that the optimiser has gradients and a state; and counted.
     with FlopCounterMode(display=False) as counter:
-        ours["step"]()
+        ours()
     n, dtype = 2048, torch.bfloat16 if kind == "bfloat16" else torch.float32
     square = torch.randn(n, n, device=device).to(dtype)
     products = counter.get_total_flops() / (2 * n**3)
@@ -102,15 +75,11 @@ def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50")
         part = square[: round(n * (products % 1))]
         part @ square
 
-    found = {f"ours, step at {where}, {kind}, channels last": ours["step"]}
-    found[f"share of {where}: network"] = ours["network"]
-    found[f"share of {where}: optimiser"] = ours["optimiser"]
-    found[f"share of {where}: input"] = ours["input"]
-    found[f"share of {where}: input and loss"] = ours["rest"]
+    found = {f"ours, step at {where}, {kind}, channels last": ours}
     found[f"limit: matrix products, {where}"] = limit
     if device.type == "cuda":
-        found[f"ours with torch.compile, {where}"] = stepper(kind, LAST, compiled=True)["step"]
-    found[f"plain PyTorch, float32, {where}"] = stepper("float32", PLAIN, ours=False)["step"]
+        found[f"ours with torch.compile, {where}"] = stepper(kind, LAST, compiled=True)
+    found[f"plain PyTorch, float32, {where}"] = stepper("float32", PLAIN, ours=False)
     return found
 
 
