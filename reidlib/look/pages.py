@@ -55,11 +55,7 @@ def thumbnail(image: np.ndarray, height: int, quality: int) -> str:
 
     WebP has no tables in its header: a small picture is some 600 bytes, a JPEG's header as many again.
     """
-    photo = Image.fromarray(np.ascontiguousarray(image))
-    scale = min(height / photo.height, 2 * height / photo.width)
-    if scale < 1:
-        size = [max(1, round(side * scale)) for side in photo.size]
-        photo = photo.resize(size, Image.Resampling.BILINEAR)
-    file = io.BytesIO()
+    photo, file = Image.fromarray(np.ascontiguousarray(image)), io.BytesIO()
+    photo.thumbnail((2 * height, height), Image.Resampling.BILINEAR, reducing_gap=None)
     photo.save(file, "webp", quality=quality, method=4)
     return base64.b64encode(file.getvalue()).decode()
