@@ -46,6 +46,12 @@ def same_features(backbone, path, source, features, **changes):
     return torch.allclose(expected, found, atol=1e-5)
 
 
+def save(network, path, **more):
+    """Write a network as DataParallel scripts do."""
+    state = {f"module.{k}": v for k, v in (network.state_dict() | more).items()}
+    torch.save({"state_dict": state}, path)
+
+
 # --- timm
 
 
@@ -54,10 +60,7 @@ def test_a_network_of_timm_gives_its_own_features(name, tmp_path):
     timm = pytest.importorskip("timm")
     options = {"img_size": (64, 32)} if "vit" in name else {}
     source = trained(timm.create_model(name, **options))
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}},
-        tmp_path / "w.pth",
-    )
+    save(source, tmp_path / "w.pth")
 
     def features(source):
         return source.forward_head(source.forward_features(IMAGES), pre_logits=True)
@@ -122,16 +125,16 @@ def test_pretrained_weights_come_from_the_hub(tmp_path, monkeypatch):
         build_model(recipe_of("timm:test_resnet", "imagenet"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"backbone": "timm:resnet5O"}, "no model 'resnet5O'; did you mean 'resnet50' or"),
-        ({"backbone": "timm:resnet50.a1_in1"}, "did you mean 'resnet50.a1_in1k'"),
-        ({"height": 100}, "cannot take images of 100×32.*of 16 and 16, such as 96×32"),
-        ({"backbone": "timm:deit_tiny_patch16_224", "width": 50}, "64×50.*64×48"),
-        ({"weights": "w.pth"}, "do not fit timm:test_vit: the file lacks"),
-    ],
-)
+CANNOT = [
+    ({"backbone": "timm:resnet5O"}, "no model 'resnet5O'; did you mean 'resnet50' or"),
+    ({"backbone": "timm:resnet50.a1_in1"}, "did you mean 'resnet50.a1_in1k'"),
+    ({"height": 100}, "cannot take images of 100×32.*of 16 and 16, such as 96×32"),
+    ({"backbone": "timm:deit_tiny_patch16_224", "width": 50}, "64×50.*64×48"),
+    ({"weights": "w.pth"}, "do not fit timm:test_vit: the file lacks"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CANNOT)
 def test_what_timm_cannot_do_is_named(data_root, settings, message):
     pytest.importorskip("timm")
     torch.save({"conv1.weight": torch.zeros(1)}, data_root / "w.pth")
@@ -141,14 +144,10 @@ def test_what_timm_cannot_do_is_named(data_root, settings, message):
 
 def test_without_timm_the_recipe_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    for make in (
-        lambda: make_recipe(backbone="timm:resnet50"),
-        lambda: EmbeddingNet("timm:resnet50"),
-    ):
-        with pytest.raises(
-            RuntimeError, match=r"timm:resnet50 needs .* timm\. .*pip install.*\[timm\]"
-        ):
-            make()
+    message = r"timm:resnet50 needs .* timm\. .*pip install.*\[timm\]"
+    for make in (lambda name: make_recipe(backbone=name), EmbeddingNet):
+        with pytest.raises(RuntimeError, match=message):
+            make("timm:resnet50")
 
 
 # --- torchreid and fast-reid
@@ -193,31 +192,24 @@ def pooled(network):
 
 def test_torchreids_mobilenet(tmp_path):
     source = trained(torchreid_mobilenet())
-    state = source.state_dict() | {"classifier.weight": torch.zeros(751, 1280)}
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pth")
+    save(source, tmp_path / "w.pth", **{"classifier.weight": torch.zeros(751, 1280)})
     assert same_features("mobilenet_v2_torchreid", tmp_path / "w.pth", source, pooled)
     with pytest.raises(ValueError, match="do not fit mobilenet_v2: the file lacks.*docs/runs.md"):
         build_model(recipe_of("mobilenet_v2", tmp_path / "w.pth"))
-
-
-def fastreid(network, path):
-    """As fast-reid's checkpointer writes a model."""
-    state = {f"backbone.{k}": v for k, v in network.state_dict().items()}
-    heads = {"heads.bottleneck.0.weight": torch.ones(9), "heads.weight": torch.ones(751, 9)}
-    torch.save(
-        {"model": {"pixel_mean": torch.ones(1, 3, 1, 1)} | state | heads, "iteration": 9}, path
-    )
 
 
 def test_fastreids_resnet_has_a_first_pooling_of_its_own(tmp_path):
     source = torchvision.models.resnet50()
     source.fc = source.avgpool = nn.Identity()
     source.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
-    fastreid(trained(source), tmp_path / "w.pth")
-    shape = (4, 2048, 2, 1)
+    # As fast-reid's checkpointer writes a model.
+    state = {f"backbone.{k}": v for k, v in trained(source).state_dict().items()}
+    state |= {"heads.bottleneck.0.weight": torch.ones(9), "heads.weight": torch.ones(751, 9)}
+    state["pixel_mean"] = torch.ones(1, 3, 1, 1)
+    torch.save({"model": state, "iteration": 9}, tmp_path / "w.pth")
 
     def features(source):
-        return source(IMAGES).reshape(shape).mean(dim=(2, 3))
+        return source(IMAGES).reshape(4, 2048, 2, 1).mean(dim=(2, 3))
 
     assert same_features("resnet50_fastreid", tmp_path / "w.pth", source, features)
     with pytest.warns(UserWarning, match='backbone = "resnet50_fastreid"'):
@@ -228,20 +220,12 @@ def test_fastreids_mobilenet(tmp_path):
     source = trained(torchvision.models.mobilenet_v2().features)
     theirs = {"0.0": 0, "0.1": 1, "1.0": 3, "1.1": 4, "2": 6, "3": 7}
     names = {
-        f"{b}.conv.{ours}.": f"features.{b}.conv.{i}."
-        for b in range(2, 18)
-        for ours, i in theirs.items()
+        f"{b}.conv.{k}.": f"features.{b}.conv.{i}." for b in range(2, 18) for k, i in theirs.items()
     }
-    names |= {
-        f"1.conv.{ours}.": f"features.1.conv.{i}."
-        for ours, i in zip(("0.0", "0.1", "1", "2"), (0, 1, 3, 4), strict=True)
-    }
-    names |= {
-        "18.0.": "conv.0.",
-        "18.1.": "conv.1.",
-        "0.0.": "features.0.0.",
-        "0.1.": "features.0.1.",
-    }
+    first = {"0.0": 0, "0.1": 1, "1": 3, "2": 4}
+    names |= {f"1.conv.{k}.": f"features.1.conv.{i}." for k, i in first.items()}
+    names |= {"18.0.": "conv.0.", "18.1.": "conv.1."}
+    names |= {f"0.{i}.": f"features.0.{i}." for i in (0, 1)}
     state = {}
     for key, value in source.state_dict().items():
         start, leaf = key.rsplit(".", 1)

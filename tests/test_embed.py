@@ -114,20 +114,22 @@ def test_files_keep_everything(tmp_path):
 EMB = {"emb": np.ones((2, 3), np.float16)}
 
 
-@pytest.mark.parametrize(
-    ("content", "csv", "expected"),
-    [
-        (EMB, "0002,x/1.jpg\n-1,ü.jpg\n", ["1.jpg", "ü.jpg"]),
-        (EMB | {"pid": [2, -1]}, "", ["", ""]),
-        (EMB | {"pid": [2, -1], "path": np.array([b"a", b"bc"])}, "", ["a", "bc"]),
-        (EMB, "0002,x/1.jpg\n", "has 2 embeddings, the list of images 1 rows"),
-        (EMB, "", "does not say who is in its images.*CSV"),
-        (EMB | {"pid": [1, 2, 3]}, "", "different lengths: .*2.*3"),
-        ({"features": np.ones((2, 3))}, "", "no dataset 'emb'"),
-        ({"emb": np.ones(3)}, "", r"must be \(N, D\) floats"),
-        ({"emb": np.ones((2, 3), int), "pid": [1, 2]}, "", r"must be \(N, D\) floats"),
-    ],
-)
+# fmt: off
+OTHERS = [
+    (EMB, "0002,x/1.jpg\n-1,ü.jpg\n", ["1.jpg", "ü.jpg"]),
+    (EMB | {"pid": [2, -1]}, "", ["", ""]),
+    (EMB | {"pid": [2, -1], "path": np.array([b"a", b"bc"])}, "", ["a", "bc"]),
+    (EMB, "0002,x/1.jpg\n", "has 2 embeddings, the list of images 1 rows"),
+    (EMB, "", "does not say who is in its images.*CSV"),
+    (EMB | {"pid": [1, 2, 3]}, "", "different lengths: .*2.*3"),
+    ({"features": np.ones((2, 3))}, "", "no dataset 'emb'"),
+    ({"emb": np.ones(3)}, "", r"must be \(N, D\) floats"),
+    ({"emb": np.ones((2, 3), int), "pid": [1, 2]}, "", r"must be \(N, D\) floats"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("content", "csv", "expected"), OTHERS)
 def test_files_of_other_toolkits(tmp_path, content, csv, expected):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         for key, value in content.items():
@@ -152,41 +154,42 @@ def test_broken_and_absent_files(tmp_path):
         read_embeddings(tmp_path / "x.h5")
 
 
-def outside(file, secret):
+def virtual(secret):
     """A virtual dataset whose numbers lie in another file."""
     layout = h5py.VirtualLayout((2, 3), "f4")
     layout[:] = h5py.VirtualSource(secret, "emb", (2, 3))
-    file.create_virtual_dataset("emb", layout)
+    return layout
 
 
-# What a dataset is replaced by, given the file and another one.
+def instead(*made, **options):
+    """Puts another dataset there."""
+    return lambda file, key, _: file.create_dataset(key, *made, **options)
+
+
+# What a dataset is replaced by, given the file, its name, and another file.
+# fmt: off
 STRANGE = {
-    "other signs": ("emb", lambda file, _: file["emb"].write_direct(-file["emb"][()])),
-    "other people": ("pid", lambda file, _: file["pid"].write_direct(file["pid"][()] + 1)),
-    "other names": ("path", lambda file, _: file["path"].__setitem__(0, b"other.jpg")),
-    "group": ("pid", lambda file, _: file.create_group("pid")),
-    "scalar": ("pid", lambda file, _: file.create_dataset("pid", data=7)),
-    "text": ("pid", lambda file, _: file.create_dataset("pid", data=[b"x", b"y"])),
-    "below": ("pid", lambda file, _: file.create_dataset("pid", data=[-2, 1])),
-    "complex": ("camid", lambda file, _: file.create_dataset("camid", data=[1j, 2.0])),
-    "bomb": (
-        "emb",
-        lambda file, _: file.create_dataset("emb", (2, 10**8), "f4", compression="gzip"),
-    ),
-    "parts": ("pid", lambda file, _: file.create_dataset("pid", data=[1.5, 2.0])),
-    "NaN": ("camid", lambda file, _: file.create_dataset("camid", data=[np.nan, 2.0])),
-    "columns": ("camid", lambda file, _: file.create_dataset("camid", data=np.ones((2, 2), int))),
-    "short": ("camid", lambda file, _: file.create_dataset("camid", data=[1])),
-    "numbers": ("path", lambda file, _: file.create_dataset("path", data=[1, 2])),
-    "empty": ("path", lambda file, _: file.create_dataset("path", data=h5py.Empty("f4"))),
-    "dead link": ("pid", lambda file, _: file.__setitem__("pid", h5py.SoftLink("/nowhere"))),
-    "link": ("emb", lambda file, other: file.__setitem__("emb", h5py.ExternalLink(other, "emb"))),
-    "storage": (
-        "path",
-        lambda file, other: file.create_dataset("path", (2,), "S9", external=[(other, 0, 18)]),
-    ),
-    "virtual": ("emb", outside),
+    "other signs": ("emb", lambda file, *_: file["emb"].write_direct(-file["emb"][()])),
+    "other people": ("pid", lambda file, *_: file["pid"].write_direct(file["pid"][()] + 1)),
+    "other names": ("path", lambda file, *_: file["path"].__setitem__(0, b"other.jpg")),
+    "group": ("pid", lambda file, key, _: file.create_group(key)),
+    "scalar": ("pid", instead(data=7)),
+    "text": ("pid", instead(data=[b"x", b"y"])),
+    "below": ("pid", instead(data=[-2, 1])),
+    "complex": ("camid", instead(data=[1j, 2.0])),
+    "bomb": ("emb", instead((2, 10**8), "f4", compression="gzip")),
+    "parts": ("pid", instead(data=[1.5, 2.0])),
+    "NaN": ("camid", instead(data=[np.nan, 2.0])),
+    "columns": ("camid", instead(data=np.ones((2, 2), int))),
+    "short": ("camid", instead(data=[1])),
+    "numbers": ("path", instead(data=[1, 2])),
+    "empty": ("path", instead(data=h5py.Empty("f4"))),
+    "dead link": ("pid", lambda file, key, _: file.__setitem__(key, h5py.SoftLink("/nowhere"))),
+    "link": ("emb", lambda file, key, far: file.__setitem__(key, h5py.ExternalLink(far, key))),
+    "storage": ("path", lambda file, key, far: file.create_dataset(key, (2,), "S9", external=[(far, 0, 18)])),
+    "virtual": ("emb", lambda file, key, far: file.create_virtual_dataset(key, virtual(far))),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("what", STRANGE)
@@ -198,10 +201,8 @@ def test_files_that_are_altered_or_hold_something_else_are_refused(tmp_path, wha
     with h5py.File(tmp_path / "x.h5", "r+") as file:
         if not what.startswith("other"):
             del file[key]
-        strange(file, str(tmp_path / "secret.h5"))
-    with pytest.raises(
-        ValueError, match="x.h5 cannot be read as HDF5 embeddings: .* Make it again"
-    ):
+        strange(file, key, str(tmp_path / "secret.h5"))
+    with pytest.raises(ValueError, match="x.h5 cannot be read as HDF5 .*: .* Make it again"):
         read_embeddings(tmp_path / "x.h5")
 
 
@@ -261,16 +262,11 @@ def halves(seen):
     return model
 
 
-@pytest.mark.parametrize(
-    ("names", "enlarge", "passes"),
-    [
-        (["plain"], 1.125, 1),
-        (["mirrored", "plain"], 1.125, 2),
-        (["mirrored crops"], 1.125, 5),
-        (VIEWS, 1.125, 12),
-        (VIEWS, 1.0, 4),
-    ],
-)
+PASSES = [(["plain"], 1.125, 1), (["mirrored", "plain"], 1.125, 2), (["mirrored crops"], 1.125, 5)]
+PASSES += [(VIEWS, 1.125, 12), (VIEWS, 1.0, 4)]
+
+
+@pytest.mark.parametrize(("names", "enlarge", "passes"), PASSES)
 def test_no_view_is_computed_that_was_not_asked_for(names, enlarge, passes):
     seen, recipe = [], RECIPE.model_copy(update={"enlarge": enlarge})
     views = embed_views(halves(seen), PIXELS, recipe, names, batch=5, show_progress=False)
@@ -282,14 +278,11 @@ def test_no_view_is_computed_that_was_not_asked_for(names, enlarge, passes):
         np.testing.assert_array_equal(views["crops"], views["plain"])
 
 
-@pytest.mark.parametrize(
-    ("images", "names", "message"),
-    [
-        (PIXELS, [], "choose some of plain, mirrored, crops, mirrored crops"),
-        (PIXELS, ["plain", "flip"], "choose some of plain"),
-        (PIXELS[:0], VIEWS, "no images"),
-    ],
-)
+WRONG = [(PIXELS, [], "choose some of plain, mirrored, crops, mirrored crops")]
+WRONG += [(PIXELS, ["plain", "flip"], "choose some of plain"), (PIXELS[:0], VIEWS, "no images")]
+
+
+@pytest.mark.parametrize(("images", "names", "message"), WRONG)
 def test_views_that_there_are_not(images, names, message):
     with pytest.raises(ValueError, match=message):
         embed_views(halves([]), images, RECIPE, names, show_progress=False)

@@ -175,26 +175,20 @@ def test_weights_load_from_a_file(tmp_path, backbone, suffix):
         pretrained(backbone, path)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({}, None),
-        (
-            {"features.9.block.0.0.weight": None},
-            "lacks 1 of its .* keys: features.9.block.0.0.weig",
-        ),
-        ({"layer9.weight": torch.zeros(1)}, "unknown 1 .*layer9.weight"),
-        ({"features.0.0.weight": torch.zeros(16, 1, 3, 3)}, "shapes in 1 .*features.0.0.weight"),
-        ({"features.0.1.running_var": torch.full((16,), torch.nan)}, "NaN or infinity in 1 .*var"),
-        *(
-            (
-                {"features.0.1.weight": torch.ones(16, dtype=kind)},
-                "no floating-point numbers in 1 .*t",
-            )
-            for kind in (torch.int8, torch.bool, torch.complex64)
-        ),
-    ],
-)
+# fmt: off
+CHANGES = [
+    ({}, None),
+    ({"features.9.block.0.0.weight": None}, "lacks 1 of its .* keys: features.9.block.0.0.weig"),
+    ({"layer9.weight": torch.zeros(1)}, "unknown 1 .*layer9.weight"),
+    ({"features.0.0.weight": torch.zeros(16, 1, 3, 3)}, "shapes in 1 .*features.0.0.weight"),
+    ({"features.0.1.running_var": torch.full((16,), torch.nan)}, "NaN or infinity in 1 .*var"),
+    *(({"features.0.1.weight": torch.ones(16, dtype=kind)}, "no floating-point numbers in 1 .*t")
+      for kind in (torch.int8, torch.bool, torch.complex64)),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
 def test_a_file_that_does_not_fit_says_which_keys(data_root, change, message):
     """It lies in the data folder, where relative names are looked for, too."""
     state = torchvision.models.mobilenet_v3_small().state_dict() | change
@@ -215,18 +209,15 @@ class Evil:
         return exec, ("raise SystemExit",)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"conv1.weight": Evil()}, r"cannot be read as a file of weights: it holds \S*exec beside"),
-        (
-            {"rank1": np.float64(0.9)},
-            r"it holds numpy\S*scalar beside tensors.* save the network alone",
-        ),
-        ([1, 2], "no state dict"),
-        ({0: torch.zeros(1)}, "no state dict"),
-    ],
-)
+CODE = [
+    ({"conv1.weight": Evil()}, r"cannot be read as a file of weights: it holds \S*exec beside"),
+    ({"rank1": np.float64(0.9)}, r"holds numpy\S*scalar beside tensors.* save the network alone"),
+    ([1, 2], "no state dict"),
+    ({0: torch.zeros(1)}, "no state dict"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), CODE)
 def test_nothing_but_tensors_is_unpickled(tmp_path, content, message):
     torch.save(content, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=message):
