@@ -74,13 +74,13 @@ class Augmentation:
         The enlarged image has whole numbers, as Pillow's has: in uint8 the CPU makes it ten times as
         fast. Images are mirrored while they are small, and their crops with them.
         """
-        b, (h, w) = len(pixels), self.size
+        h, w = self.size
         room_y, room_x = self.enlarged[0] - h, self.enlarged[1] - w
         # Always drawn, so that switching one kind off does not change the others.
         top = (uniform() * (room_y + 1)).long()
         left = (uniform() * (room_x + 1)).long()
         flipped = (uniform() < 0.5) & self.flip
-        left = torch.where(flipped, room_x - left, left).tolist()
+        left = torch.where(flipped, room_x - left, left)
         mirror = flipped.to(pixels.device)[:, None, None, None]
         pixels = torch.where(mirror, pixels.flip(2), pixels)
         if pixels.shape[1:3] != self.enlarged:
@@ -90,12 +90,9 @@ class Augmentation:
             else:  # only the CPU has it in uint8
                 images = _resized(pixels, self.enlarged).round()
             pixels = images.permute(0, 2, 3, 1)  # (B, H', W', 3)
-        out = torch.empty((b, h, w, 3), dtype=pixels.dtype, device=pixels.device)
-        # On the CPU by NumPy: torch would wake its threads for each of these small copies.
-        views = (x.numpy() if x.device.type == "cpu" else x for x in (out, pixels))
-        for image, whole, y, x in zip(*views, top.tolist(), left, strict=True):
-            image[:] = whole[y : y + h, x : x + w]
-        return out.float()
+        corners = zip(pixels, top.tolist(), left.tolist(), strict=True)
+        # (B, H', W', 3) -> (B, h, w, 3)
+        return torch.stack([image[y : y + h, x : x + w] for image, y, x in corners]).float()
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Of (B, 3, h, w) in [0, 255], written over."""
