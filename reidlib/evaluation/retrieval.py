@@ -139,8 +139,7 @@ class Retrieval:
         self._partial_file = partial_file and Path(partial_file)
         asking, _, ranks = self.ranked_matches
         labels = {"query": np.arange(len(self.query))} | self.query_side.columns()
-        per_query = per_query_scores(asking, ranks, len(self.query))
-        per_query = pd.concat([pd.DataFrame(labels), per_query], axis=1)
+        per_query = pd.DataFrame(labels).join(per_query_scores(asking, ranks, len(self.query)))
         without = np.flatnonzero(per_query["matches"] == 0)
         protocol = self._protocol(without)
         if len(without) == len(self.query):
@@ -302,7 +301,7 @@ class Retrieval:
 
     def _tile(self, rows: np.ndarray, dtype: type) -> tuple[Callable, Callable]:
         """Gallery rows, read once: `distances.product_with` them, as a function of query rows, and
-        `_measure` of their places; distances that were given are rounded to ``dtype``.
+        `_measure` of their places; distances that were given are rounded to float64 alone.
         """
         if self._given is None:
             asked, shown = self.query_side.emb, taken(self.gallery_side.emb, rows)
@@ -310,10 +309,8 @@ class Retrieval:
             return lambda queries: product(asked[queries]), lambda i, n: squared(asked, i, shown, n)
 
         def rounded(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            with np.errstate(over="ignore"):
-                near = self._given[np.ix_(queries, rows)].astype(dtype)
-            largest = np.abs(near).max(axis=1).astype(np.float64)
-            return near, 4 * np.finfo(dtype).eps * largest + np.finfo(dtype).tiny
+            near = self._given[np.ix_(queries, rows)].astype(np.float64)
+            return near, 4 * np.finfo(np.float64).eps * np.abs(near).max(axis=1)
 
         return rounded, lambda i, n: self._measure(i, rows[n])
 
