@@ -18,13 +18,9 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from conftest import until
 from reidlib import runs
-from reidlib.data.pixels import load_images
-from reidlib.data.tables import load
 from reidlib.evaluation.metrics import SCORES
-from reidlib.evaluation.retrieval import Retrieval
+from reidlib.evaluation.scoring import open_run
 from reidlib.look import board
-from reidlib.model.embed import embed
-from reidlib.model.weights import load_model
 from reidlib.paths import ROOT, outputs_dir
 from reidlib.recipes import make_recipe
 from reidlib.training import loop
@@ -46,13 +42,8 @@ def fit(tag="", resume="auto", **changes):
 
 def evaluate(folder, name="test", flip=False):
     """What 04_evaluate does with a run; returns its retrieval and evaluation."""
-    model, data = load_model(folder), load("synthetic")
-    sides = []
-    for table in (data.query, data.gallery):
-        images, table = load_images(table, model.recipe, show_progress=False)
-        options = {"flip": flip, "precision": "float32", "show_progress": False}
-        sides += [embed(model, images, model.recipe, **options), table]
-    retrieval = Retrieval(*sides)
+    run = open_run(folder, device="cpu", show_progress=False)
+    retrieval = run.retrieval(flip=flip, show_progress=False)
     evaluation = retrieval.evaluate()
     board.write_evaluation(folder, retrieval, evaluation, name)
     return retrieval, evaluation
