@@ -80,18 +80,18 @@ def test_a_restored_sampler_gives_the_batches_that_would_have_come(epoch, stop):
     assert np.array_equal(whole[stop:], stream(restored, 14 - stop))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(pids=[], p=2, k=2), "list of identities"),
-        (dict(pids=[1, 1, 2], p=3, k=2), "P = 3 identities, the data has 2"),
-        (dict(pids=[1, 1, 1], p=2, k=2), "the data has 1: without a second identity there is no"),
-        (dict(pids=[1, -1, 2], p=2, k=2), "1 rows are junk"),
-        (dict(pids=[1, 2], p=0, k=2), "at least 1"),
-        (dict(pids=[1, 2], p=2, k=0), "at least 1"),
-        (dict(pids=[1, 2], p=2, k=2, epoch="all"), "Unknown epoch 'all'"),
-    ],
-)
-def test_errors_say_what_is_wrong(arguments, message):
+WRONG = {
+    "list of identities": dict(pids=[], p=2, k=2),
+    "P = 3 identities, the data has 2": dict(pids=[1, 1, 2], p=3, k=2),
+    "the data has 1: without a second identity there is no": dict(pids=[1, 1, 1], p=2, k=2),
+    "1 rows are junk": dict(pids=[1, -1, 2], p=2, k=2),
+    "at least 1, got P = 0": dict(pids=[1, 2], p=0, k=2),
+    "at least 1, got P = 2, K = 0": dict(pids=[1, 2], p=2, k=0),
+    "Unknown epoch 'all'": dict(pids=[1, 2], p=2, k=2, epoch="all"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_errors_say_what_is_wrong(message):
     with pytest.raises(ValueError, match=message):
-        PKSampler(**arguments)
+        PKSampler(**WRONG[message])

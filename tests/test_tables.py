@@ -113,17 +113,19 @@ def zipped(archive, source):
             z.write(path, path.relative_to(source.parent))
 
 
-@pytest.mark.parametrize(
-    ("place", "dataset"),
-    [
-        ("data/Market-1501-v15.09.15", "market1501"),
-        ("data/market1501/Market-1501-v15.09.15", "market1501"),
-        ("Market-1501", "{}/Market-1501"),
-        ("disk/Market-1501-v15.09.15", "{}/disk"),
-        ("source/Market-1501-v15.09.15", "market1501"),
-        ("source/Market-1501-v15.09.15", "{}/data/Market-1501-v15.09.15.zip"),
-    ],
-)
+# fmt: off
+PLACES = [
+    (f"data/{MARKET_FOLDER}", "market1501"),
+    (f"data/market1501/{MARKET_FOLDER}", "market1501"),
+    ("Market-1501", "{}/Market-1501"),
+    (f"disk/{MARKET_FOLDER}", "{}/disk"),
+    (f"source/{MARKET_FOLDER}", "market1501"),
+    (f"source/{MARKET_FOLDER}", f"{{}}/data/{MARKET_FOLDER}.zip"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("place", "dataset"), PLACES)
 def test_market_is_found_wherever_people_put_it(place, dataset, data, tmp_path):
     small_market(tmp_path / place)
     if place.startswith("source"):
@@ -284,18 +286,38 @@ def test_zip_that_was_replaced_is_unpacked_anew(asked, data):
 # --- folders
 
 
-SPLIT_NAMES = ["Train QUERY Gallery", "image_train image_query image_test"]
-SPLIT_NAMES += ["TrainingSet probe testing", "bounding_box_train Query TEST"]
+NAMED, NUMBERS = "cameras are names and were numbered", r"^(?P<pid>\d+)_c(?P<camid>\d)"
+# Pictures in a folder `own`, the pattern, what is read (pid:camid of each split), and a note.
+# fmt: off
+READ = [
+    *((f"{a}/1_c1.jpg {b}/2_c2.jpg {c}/3_c3.jpg 2/2_c2.jpg", NUMBERS, "1:1|2:2|3:3",
+       "In own/ not read, no part of the split: 2.")
+      for a, b, c in (("Train", "QUERY", "Gallery"), ("image_train", "image_query", "image_test"),
+                      ("TrainingSet", "probe", "testing"), ("bounding_box_train", "Query", "TEST"))),
+    ("train/5-left.png train/5-door.png query/5-left.png gallery/5-left.png gallery/5-door.png",
+     r"(?P<pid>\d+)-(?P<camid>\w+)", "5:1 5:2|5:2|5:1 5:2", f"The {NAMED}: door = 1, left = 2."),
+    # identity from the folder, camera by name
+    ("train/0007/x_c3.jpg query/12/x_c3.jpg test/12/x_c3.jpg test/-1/x_c3.jpg test/0000/x_c3.jpg",
+     r"_c(?P<camid>\d)", "7:3|12:3|-1:3 0:3 12:3", ""),
+    (" ".join(f"{folder}/0005_c2_f0046182.jpg" for folder in SMALL), NUMBERS, "5:2|5:2|5:2", ""),
+    # One map for all splits, sorted by name, from 1: 0 means distractor.
+    ("train/bo/1.jpg train/cy/deep/2.JPEG query/al/1.jpg gallery/al/2.jpg gallery/di/1.jpg", None,
+     "2:-1 3:-1|1:-1|1:-1 4:-1",
+     "The identities are names and were numbered: al = 1, bo = 2, cy = 3, di = 4."),
+]
+# fmt: on
 
 
-@pytest.mark.parametrize("names", SPLIT_NAMES)
-def test_splits_are_known_in_any_spelling(names, data):
-    pattern = r"^(?P<pid>\d+)_c(?P<camid>\d)"
-    pictures(data / "own", *(f"{name}/{i}_c{i}.jpg" for i, name in enumerate(names.split(), 1)))
-    pictures(data / "own", "2/2_c2.jpg")
+@pytest.mark.parametrize(("names", "pattern", "expected", "note"), READ)
+def test_folders_are_read(names, pattern, expected, note, data):
+    pictures(data / "own", *names.split())
     got = ds.load("own", pattern=pattern)
-    assert [table.pid.tolist() for table in got.splits.values()] == [[1], [2], [3]]
-    assert got.notes == ("In own/ not read, no part of the split: 2.",)
+    shown = [" ".join(f"{r.pid}:{r.camid}" for r in t.itertuples()) for t in got.splits.values()]
+    assert "|".join(shown) == expected and note in (*got.notes, "")
+    assert ("label" in got.train) == ("identities are names" in note)
+    blind = (got.train.camid == -1).all()
+    assert ("No camera is known: camid is -1 everywhere." in got.notes) == blind
+    assert ("warning: Without cameras nothing is excluded" in str(check(got))) == blind
 
 
 def test_queries_are_drawn_from_a_test_that_has_none_a_list_or_a_folder(data):
@@ -334,8 +356,7 @@ def test_names_that_are_no_utf8_are_told(data):
     open(stray, "w").close()
     assert "\\udcdf.txt" in ds.load("own").notes[0].encode().decode()
     os.rename(stray, stray.replace(b"txt", b"jpg"))
-    with pytest.raises(ValueError, match=r"1 names in .*own are no UTF-8: a/\\udcdf.jpg. Rename"):
-        ds.load("own")
+    refused(r"1 names in .*own are no UTF-8: a/\\udcdf.jpg. Rename", ds.load, "own")
 
 
 def test_a_query_does_not_find_copies_of_itself(data):
@@ -350,34 +371,7 @@ def test_a_query_does_not_find_copies_of_itself(data):
     assert "error: 2 queries are in the gallery too" in " ".join(str(check(got)).split())
 
 
-def test_folder_of_named_identities_already_split(data):
-    people = {"train": ("bo", "cy"), "query": ("al",), "gallery": ("al", "di")}
-    for split in people:
-        for person in people[split]:
-            picture(data / "own" / split / person / f"{split} 1.jpg")
-            picture(data / "own" / split / person / "deep" / f"{split}.JPEG", format="JPEG")
-    got = ds.load("own")
-    # One map for all splits, sorted by name, from 1: 0 means distractor.
-    assert dict(zip(got.gallery.label, got.gallery.pid, strict=True)) == {"al": 1, "di": 4}
-    assert dict(zip(got.train.label, got.train.pid, strict=True)) == {"bo": 2, "cy": 3}
-    assert list(got.query.pid) == [1, 1] and (got.query.camid == -1).all()
-    assert (
-        "The identities are names and were numbered: al = 1, bo = 2, cy = 3, di = 4." in got.notes
-    )
-    assert "No camera is known: camid is -1 everywhere." in got.notes
-    assert "warning: Without cameras nothing is excluded" in str(check(got))
-
-
-def test_identities_and_cameras_are_read_by_pattern(data):
-    own, duke = data / "own", data / "duke"
-    pictures(own, *(f"{place}/x_c3s1_1_1.jpg" for place in ("train/0007", "query/12", "test/12")))
-    pictures(own, "test/-1/x_c3s1_1_1.jpg", "test/0000/x_c3s1_1_1.jpg")
-    got = ds.load("own", pattern=r"_c(?P<camid>\d)")  # identity from the folder, camera by name
-    assert list(got.train.pid) == [7] and list(got.gallery.pid) == [-1, 0, 12]
-    assert "label" not in got.train and list(got.gallery.camid) == [3, 3, 3]
-    pictures(duke, *(f"{folder}/0005_c2_f0046182.jpg" for folder in SMALL))
-    got = ds.load("duke", pattern=r"^(?P<pid>\d+)_c(?P<camid>\d)")
-    assert rows(got.query) == [("0005_c2_f0046182.jpg", 5, 2)]
+def test_patterns_see_folders_and_make_splits_of_flat_ones(data):
     pictures(data / "deep", *(f"p{p}/cam{c}/{i}.jpg" for p in "1234" for c in "12" for i in "34"))
     got = ds.load("deep", pattern=r"cam(?P<camid>\d)/")
     assert set(pd.concat(got.splits.values()).camid) == {1, 2}
@@ -386,15 +380,6 @@ def test_identities_and_cameras_are_read_by_pattern(data):
     got = ds.load("flat", pattern=r"^(?P<pid>[a-z]+)_cam(?P<camid>\d)")
     assert [len(table) for table in got.splits.values()] == [2, 1, 1]
     assert got.query.camid[0] != got.gallery.camid[0]
-
-
-def test_named_cameras_are_numbered(data):
-    pictures(data / "own", "train/5-left.png", "train/5-door.png", "query/5-left.png")
-    pictures(data / "own" / "gallery", "5-left.png", "5-door.png")
-    got = ds.load("own", pattern=r"(?P<pid>\d+)-(?P<camid>\w+)")
-    assert list(got.gallery.camid) == [1, 2] and list(got.query.camid) == [2]
-    assert "label" not in got.train
-    assert got.notes == ("The cameras are names and were numbered: door = 1, left = 2.",)
 
 
 def test_unsplit_folder_is_split_in_halves(data):
@@ -444,28 +429,26 @@ def lists(root, header="", pid=lambda name: name.split("_")[0], extra=lambda nam
     return root
 
 
+PEOPLE = {"-1": "-1", "0000": "0000", "0001": "zoe", "0002": "al", "0003": "bo", "0007": "cy"}
+
+
 def test_triplet_reid_lists(data):
     lists(data / "lists")
-    got = ds.load("lists")
+    got, named = ds.load("lists"), ds.load("lists", pattern="market1501")
     assert got.name == "lists" and list(got.gallery.pid) == [-1, 0, 1, 1, 3]
     assert (got.gallery.camid == -1).all()  # never guessed, but said
     assert any('pattern="market1501" would read' in note for note in got.notes)
-    named = ds.load("lists", pattern="market1501")
     assert list(named.gallery.camid) == [1, 3, 1, 2, 1] and list(named.query.camid) == [1, 2]
     assert not named.notes
     third = lists(data / "third", extra=lambda name: ",9")  # the third column is the camera
     assert set(ds.load(third).query.camid) == {9}
-
-
-def test_list_with_header_names_and_cameras(data):
-    people = {"-1": "-1", "0000": "0000", "0001": "zoe", "0002": "al", "0003": "bo", "0007": "cy"}
-    root = lists(
-        data / "lists",
+    headed = lists(
+        data / "headed",
         header="\ufeffpid,path,camid,remark",
-        pid=lambda name: people[name.split("_")[0]],
+        pid=lambda name: PEOPLE[name.split("_")[0]],
         extra=lambda name: f",{re.search('c([0-9])', name)[1]},",
     )
-    got = ds.load(str(root))
+    got = ds.load(str(headed))
     assert list(got.gallery.pid) == [-1, 0, 4, 4, 2] and list(got.query.pid) == [4, 2]
     assert list(got.gallery.label) == ["-1", "0000", "zoe", "zoe", "bo"]
     assert list(got.gallery.camid) == [1, 3, 1, 2, 1] and check(got).ok
@@ -518,8 +501,7 @@ def test_some_lists_alone(data):
     assert got.query.pid.dtype == np.int64 and list(got.query) == ["path", "pid", "camid"]
     assert "No list for query and gallery was given: this data set can train" in got.notes[0]
     assert check(got).ok and check(got).counts.images["query"] == 0
-    with pytest.raises(ValueError, match="has no test: 0 queries and 0 gallery images"):
-        _ = got.test
+    refused("has no test: 0 queries and 0 gallery images", lambda: got.test)
     (root / "market1501_train.csv").unlink()
     assert "for train was given: this data set can test, not train." in ds.load("lists").notes[0]
 
@@ -606,19 +588,14 @@ def test_numbers_that_are_no_photograph_are_refused(tmp_path):
 # --- checks
 
 
-def test_check_finds_nothing_wrong_in_a_good_set(data):
-    small_market(data / "set")
-    report = check(ds.load("set"))
-    assert report.ok and report.problems.empty and report.unreadable == {}
-    assert report.counts.loc["gallery"].to_dict() == {
-        "images": 5, "identities": 2, "cameras": 3, "junk": 1, "distractors": 1
-    }  # fmt: skip
-    assert "15 of 15 images decoded." in str(report)
-    assert str(report).endswith("OK (errors: 0, warnings: 0, notes: 0).")
-
-
-def test_check_names_unreadable_images_and_drops_them(data):
+def test_check_finds_nothing_in_a_good_set_and_names_unreadable_images(data):
     root = small_market(data / "set")
+    good = check(ds.load("set"))
+    assert good.ok and good.problems.empty and good.unreadable == {}
+    counts = {"images": 5, "identities": 2, "cameras": 3, "junk": 1, "distractors": 1}
+    assert good.counts.loc["gallery"].to_dict() == counts
+    assert "15 of 15 images decoded." in str(good)
+    assert str(good).endswith("OK (errors: 0, warnings: 0, notes: 0).")
     for i in range(12):
         (root / "query" / f"0001_c{i}s2_000001_00.jpg").write_bytes(b"")
     got = ds.load("set")
