@@ -75,6 +75,7 @@ OF_THE_TABLE = [name for name in LAYOUTS if name != "msmt17_v1"]  # which is msm
 def test_data_sets_are_loaded_by_name_and_by_path(name, data):
     assert {"synthetic", *LAYOUTS} == {*DATA_SETS}
     layout = LAYOUTS[name]
+    assert {*vars(layout)} == {*vars(LAYOUTS["market1501"])}, "a fact is misspelt"
     root = tree(data / layout.folder, name) / layout.below
     got = ds.load(name)
     assert got.name == name and got.root.samefile(root)

@@ -22,9 +22,7 @@ Widths = list[tuple[float, float]]  # of an elliptic cylinder: (y, half its widt
 
 TOLD = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 FAMILY = 8  # so many neighbouring pids wear the same colours
-# Hair that hangs over the back: a limb.
-MANES = {"long": ((0, 8, -1.8), (0, 25, -4.2), 5.0, 4.6)}
-MANES |= {"ponytail": ((0, 5, -5.6), (0, 19, -7.2), 1.9, 1.3)}
+MANES = TOLD["manes"]
 AROUND, RIGHT_ANGLE = math.pi, math.pi / 2
 _HALF = [math.pi * (i / 6 - 0.5) for i in range(7)]
 

@@ -100,10 +100,8 @@ def read_image(path: str | Path) -> np.ndarray:
     read, and the cause.
     """
     file, box = cut_of(path)
-    if not box:
-        return _decoded(path)
-    left, top, width, height = box
-    whole = _frame(file, os.path.getmtime(file) if os.path.exists(file) else 0)
+    whole = _decoded(file, os.stat(file).st_mtime_ns if os.path.exists(file) else 0)
+    left, top, width, height = box or (0, 0, whole.shape[1], whole.shape[0])
     part = whole[top : top + height, left : left + width].copy()
     if not part.size:
         raise ValueError(f"cannot read the image {path}: the box lies outside of it")
@@ -120,11 +118,7 @@ def save_images(table: pd.DataFrame, folder: Path) -> None:
 
 
 @lru_cache(maxsize=2)  # the many boxes of a frame follow one another
-def _frame(file: str, changed: float) -> np.ndarray:
-    return _decoded(file)
-
-
-def _decoded(path: str | Path) -> np.ndarray:
+def _decoded(path: str, changed: int) -> np.ndarray:
     try:
         with open_image(path) as opened:
             image = ImageOps.exif_transpose(opened)

@@ -53,10 +53,8 @@ class PKSampler:
         starts = np.flatnonzero(np.diff(pids[order])) + 1
         self._rows = np.split(order, starts)  # of each identity, in order of pid: int64 arrays
         # Of each identity, the groups of K rows that it gives to an epoch.
-        self._counts = np.ones(len(self._rows), dtype=np.int64)
-        if epoch == "images":
-            self._counts = np.array([-(-len(rows) // k) for rows in self._rows])
-        found = len(self._rows)
+        sizes, found = np.array([*map(len, self._rows)]), len(self._rows)
+        self._counts = -(-sizes // k) if epoch == "images" else np.ones_like(sizes)
         if found < p:
             advice = "lower P, or hold out fewer identities"
             if found < 2:

@@ -220,8 +220,7 @@ def hold_out(
     matchable, total = _matchable(train), train.loc[train["pid"] > 0, "pid"].nunique()
     named = None if isinstance(identities, int) else split_file(identities)
     count = identities if named is None else len(named)
-    wrong = [] if named is None else named[~np.isin(named, matchable)]
-    if len(wrong):
+    if named is not None and len(wrong := named[~np.isin(named, matchable)]):
         raise ValueError(
             f"{identities} names {len(wrong)} identities, first {wrong[0]}, without images of two "
             "cameras in the training split: is it the split of another data set?"
@@ -365,9 +364,8 @@ def _dataset(
             raise ValueError(
                 f"{name}: {known.sum()} of {len(known)} images in {where} have a camera: give all one."
             )
-    if (tables["query"]["camid"] == -1).all() and (
-        n := _share_paths(tables["query"], tables["gallery"])
-    ):
+    blind = (tables["query"]["camid"] == -1).all()
+    if blind and (n := _share_paths(tables["query"], tables["gallery"])):
         notes.append(f"{n} queries are copies of gallery images, which are left out for them.")
     everything = pd.concat(tables.values())
     if (everything["camid"] == -1).all():

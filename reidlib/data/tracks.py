@@ -66,13 +66,13 @@ def read_tracks(boxes: Path, notes: list[str]) -> pd.DataFrame:
             continue
         clipped += (x, y, right, bottom) != (left, top, left + width, top + height)
         rows.append([cut(frames[frame], x, y, right - x, bottom - y), who])
-    said = {
-        f"{clipped:,} boxes reach over the edge of their frame and are clipped": clipped,
-        f"{len(out):,} boxes have no size or lie outside of it and are left out, lines {some(out)}": out,
-        f"{len(found) - len(used):,} are not to be looked at, as the file says": len(used)
-        < len(found),
-    }
-    notes += [f"{boxes}: {text}." for text, so in said.items() if so]
+    said = [(clipped, "boxes reach over the edge of their frame and are clipped")]
+    lost = f"boxes have no size or lie outside of it and are left out, lines {some(out)}"
+    said += [
+        (len(out), lost),
+        (len(found) - len(used), "are not to be looked at, as the file says"),
+    ]
+    notes += [f"{boxes}: {n:,} {text}." for n, text in said if n]
     if not rows:
         raise ValueError(f"{boxes} has no box that can be cut out. {' '.join(notes)}".rstrip())
     table = pd.DataFrame(rows, columns=["path", "pid"])
