@@ -87,8 +87,7 @@ def newest_run() -> Path:
     """
     files = [f for f in in_runs("weights.safetensors") if f.with_name("checkpoint.pt").is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        manifest = file.with_name("manifest.json")
-        if not (manifest.is_file() and read_json(manifest).get(COMPARED)):
+        if not read_json(file.with_name("manifest.json"), {}).get(COMPARED):
             return file.parent.resolve()
     if (outputs_dir() / EXAMPLE / "weights.safetensors").is_file():
         return (outputs_dir() / EXAMPLE).resolve()

@@ -157,24 +157,17 @@ loop.train(Recipe.model_validate_json(sys.argv[1]), "signal", device="cpu", show
     ],
 )
 def test_asked_to_stop_it_ends_the_step_and_killed_it_does_not(whole, number, status, step):
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, small().model_dump_json(), str(int(number))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        timeout=300,
-    )
-    assert done.returncode in status, done.stderr
+    line = [sys.executable, "-c", CHILD, small().model_dump_json(), str(int(number))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
+    done = subprocess.run(line, cwd=ROOT, **options)
+    assert done.returncode in status and not done.stdout, done.stderr
     stopped = number != signal.SIGKILL
-    assert (
-        "Stopped after step 6 of 12; run it again to go on." in done.stderr
-    ) == stopped and not done.stdout
+    assert ("Stopped after step 6 of 12; run it again to go on." in done.stderr) == stopped
     folder = runs.find_run(RUN.format("signal"))
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == step
-    assert runs.read_json(folder / "manifest.json")["status"] == (
-        "stopped" if stopped else "running"
-    )
+    said = "stopped" if stopped else "running"
+    assert runs.read_json(folder / "manifest.json")["status"] == said
     assert final_state(fit("signal")) == final_state(whole)
 
 
@@ -354,15 +347,12 @@ def test_a_lost_checkpoint_before_the_last_offers_the_last(whole):
 
 def test_a_finished_run_goes_on_with_more_steps_and_may_be_watched_otherwise(capsys):
     folder = fit("on", **QUICK)
-    first = load_checkpoint(folder / "checkpoint.pt")["model"]
+    first = load_checkpoint(last := folder / "checkpoint.pt")["model"]
     changes = QUICK | {"steps": 4, "log_every": 3, "checkpoint_every": 9, "evaluate_every": 5}
     with pytest.raises(ValueError, match="steps: 2 there, 4 now"):
         train(small(**changes), "on", device="cpu", show_progress=False, longer=False)
     assert fit("on", **changes) == folder
-    manifest, state = (
-        runs.read_json(folder / "manifest.json"),
-        load_checkpoint(folder / "checkpoint.pt"),
-    )
+    manifest, state = runs.read_json(folder / "manifest.json"), load_checkpoint(last)
     assert manifest["step"] == state["step"] == 4 and manifest["went_on_after"] == [2]
     assert [row["step"] for row in state["history"]] == [1, 2, 3, 4]
     assert leaves(first) != leaves(state["model"]) == leaves(dict(load_model(folder).state_dict()))
