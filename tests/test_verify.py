@@ -399,7 +399,7 @@ def test_halves_share_nobody_and_leave_out_nobody():
     assert (np.abs(np.diff(counts, axis=0)) <= 1).all() and np.min(counts) > 1
     same(halves(whole, seed=1)[0].query, parts[0].query)
     assert not halves(whole, seed=2)[0].query.equals(parts[0].query)
-    with pytest.raises(ValueError, match="1 people"):
+    with pytest.raises(ValueError, match="show one person"):
         halves(Retrieval(query_emb, query.assign(pid=1), gallery_emb, gallery))
 
 

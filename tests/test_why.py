@@ -571,7 +571,7 @@ def test_recall_of_planted():
     assert suspects.recall_of_planted(noise, table, planted=10)["recall"] < 0.5
     with pytest.raises(ValueError, match="do not fit"):
         suspects.recall_of_planted(emb, table, planted=1000)
-    with pytest.raises(ValueError, match="of 1 people"):
+    with pytest.raises(ValueError, match="people: 1"):
         suspects.recall_of_planted(emb[:9], table.head(9), planted=1)
 
 

@@ -202,7 +202,7 @@ def halves(retrieval: Retrieval, *, seed: int = 0) -> list[Retrieval]:
     q, g = retrieval.query_side, retrieval.gallery_side
     queried = np.unique(q.pids)
     if len(queried) < 2:
-        raise ValueError(f"queries of {len(queried)} people cannot be split by person")
+        raise ValueError("all queries show one person: they cannot be split by person")
     # People with queries and people without are split apart, so that both halves have of both.
     others, strangers = np.setdiff1d(g.pids[g.pids > 0], queried), np.flatnonzero(g.pids == 0)
     rng = np.random.default_rng(seed)

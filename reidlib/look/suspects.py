@@ -249,7 +249,7 @@ def recall_of_planted(
     people, ids = np.flatnonzero(pids > 0), np.unique(pids[pids > 0])
     if len(ids) < 2 or len(people) < planted or planted < 1:
         raise ValueError(
-            f"{planted} wrong labels do not fit {len(people)} images of {len(ids)} people."
+            f"{planted} wrong labels do not fit {len(people)} images (people: {len(ids)})."
         )
     rng = np.random.default_rng(seed)
     kept = emb[pids != -1]
