@@ -1,6 +1,5 @@
 """The ID loss beside the triplets: its value and gradient, what it trains, what it leaves."""
 
-
 import pytest
 import torch
 

@@ -73,7 +73,7 @@ ROOMS = {
     "pairs verify scoring thresholds",
     "look": "figures live photographs search suspects copies maps why pages embedding_map lists "
     "browser board",
-    "training": "losses distributed chunks checkpoint watched checks health journal loop",
+    "training": "losses identity distributed chunks checkpoint watched checks health journal loop",
     "workbook": "export headless notebooks scores release workers compare variants results "
     "verdicts",
 }
