@@ -76,7 +76,7 @@ class Journal:
         self._counts = {"identities": len(images), "short": int((images < plan.recipe.k).sum())}
         self._said = {finding.name for finding in self._findings(AT_ONCE)} if state.step else set()
         file = self.folder / "manifest.json"
-        before = runs.read_json(file) if file.exists() else {}
+        before = runs.read_json(file, {})
         if state.step and before.get("steps", plan.steps) != plan.steps:
             # Said first: 40 steps after 20 are not 40 at once, whose rate decays later.
             went_on = dict.fromkeys([*before.get("went_on_after", []), before["steps"]])
@@ -204,7 +204,7 @@ class Journal:
         # Some checks only make sense after the last step.
         findings = self._findings(CHECKS if status == "finished" else AT_ONCE, failed)
         file = self.folder / "manifest.json"
-        stages = runs.read_json(file).get("went_on_after", []) if file.exists() else []
+        stages = runs.read_json(file, {}).get("went_on_after", [])
         stages = [recipe.model_copy(update={"steps": n, "epochs": None}) for n in stages]
         weights = self.folder / "weights.safetensors"
         ended = {"weights_sha256": runs.sha256(weights)} if status == "finished" else {}
