@@ -162,7 +162,7 @@ RECIPES = {
     | {"epoch": "images", "epochs": 50, "steps": None, "lr": 3e-5, "decay_start": 1.0},
     # arXiv 1703.07737, sections 4.3 and 4.4: every default above.
     "trinet": {},
-    # The best that was found on held-out people (docs/results.md): what earns its place beside TriNet.
+    # TriNet with what held-out people showed to be worth it, in short runs (docs/results.md).
     "strong": STRONG,
     # The same with an ID loss, outside the paper, to see what triplets alone cannot do.
     "id": STRONG | {"classifier": 1.0},
