@@ -28,7 +28,7 @@ LAST, PLAIN = torch.channels_last, torch.contiguous_format
 
 
 def steps(b: int, height: int, device: torch.device, backbone: str = "resnet50") -> dict:
-    """Steps of training at one size, and their parts."""
+    """Steps of training at one size."""
     recipe = Recipe(backbone=backbone, weights="none", height=height, width=height // 2)
     kind = resolve_precision(recipe, device).precision
     pixels = torch.randint(0, 256, (b, 128, 64, 3), dtype=torch.uint8).to(device)

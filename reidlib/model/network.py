@@ -118,9 +118,8 @@ class EmbeddingNet(nn.Module):
             return features.mean(dim=(2, 3))  # (B, C, h, w) -> (B, C)
         # In float32 at least: powers of half precision have few digits left. Above 0, where the slope
         # of the root is finite.
-        powers = (
-            features.to(torch.promote_types(features.dtype, torch.float32)).clamp(min=1e-6) ** p
-        )
+        lifted = features.to(torch.promote_types(features.dtype, torch.float32))
+        powers = lifted.clamp(min=1e-6) ** p
         return powers.mean(dim=(2, 3)) ** (1 / p)  # (B, C, h, w) -> (B, C)
 
 
