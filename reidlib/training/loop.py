@@ -78,11 +78,10 @@ class Plan:
         return Augmentation((r.height, r.width), r.enlarge, r.flip, r.erasing, r.normalise, r.seed)
 
     def loss(self) -> Callable[..., TripletLoss]:
-        """Return the recipe's loss, of embeddings (N, D) and their pids (N,)."""
+        """Return the recipe's triplet loss, of embeddings (N, D) and their pids (N,)."""
         r = self.recipe
         options = {"mean": r.mean} if r.loss == "batch_all" else {}
-        loss = partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
-        return with_id_loss(loss, self.identities, r.classifier) if r.classifier else loss
+        return partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
 
     @property
     def identities(self) -> torch.Tensor:
@@ -336,6 +335,8 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
     """Train from the state's step to the last one."""
     recipe = plan.recipe
     loss = plan.loss()
+    if recipe.classifier:
+        loss = with_id_loss(loss, plan.identities, recipe.classifier)
     pids = torch.tensor(plan.table["pid"].to_numpy(), device=plan.device)
     pixels = torch.from_numpy(plan.pixels)
     if pixels.nbytes < 4e9:  # they fit beside the network: no transfer in a step
