@@ -103,6 +103,20 @@ def test_broken_shards_are_named(sides, tmp_path, spoil, told):
         Retrieval(query_emb, query, *read_embeddings(tmp_path, in_memory=False))
 
 
+def test_a_missing_last_shard_is_noticed_by_names_that_say_how_many(sides, tmp_path):
+    _, _, emb, table = sides
+    for n in range(1, 12):
+        write_embeddings(tmp_path / f"gallery-{n}-of-11.h5", emb[n : n + 1], table.iloc[[n]])
+    np.testing.assert_array_equal(read_embeddings(tmp_path)[0], emb[1:12])
+    (tmp_path / "gallery-11-of-11.h5").unlink()
+    with pytest.raises(ValueError, match="has 10 shards, of 11 by their names"):
+        read_embeddings(tmp_path)
+    for n in range(1, 11):
+        (tmp_path / f"gallery-{n}-of-11.h5").rename(tmp_path / f"{n}_of_{10 + n // 10}.h5")
+    with pytest.raises(ValueError, match="has 10 shards, of 10, 11 by their names"):
+        read_embeddings(tmp_path)
+
+
 def test_shards_of_other_weights_or_damaged_are_refused(sides, tmp_path):
     _, _, emb, table = sides
     for n in (0, 1):

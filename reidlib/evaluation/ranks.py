@@ -20,7 +20,7 @@ from reidlib.evaluation.partial import Partial
 
 UNSURE = 1000  # a query with more unsure images than this in float32 is counted again in float64
 
-NUMBERS = 2**22  # of gallery embeddings, and half as many distances a thread, held at one time
+NUMBERS = 2**22  # of gallery embeddings, and as many distances a thread, held at one time
 ONE_AT_A_TIME = Lock()  # two threads at many short calls would wait for each other at each of them
 
 
@@ -61,7 +61,7 @@ def match_ranks(
     match, key = match[order], key[order]
     first = np.searchsorted(asking, np.arange(query.max(initial=-1) + 2))
     width = max(1, min(2**15, NUMBERS // dim, len(kept)))
-    height = max(1, min(2**8, NUMBERS // (2 * width)))
+    height = max(1, min(2**8, NUMBERS // width))
     work = asking, match, key, kept, measure(0, kept[::width])
     so_far = _begin(partial_file, work, len(first))
     others, later, left, (first_turn, place) = so_far.state.values()

@@ -99,18 +99,26 @@ def npy(path: str | Path) -> Stored:
 def shard_files(folder: str | Path) -> list[Path]:
     """Return the files of embeddings in a folder, by the numbers in their names.
 
+    Names that end in `-2-of-4` say how many there are, so that a missing last one is noticed.
+
     Raises:
-        ValueError: none, of two kinds, or a number is missing between the first and the last.
+        ValueError: none, of two kinds, or one is missing, as far as their names say.
     """
     files = [path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS]
     if len({path.suffix for path in files}) != 1:
         raise ValueError(f"{folder} must hold embeddings as .npy or as .h5, and files of one kind.")
-    numbers = {path: [*map(int, re.findall(r"\d+", path.stem))] for path in files}
+    names = [re.fullmatch(r"(.*?)([-_]of[-_](\d+))?", path.stem) for path in files]
+    numbers = {p: [*map(int, re.findall(r"\d+", n[1]))] for p, n in zip(files, names, strict=True)}
     files.sort(key=lambda path: (numbers[path], path.name))
     last = [number[-1] for number in numbers.values() if number]
     missing = sorted({*range(min(last), max(last))} - {*last}) if len(last) == len(files) else []
     if missing:
         raise ValueError(f"{folder} lacks shards: there is none of number {some(missing)}.")
+    said = {int(name[3]) for name in names if name[3]}
+    if said - {len(files)}:
+        raise ValueError(
+            f"{folder} has {len(files)} shards, of {some(sorted(said))} by their names."
+        )
     return files
 
 
