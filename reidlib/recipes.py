@@ -46,7 +46,7 @@ class Recipe(BaseModel):
     backbone: str = _setting(
         "resnet50", "resnet8 to resnet101, mobilenet_v2, mobilenet_v3_small, or timm:NAME"
     )
-    weights: str = _setting("imagenet", '"imagenet", the path of a file, or "none"')
+    weights: str = _setting("imagenet", '"imagenet", the path of a file, a trained run, or "none"')
     dim: Count = _setting(128, "length of an embedding")
     hidden: Count = _setting(1024, "width of the head's hidden layer")
     last_stride: Literal[1, 2] = _setting(2, "the backbone's last stride: 1 or 2")

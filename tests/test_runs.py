@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from reidlib import load_model, runs
 from reidlib.model.weights import build_model, save_weights
 from reidlib.paths import outputs_dir
-from reidlib.recipes import Recipe, make_recipe
+from reidlib.recipes import Recipe, located, make_recipe
 from reidlib.training.checkpoint import load_checkpoint, save_checkpoint
 
 SMALL = dict(backbone="mobilenet_v3_small", hidden=16, dim=8, height=32, width=16)
@@ -259,15 +260,46 @@ def test_weights_travel_alone_and_altered_ones_are_refused(tmp_path):
 
 
 def test_a_run_starts_from_a_trained_one_with_its_head_if_that_fits(tmp_path):
-    recipe, path = make_recipe("demo", **SMALL), tmp_path / "weights.safetensors"
+    recipe, path = make_recipe("demo", **SMALL, norm=True), tmp_path / "weights.safetensors"
     source = build_model(recipe)
+    torch.nn.init.uniform_(source.norm.running_mean)
     save_weights(path, source, recipe)
-    for dim, same in ((8, True), (9, False)):
-        changes = SMALL | {"dim": dim, "weights": str(path), "seed": 9}
+    for change, same in (({}, True), ({"dim": 9}, False), ({"norm": False}, False)):
+        changes = SMALL | {"norm": True, "weights": str(path), "seed": 9} | change
         model = build_model(make_recipe("demo", **changes))
         for a, b in zip(source.backbone.parameters(), model.backbone.parameters(), strict=True):
             assert torch.equal(a, b)
         assert torch.equal(source.head[0].weight, model.head[0].weight) == same
+        if "norm" not in change:
+            assert torch.equal(source.norm.running_mean, model.norm.running_mean) == same
+
+
+def test_a_run_starts_from_another_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("REID_OUTPUTS", str(tmp_path))
+    recipe = make_recipe("demo", **SMALL)
+    source, folder = build_model(recipe), tmp_path / "a_run"
+    folder.mkdir()
+    runs.write_json(folder / "config.json", recipe.model_dump())
+    changes = SMALL | {"weights": "a_run", "seed": 9}
+    with pytest.raises(FileNotFoundError, match="no file of weights 'a_run'.*has not ended"):
+        build_model(make_recipe("demo", **changes))
+    save_weights(folder / "weights.safetensors", source, recipe)
+    model = build_model(make_recipe("demo", **changes))
+    assert torch.equal(source.head[0].weight, model.head[0].weight)
+    assert located(make_recipe("demo", **changes)).weights == "a_run"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "refused"), [(0, 20, True), (10, 20, True), (20, 20, False)]
+)
+def test_weights_that_know_the_held_out_people_are_refused(tmp_path, then, now, refused):
+    path, recipe = tmp_path / "weights.safetensors", make_recipe("demo", **SMALL, hold_out=then)
+    save_weights(path, build_model(recipe), recipe)
+    later = make_recipe("demo", **SMALL, hold_out=now, weights=str(path))
+    with pytest.raises(ValueError, match="may know the people") if refused else nullcontext():
+        build_model(later)
+    build_model(later.model_copy(update={"dataset": "elsewhere"}))
+    build_model(later.model_copy(update={"hold_out": 0}))
 
 
 def test_the_seed_decides_the_first_weights_and_leaves_the_callers_numbers_alone():

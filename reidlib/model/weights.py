@@ -18,7 +18,7 @@ from reidlib.extras import need, timm_entry
 from reidlib.model.elsewhere import of_backbone
 from reidlib.model.network import EmbeddingNet
 from reidlib.paths import data_dir
-from reidlib.recipes import Recipe, stored_recipe
+from reidlib.recipes import Recipe, data_sets, stored_recipe
 from reidlib.runs import find_run, read_json, write_atomically
 from reidlib.words import some
 
@@ -203,16 +203,18 @@ def _load(network: nn.Module, state: dict[str, Tensor], what: str, hint: str = "
 
 
 def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
-    """Load `"imagenet"` weights or a file of weights, every key or none, but for a classifier's.
+    """Load `"imagenet"` weights, or a file's or a trained run's, every key or none, but for a classifier's.
 
-    The file of a trained run gives its head, too, where the sizes are the same.
+    A trained run gives its head and last BatchNorm, too, where the sizes are the same.
     """
     name, weights = recipe.backbone, recipe.weights
-    state = _imagenet_weights(name) if weights == "imagenet" else _read_weights(weights)
+    state, learnt = (_imagenet_weights(name), {}) if weights == "imagenet" else _read(weights)
+    _refuse_known_people(recipe, learnt)
     state = {k.removeprefix("module."): v for k, v in state.items()}
+    after = ("head.", "norm.")
     both = (state, model.state_dict())
-    head, own = ({k: v.shape for k, v in s.items() if k.startswith("head.")} for s in both)
-    whole = own and head == own and any(k.startswith("backbone.") for k in state)
+    rest, own = ({k: v.shape for k, v in s.items() if k.startswith(after)} for s in both)
+    whole = own and rest == own and any(k.startswith("backbone.") for k in state)
     network = model if whole else model.backbone
     if not whole:
         state = of_backbone(state, name, model.backbone)
@@ -222,12 +224,24 @@ def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
     _load(network, state, f"The weights {weights!r} do not fit {name}", hint)
 
 
+def _refuse_known_people(recipe: Recipe, learnt: dict[str, Any]) -> None:
+    """Raise a ValueError where weights, by the recipe in them, were trained on people now held out."""
+    both = {*data_sets(recipe.dataset)} & {*data_sets(learnt.get("dataset", ""))}
+    if recipe.hold_out and both and learnt["hold_out"] != recipe.hold_out:
+        raise ValueError(
+            f"The weights {recipe.weights!r} were trained on {some(sorted(both))} with hold_out = "
+            f"{learnt['hold_out']!r}, so they may know the people that are held out here, "
+            f"{recipe.hold_out!r}, whose score would say nothing. Start from weights that held out the same, "
+            "or hold out nobody."
+        )
+
+
 def _imagenet_weights(name: str) -> dict[str, Tensor]:
     """Download torchvision's ImageNet weights, or timm's pretrained ones, or take them from the caches."""
     entry = timm_entry(name) if name.startswith("timm:") else None
     if entry and entry.hf_hub_id:
         file = entry.hf_hub_filename or PUBLISHED
-        return _read_weights(str(_from_hub(HUB + entry.hf_hub_id, file)))
+        return _read(str(_from_hub(HUB + entry.hf_hub_id, file)))[0]
     if name not in models.list_models():
         raise ValueError(f'There are no ImageNet weights of {name}: choose weights="none".')
     source = models.get_model_weights(name).IMAGENET1K_V1
@@ -240,15 +254,22 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_weights(name: str) -> dict[str, Tensor]:
-    """Read a state dict from a `.safetensors` file, or with `weights_only=True` from any other."""
+def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a state dict, and the recipe that a trained run left in it, or {}.
+
+    From a `.safetensors` file, from any other with `weights_only=True`, or from a run.
+    """
     places = (Path(name).expanduser(), data_dir() / name)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f'There is no file of weights {name!r}: give a path or "imagenet".')
+        try:
+            path = weights_file(name)
+        except FileNotFoundError as error:
+            told = f"There is no file of weights {name!r}, nor of a run of that name: give a path, a run"
+            raise FileNotFoundError(f'{told} or "imagenet". {error}') from error
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)[0]
+            return _read_safetensors(path)
         state = read_tensors(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a file of weights: {error}") from error
@@ -258,7 +279,7 @@ def _read_weights(name: str) -> dict[str, Tensor]:
     tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
     if not tensors or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{path} holds no state dict (a dictionary of tensors by name).")
-    return state
+    return state, {}
 
 
 def read_tensors(path: Path) -> Any:

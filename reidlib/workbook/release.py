@@ -105,8 +105,10 @@ def model_card(folder: Path, hub: bool = False) -> str:
     )
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     template = template if hub else template[template.index("# {name}") :]
+    beside = f", an ID loss of weight {recipe.classifier:g} beside it"
     return template.format(
         name=folder.name,
+        beside=beside * bool(recipe.classifier),
         recipe=recipe,
         manifest=runs.read_json(folder / "manifest.json"),
         metrics=metrics,
