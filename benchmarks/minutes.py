@@ -3,12 +3,13 @@
     python benchmarks/minutes.py [RUN ...]
 
 Reads the folders of runs in `outputs`, by default all of Market-1501, and trains nothing. The first
-table has runs that were scored on the test split. The second has those that were scored on held-out
-people while they trained; that gallery is smaller and easier, so its numbers lie higher. The curves go
-to outputs/bench/minutes.svg.
+table has runs that were scored on the test split; where one started from another, the minutes of both
+count. The second has those that were scored on held-out people while they trained; that gallery is
+smaller and easier, so its numbers lie higher. The curves go to outputs/bench/minutes.svg.
 """
 
 import argparse
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -27,6 +28,15 @@ def machine(run: dict) -> str:
     return f"{run['device'].split(',')[0]}, {cores} core{'s' * (cores > 1)}"
 
 
+def stages(folder: Path) -> list[dict]:
+    """Return the manifests of a run, and before it of those that it started from."""
+    try:
+        before = stages(find_run(read_json(folder / "config.json")["weights"]))
+    except FileNotFoundError:
+        before = []
+    return [*before, read_json(folder / "manifest.json")]
+
+
 def main() -> None:
     """Print both tables, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -34,9 +44,10 @@ def main() -> None:
     names = parser.parse_args().runs or sorted(p.name for p in outputs_dir().glob("market1501_*"))
     scored, curves = [], {}
     for folder in map(find_run, names):
-        run, history = read_json(folder / "manifest.json"), pd.read_csv(folder / "history.csv")
-        scores = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
-        minutes, where = run["wall_seconds"] / 60, machine(run)
+        runs, history = stages(folder), pd.read_csv(folder / "history.csv")
+        scores = read_json(folder / "metrics.json", {})
+        minutes = sum(run["wall_seconds"] for run in runs) / 60
+        where = ", then ".join(dict.fromkeys(map(machine, runs)))
         if "mAP" in scores:
             scored.append((scores["mAP"], scores["top1"], minutes, where, folder.name))
         if "held_out_mAP" in history:

@@ -120,7 +120,8 @@ def _each(
 def _at_hand(notes: list[str]) -> dict[tuple[str, str], str]:
     """Return what `--dataset` calls the data sets that are here, by name and fingerprint."""
     here = {}
-    for name in ["synthetic", *sorted(p.name for p in data_dir().glob("[!.]*") if p.is_dir())]:
+    folders = sorted(p.name for p in data_dir().glob("[!.]*") if p.is_dir() and p.name != "weights")
+    for name in ["synthetic", *folders]:
         try:
             data = load(name)
             here |= {(data.name, fingerprint(data)[:8]): name} if data.test else {}
@@ -135,8 +136,11 @@ def _by_data_set(folder: Path) -> dict[tuple[str, str], pd.Series]:
     for place in (folder, *folder.glob("on_*_" + 8 * "[0-9a-f]")):  # others: of another protocol
         metrics = read_json(place / "metrics.json", {})
         if "test_data" in metrics and not _of_other_weights(metrics, folder):
-            form = "{value:.2f} ({low:.1f} to {high:.1f})" + "*" * (place == folder)
             scores = 100 * confidence_interval(read_per_query(place), by="pid")
+            interval = " ({low:.1f} to {high:.1f})" * bool(
+                scores.notna().all(axis=None)
+            )  # of several
+            form = "{value:.2f}" + interval + "*" * (place == folder)
             key = metrics["evaluated_on"], metrics["test_data"][:8]
             found[key] = scores.apply(form.format_map, axis=1)
     return found
