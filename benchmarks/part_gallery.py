@@ -32,7 +32,7 @@ SHARD = 250_000  # rows
 SIZES, MOST = (0, 500_000, 1_000_000, 2_000_000), 10_000_000  # distractors
 IN_MEMORY = 1_000_000  # distractors, at most, that are held in memory too, for comparison
 SAMPLE = 340  # queries by which an index is judged
-SLOW = ("hnsw", MOST)  # building its graph takes hours on two cores
+SLOW = ("hnsw", MOST)  # its graph takes twenty times the minute of half a million, or more
 
 
 def people(run: str):
