@@ -63,6 +63,8 @@ class PKSampler:
         self._random = np.random.default_rng(seed)
         self._batches: list[np.ndarray] = []  # what is left of the epoch under way
         self._started = False
+        import os
+        self.group, self.centres = int(os.environ.get("GS", 1)), None
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -111,17 +113,38 @@ class PKSampler:
         never two in one batch. The last batch is filled up, where the loop drops it.
         """
         left, batches = self._counts.copy(), []
+        near = None
+        if self.group > 1 and self.centres is not None and np.isfinite(self.centres).all():
+            c = self.centres.astype(np.float64)
+            d = (c**2).sum(1)[:, None] + (c**2).sum(1) - 2 * c @ c.T
+            np.fill_diagonal(d, np.inf)
+            near = np.argsort(d, axis=1)[:, :-1]
         groups = [self._groups(rows, n) for rows, n in zip(self._rows, left, strict=True)]
         for remaining in range(len(self), 0, -1):
             # An identity with as many groups left as there are batches must be in this one; the
             # others are drawn with a chance in proportion to their groups left.
             chance = self._random.random(len(left)) ** (1 / np.maximum(left, 1))
             chance = np.where(left >= remaining, 2 + chance, np.where(left > 0, 1 + chance, chance))
-            chosen = np.argsort(-chance, kind="stable")[: self.p]
+            order = np.argsort(-chance, kind="stable")
+            chosen = order[: self.p] if near is None else self._beside(order, near, left, remaining)
             rows = [(groups[i] or self._groups(self._rows[i], 1)).pop() for i in chosen]
             left[chosen] -= 1
             batches.append(self._random.permutation(np.stack(rows)).flatten())
         return batches
+
+    def _beside(self, order, near, left, remaining):
+        chosen = []
+        for i in order.tolist():
+            if len(chosen) == self.p:
+                break
+            if i in chosen:
+                continue
+            chosen.append(i)
+            must = np.setdiff1d(np.flatnonzero(left >= remaining), chosen)
+            free = self.p - len(chosen) - len(must)
+            twins = [j for j in near[i].tolist() if left[j] > 0 and j not in chosen]
+            chosen += twins[: max(0, min(self.group - 1, free))]
+        return np.array(chosen)
 
     def _groups(self, rows: np.ndarray, n: int) -> list[np.ndarray]:
         """Return n groups of K rows of one identity that show its rows as evenly as can be."""

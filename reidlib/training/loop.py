@@ -342,6 +342,7 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
     if pixels.nbytes < 4e9:  # they fit beside the network: no transfer in a step
         pixels = pixels.to(plan.device)
     started = time.monotonic() - state.seconds
+    ids = np.unique(plan.table["pid"])
     # Epoch after epoch, (P·K,) row numbers a step; `own` (b,) says which this process embeds.
     batches = chain.from_iterable(repeat(state.sampler))
     shares = distributed.shares(recipe.p, recipe.k)
@@ -357,6 +358,12 @@ def _steps(plan: Plan, state: State, journal: Journal, asked: list[int], bar) ->
         with autocast(plan.device, recipe.precision):
             batch = batch.contiguous(memory_format=torch.channels_last)
             emb = in_chunks(state.network, batch, recipe.chunk)
+        where = np.searchsorted(ids, pids[rows].numpy())
+        with torch.no_grad():
+            centre = emb.detach().float().reshape(recipe.p, recipe.k, -1).mean(1).numpy()
+        if state.sampler.centres is None:
+            state.sampler.centres = np.full((len(ids), centre.shape[1]), np.nan, np.float32)
+        state.sampler.centres[where[:: recipe.k]] = centre
         result = distributed.across(loss, emb, pids[rows.to(pids.device)], shares)
         state.step += 1
         if not math.isfinite(result.loss.item()):
