@@ -368,7 +368,9 @@ def test_a_finished_run_goes_on_with_more_steps_and_may_be_watched_otherwise(cap
     told = capsys.readouterr().err
     assert "was trained before" in told and "give another tag" in told
     (folder / "weights.safetensors").rename(outputs_dir() / "elsewhere")
-    way_out = "no checkpoint.pt to go on from.*weights='synthetic_batchhard_softplus_on'.*resume=.restart"
+    way_out = (
+        "no checkpoint.pt to go on from.*weights='synthetic_batchhard_softplus_on'.*resume=.restart"
+    )
     for other in ({}, {"steps": 6}):
         with pytest.raises(ValueError, match=way_out):
             fit("on", **(changes | other))
