@@ -310,8 +310,7 @@ def _existing(plan: Plan, resume: Resume, longer: bool) -> dict | None:
     if grown or finished != bool(weights):
         raise ValueError(
             f"{folder} has no checkpoint.pt to go on from. Give another tag, and start from what it has "
-            f"learnt, if that is there: weights={folder.name!r}. Or train it anew with "
-            'resume="restart".'
+            f'learnt, if that is there: weights={folder.name!r}. Or train it anew with resume="restart".'
         )
     return None
 

@@ -137,9 +137,8 @@ def _by_data_set(folder: Path) -> dict[tuple[str, str], pd.Series]:
         metrics = read_json(place / "metrics.json", {})
         if "test_data" in metrics and not _of_other_weights(metrics, folder):
             scores = 100 * confidence_interval(read_per_query(place), by="pid")
-            interval = " ({low:.1f} to {high:.1f})" * bool(
-                scores.notna().all(axis=None)
-            )  # of several
+            people = bool(scores.notna().all(axis=None))  # several: one has no interval
+            interval = " ({low:.1f} to {high:.1f})" * people
             form = "{value:.2f}" + interval + "*" * (place == folder)
             key = metrics["evaluated_on"], metrics["test_data"][:8]
             found[key] = scores.apply(form.format_map, axis=1)
