@@ -77,8 +77,9 @@ class Index:
                     f"{len(emb)} embeddings are too few for an index of kind {kind!r}."
                 )
             step = max(1, len(emb) // wanted)
-            some = [block[::step] for block in in_blocks(emb)]
-            index._index.train(np.concatenate(some).astype(np.float32))
+            # Copies: a view would hold its block, and all of them the gallery.
+            some = (block[::step].astype(np.float32) for block in in_blocks(emb))
+            index._index.train(np.concatenate(list(some)))
         for block in in_blocks(emb):
             index.add(block)
         return index
