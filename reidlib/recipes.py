@@ -46,7 +46,10 @@ class Recipe(BaseModel):
     backbone: str = _setting(
         "resnet50", "resnet8 to resnet101, mobilenet_v2, mobilenet_v3_small, or timm:NAME"
     )
-    weights: str = _setting("imagenet", '"imagenet", the path of a file, a trained run, or "none"')
+    weights: str = _setting(
+        "imagenet",
+        '"imagenet", a file, a run, the mean of several (RUN,RUN), or "none"',
+    )
     dim: Count = _setting(128, "length of an embedding")
     hidden: Count = _setting(1024, "width of the head's hidden layer")
     last_stride: Literal[1, 2] = _setting(2, "the backbone's last stride: 1 or 2")
@@ -75,6 +78,9 @@ class Recipe(BaseModel):
     )
     margin: Annotated[float, Field(ge=0)] | Literal["soft"] = _setting(
         "soft", 'a number m: max(0, m + d+ - d-); "soft": softplus(d+ - d-)'
+    )
+    temperature: Positive = _setting(
+        1.0, "divides the embeddings in the loss: above 1, easier triplets teach too"
     )
     squared: bool = _setting(False, "squared Euclidean distances")
     mean: Literal["active", "valid"] = _setting(
@@ -211,20 +217,20 @@ def make_recipe(name: str = "trinet", **changes: Any) -> Recipe:
     return _checked(settings)
 
 
-def data_sets(dataset: str) -> list[str]:
-    """Return the data sets that a setting names: one, or several with commas between them.
+def listed(names: str) -> list[str]:
+    """Return what a setting names, data sets or weights: one, or several with commas between them.
 
-    >>> data_sets("market1501, msmt17")
+    >>> listed("market1501, msmt17")
     ['market1501', 'msmt17']
     """
-    places = (os.path.expanduser(dataset), data_dir() / dataset)
+    places = (os.path.expanduser(names), data_dir() / names)
     whole = any(map(os.path.exists, places))  # a path may have a comma
-    return [dataset] if whole else [name.strip() for name in dataset.split(",")]
+    return [names] if whole else [name.strip() for name in names.split(",")]
 
 
 def data_set_name(recipe: Recipe) -> str:
     """Return what a model says it was trained on: names, no places."""
-    return "+".join(Path(name).name for name in data_sets(recipe.dataset))
+    return "+".join(Path(name).name for name in listed(recipe.dataset))
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -239,9 +245,10 @@ def located(recipe: Recipe) -> Recipe:
         path = "" if named else os.path.abspath(os.path.expanduser(value))
         return path if os.path.exists(path) else value
 
-    changed = {name: whole(getattr(recipe, name)) for name in ("hold_out", "weights")}
-    changed["dataset"] = ",".join(map(whole, data_sets(recipe.dataset)))
-    return recipe.model_copy(update=changed)
+    changed = {
+        name: ",".join(map(whole, listed(getattr(recipe, name)))) for name in ("dataset", "weights")
+    }
+    return recipe.model_copy(update=changed | {"hold_out": whole(recipe.hold_out)})
 
 
 def stored_recipe(settings: dict[str, Any]) -> Recipe:

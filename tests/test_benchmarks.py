@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -46,6 +47,23 @@ def test_goals_can_be_missed(bench):
     assert bench.judged(row | {"x ours": 6.0}, {"least": 6}) == "at least x 6: holds"
     assert bench.judged(row, {"most": 0.05}) == "at most x 0.05: MISSED"
     assert bench.judged(row, {}) == ""
+
+
+def test_minutes_count_those_of_the_run_that_one_started_from(bench, tmp_path, monkeypatch, capsys):
+    import minutes
+
+    run = "market1501_batchhard_softplus"
+    for tag in ("small", "large", "best", "at_192"):
+        shutil.copytree(ROOT / "outputs" / f"{run}_{tag}", tmp_path / f"{run}_{tag}")
+    monkeypatch.setenv("REID_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["minutes.py"])
+    minutes.main()
+    tables = capsys.readouterr().out
+    assert f"| {run}_best | NVIDIA H100 80GB HBM3 | 6 | 73.36 | 86.88 | passed |" in tables
+    # 2,867 seconds of the small images, and 4,041 of the large ones.
+    assert f"| {run}_large | AMD EPYC, 1 core | 115 | 68.99 | 85.60 | 0.1 below |" in tables
+    assert f"| {run}_at_192 | AMD EPYC, 1 core | 76.7 after 31.8 |" in tables
+    assert (tmp_path / "bench" / "minutes.svg").exists()
 
 
 @pytest.mark.parametrize("resize", ["float", "pillow"])

@@ -289,6 +289,30 @@ def test_a_run_starts_from_another_by_its_name(tmp_path, monkeypatch):
     assert located(make_recipe("demo", **changes)).weights == "a_run"
 
 
+def test_a_run_starts_from_the_mean_of_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("REID_OUTPUTS", str(tmp_path))
+    sources = []
+    for seed in range(3):
+        recipe = make_recipe("demo", **SMALL, seed=seed)
+        sources.append(build_model(recipe))
+        sources[-1].head[1].num_batches_tracked += seed
+        (tmp_path / f"run{seed}").mkdir()
+        runs.write_json(tmp_path / f"run{seed}" / "config.json", recipe.model_dump())
+        weights = tmp_path / f"run{seed}" / "weights.safetensors"
+        save_weights(weights, sources[-1], recipe, half=seed == 2)
+    changes = SMALL | {"weights": "run0, run1,run2", "seed": 9}
+    mean = build_model(make_recipe("demo", **changes)).state_dict()
+    states = [source.state_dict() for source in sources]
+    for name, tensor in mean.items():
+        expected = sum(state[name].double() for state in states) / 3
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-4)
+    other = make_recipe("demo", **SMALL | {"dim": 9})
+    save_weights(tmp_path / "other.safetensors", build_model(other), other)
+    changes["weights"] = f"run0,{tmp_path / 'other.safetensors'}"
+    with pytest.raises(ValueError, match="of different networks: there is no mean"):
+        build_model(make_recipe("demo", **changes))
+
+
 @pytest.mark.parametrize(
     ("then", "now", "refused"), [(0, 20, True), (10, 20, True), (20, 20, False)]
 )

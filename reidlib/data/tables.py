@@ -18,7 +18,7 @@ from reidlib.data.dataset import Dataset, union
 from reidlib.data.dataset import fingerprint as fingerprint
 from reidlib.data.files import Source
 from reidlib.data.synthetic import built_in_data
-from reidlib.recipes import DATA_SETS, data_sets
+from reidlib.recipes import DATA_SETS, listed
 from reidlib.runs import sha256
 from reidlib.words import some
 
@@ -66,7 +66,7 @@ def load(
     """
     # "" is how a notebook says None; papermill turns digits into a number.
     pattern, image_root = str(pattern or "") or None, image_root or None
-    name, names = str(dataset), data_sets(str(dataset))
+    name, names = str(dataset), listed(str(dataset))
     if len(names) > 1:
         yours = {"pattern": pattern, "image_root": image_root}
         return union([load(one, **({} if one in DATA_SETS else yours)) for one in names])

@@ -28,7 +28,7 @@ from reidlib.model.embed import embed_views
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.stored import read_embeddings, write_embeddings
 from reidlib.model.weights import load_model
-from reidlib.recipes import Recipe, data_sets, located, stored_recipe
+from reidlib.recipes import Recipe, listed, located, stored_recipe
 
 PER_QUERY = {"test": "per_query.csv", "held_out": "per_query_held_out.csv"}  # in a run, by split
 
@@ -71,7 +71,7 @@ class OpenRun:
         """Sentences on the data set, and on what a score on it is worth."""
         said = [*self.data.notes, on_both_sides(self.data) if self.own else ""]
         if not self.own:
-            several = {*data_sets(self.recipe.dataset)}
+            several = {*listed(self.recipe.dataset)}
             trained = len(several) > 1 and several & {self.data.name, str(self.data.root)}
             of = "one of the data sets" if trained else "not the data set"
             said.append(

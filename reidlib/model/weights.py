@@ -18,7 +18,7 @@ from reidlib.extras import need, timm_entry
 from reidlib.model.elsewhere import of_backbone
 from reidlib.model.network import EmbeddingNet
 from reidlib.paths import data_dir
-from reidlib.recipes import Recipe, data_sets, stored_recipe
+from reidlib.recipes import Recipe, listed, stored_recipe
 from reidlib.runs import find_run, read_json, write_atomically
 from reidlib.words import some
 
@@ -205,12 +205,20 @@ def _load(network: nn.Module, state: dict[str, Tensor], what: str, hint: str = "
 def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
     """Load `"imagenet"` weights, or a file's or a trained run's, every key or none, but for a classifier's.
 
-    A trained run gives its head and last BatchNorm, too, where the sizes are the same.
+    A trained run gives its head and last BatchNorm, too, where the sizes are the same. Of several, it
+    is the mean of their weights ("Model soups", arXiv 2203.05482).
     """
     name, weights = recipe.backbone, recipe.weights
-    state, learnt = (_imagenet_weights(name), {}) if weights == "imagenet" else _read(weights)
-    _refuse_known_people(recipe, learnt)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    states = []
+    for one in listed(weights):
+        state, learnt = (_imagenet_weights(name), {}) if one == "imagenet" else _read(one)
+        _refuse_known_people(recipe, learnt)
+        states.append({k.removeprefix("module."): v for k, v in state.items()})
+    if len({str({k: v.shape for k, v in sorted(state.items())}) for state in states}) > 1:
+        raise ValueError(
+            f"The weights {weights!r} are of different networks: there is no mean of them."
+        )
+    state = {k: _mean([state[k] for state in states]) for k in states[0]}
     after = ("head.", "norm.")
     both = (state, model.state_dict())
     rest, own = ({k: v.shape for k, v in s.items() if k.startswith(after)} for s in both)
@@ -224,9 +232,15 @@ def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
     _load(network, state, f"The weights {weights!r} do not fit {name}", hint)
 
 
+def _mean(tensors: list[Tensor]) -> Tensor:
+    """Return the mean of tensors of one shape, of the first one's type; in float64, as some are halved."""
+    mean = torch.stack([tensor.double() for tensor in tensors]).mean(dim=0)
+    return mean.to(tensors[0].dtype) if len(tensors) > 1 else tensors[0]
+
+
 def _refuse_known_people(recipe: Recipe, learnt: dict[str, Any]) -> None:
     """Raise a ValueError where weights, by the recipe in them, were trained on people now held out."""
-    both = {*data_sets(recipe.dataset)} & {*data_sets(learnt.get("dataset", ""))}
+    both = {*listed(recipe.dataset)} & {*listed(learnt.get("dataset", ""))}
     if recipe.hold_out and both and learnt["hold_out"] != recipe.hold_out:
         raise ValueError(
             f"The weights {recipe.weights!r} were trained on {some(sorted(both))} with hold_out = "

@@ -81,7 +81,8 @@ class Plan:
         """Return the recipe's triplet loss, of embeddings (N, D) and their pids (N,)."""
         r = self.recipe
         options = {"mean": r.mean} if r.loss == "batch_all" else {}
-        return partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
+        triplets = partial(LOSSES[r.loss], margin=r.margin, squared=r.squared, **options)
+        return lambda emb, *of, **chosen: triplets(emb / r.temperature, *of, **chosen)
 
     @property
     def identities(self) -> torch.Tensor:
