@@ -3,18 +3,20 @@
     python benchmarks/minutes.py [RUN ...]
 
 Reads the folders of runs in `outputs`, by default all of Market-1501, and trains nothing. The first
-table has runs that were scored on the test split; where one started from another, the minutes of both
-count. The second has those that were scored on held-out people while they trained; that gallery is
+table has runs that were scored on the test split; where one started from others, their minutes count,
+too. The second has those that were scored on held-out people while they trained; that gallery is
 smaller and easier, so its numbers lie higher. The curves go to outputs/bench/minutes.svg.
 """
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from reidlib.paths import outputs_dir
+from reidlib.recipes import listed
 from reidlib.runs import find_run, read_json
 
 PAPER = 0.6914  # arXiv 1703.07737, table 2, with flips and crops averaged
@@ -28,13 +30,13 @@ def machine(run: dict) -> str:
     return f"{run['device'].split(',')[0]}, {cores} core{'s' * (cores > 1)}"
 
 
-def stages(folder: Path) -> list[dict]:
-    """Return the manifests of a run, and before it of those that it started from."""
-    try:
-        before = stages(find_run(read_json(folder / "config.json")["weights"]))
-    except FileNotFoundError:
-        before = []
-    return [*before, read_json(folder / "manifest.json")]
+def stages(folder: Path) -> dict[str, dict]:
+    """Return the manifests of a run, and before it of those that it started from, by their names."""
+    before = {}
+    for name in listed(read_json(folder / "config.json")["weights"]):
+        with suppress(FileNotFoundError):
+            before |= stages(find_run(name))
+    return before | {folder.name: read_json(folder / "manifest.json")}
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
     names = parser.parse_args().runs or sorted(p.name for p in outputs_dir().glob("market1501_*"))
     scored, curves = [], {}
     for folder in map(find_run, names):
-        runs, history = stages(folder), pd.read_csv(folder / "history.csv")
+        runs, history = stages(folder).values(), pd.read_csv(folder / "history.csv")
         scores = read_json(folder / "metrics.json", {})
         minutes = sum(run["wall_seconds"] for run in runs) / 60
         where = ", then ".join(dict.fromkeys(map(machine, runs)))
