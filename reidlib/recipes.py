@@ -69,6 +69,8 @@ class Recipe(BaseModel):
     )
     flip: bool = _setting(True, "flip half the images from left to right")
     erasing: Share = _setting(0.0, "share of images with a random rectangle erased")
+    colour: Share = _setting(0.0, "share of images with other brightness, contrast and saturation")
+    grey: Share = _setting(0.0, "share of images with a grey rectangle")
     normalise: Literal[*NORMALISATIONS] = _setting(
         "imagenet", "imagenet: ImageNet's mean and deviation; unit: pixels in [0, 1]"
     )
@@ -96,6 +98,7 @@ class Recipe(BaseModel):
     steps: Count | None = _setting(25_000, "training steps; or give epochs")
     epochs: Count | None = _setting(None, "training epochs, instead of steps")
     lr: Positive = _setting(3e-4, "Adam's learning rate")
+    weight_decay: float = _setting(0.0, "Adam's: times the weights, added to the gradient", ge=0)
     decay_start: Share = _setting(
         0.6, "share of the steps after which the learning rate decays; 1: never"
     )

@@ -46,7 +46,10 @@ class Augmentation:
         erasing: float = 0.0,
         normalise: str = "imagenet",
         seed: int = 0,
+        colour: float = 0.0,
+        grey: float = 0.0,
     ):
+        self.colour, self.grey = colour, grey
         self.size = tuple(size)
         self.enlarged = (round(size[0] * enlarge), round(size[1] * enlarge))
         self.flip, self.erasing, self.normalise = flip, erasing, normalise
@@ -61,6 +64,8 @@ class Augmentation:
             return drawn if own is None else drawn[own]
 
         images = self._resized_crop_and_flip(pixels, uniform)
+        images = self._coloured(images, uniform) if self.colour else images
+        images = self._greyed(images, uniform) if self.grey else images
         images = self._normalised(images.permute(0, 3, 1, 2))
         return self._erased(images, uniform) if self.erasing else images
 
@@ -106,10 +111,35 @@ class Augmentation:
         rows = rows.div_(255).sub_(mean).div_(std)
         return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
+    def _coloured(self, images: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+        """(B, h, w, 3) in [0, 255]: brightness, saturation and contrast times 0.8 to 1.2."""
+        chosen = uniform() < self.colour
+        bright, saturated, contrast = (
+            torch.where(chosen, 0.8 + 0.4 * uniform(), 1.0).to(images.device)[:, None, None, None]
+            for _ in range(3)
+        )
+        images = images * bright
+        grey = images.mean(dim=3, keepdim=True)
+        images = grey + (images - grey) * saturated
+        mean = grey.mean(dim=(1, 2), keepdim=True)
+        return (mean + (images - mean) * contrast).clamp(0, 255)
+
+    def _greyed(self, images: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+        """(B, h, w, 3): a rectangle of some images loses its colours (arXiv 2101.08533)."""
+        mask = self._rectangles(uniform, self.grey)[..., None].to(images.device)
+        grey = images.mean(dim=3, keepdim=True).expand_as(images)
+        return torch.where(mask, grey, images)
+
     def _erased(self, images: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
         """Fill one rectangle of some images with the data's mean colour."""
+        mask = self._rectangles(uniform, self.erasing)[:, None]
+        fill = 0.5 if self.normalise == "unit" else 0.0
+        return images.masked_fill(mask.to(images.device), fill)
+
+    def _rectangles(self, uniform: Callable[[], Tensor], share: float) -> Tensor:
+        """(B, h, w): true in one rectangle of a share of the images."""
         h, w = self.size
-        chosen = uniform() < self.erasing
+        chosen = uniform() < share
         area = (0.02 + 0.38 * uniform()) * h * w
         log_aspect = (2 * uniform() - 1) * np.log(1 / 0.3)
         inside = []  # true inside the rectangle: (B, h) and (B, w)
@@ -119,9 +149,7 @@ class Augmentation:
             start = (uniform()[:, None] * (whole - side + 1)).floor()
             at = torch.arange(whole)
             inside.append((at >= start) & (at < start + side))
-        mask = chosen[:, None, None, None] & inside[0][:, None, :, None] & inside[1][:, None, None]
-        fill = 0.5 if self.normalise == "unit" else 0.0
-        return images.masked_fill(mask.to(images.device), fill)
+        return chosen[:, None, None] & inside[0][:, :, None] & inside[1][:, None]
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

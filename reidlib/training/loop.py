@@ -75,7 +75,9 @@ class Plan:
     def augmentation(self) -> Augmentation:
         """Return the augmentation as it is before the first batch."""
         r = self.recipe
-        return Augmentation((r.height, r.width), r.enlarge, r.flip, r.erasing, r.normalise, r.seed)
+        return Augmentation(
+            (r.height, r.width), r.enlarge, r.flip, r.erasing, r.normalise, r.seed, r.colour, r.grey
+        )
 
     def loss(self) -> Callable[..., TripletLoss]:
         """Return the recipe's triplet loss, of embeddings (N, D) and their pids (N,)."""
@@ -324,7 +326,12 @@ def _start(plan: Plan, checkpoint: dict | None, data: str) -> State:
     model = build_model(plan.recipe, pretrained=checkpoint is None)
     network = WithClassifier(model, len(plan.identities)) if plan.recipe.classifier else model
     network.to(plan.device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.Adam(network.parameters(), lr=plan.recipe.lr, fused=True)
+    optimiser = torch.optim.Adam(
+        network.parameters(),
+        lr=plan.recipe.lr,
+        weight_decay=plan.recipe.weight_decay,
+        fused=True,
+    )
     state = State(network, optimiser, plan.sampler(), plan.augmentation())
     if checkpoint:
         state.load_state_dict(checkpoint)
