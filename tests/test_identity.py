@@ -42,10 +42,10 @@ def test_triplets_see_the_features_and_the_classifier_their_batchnorm():
     torch.testing.assert_close(outputs[:, -9:], network.classifier(model.norm(pooled)))
 
 
-def test_the_loss_of_a_plan_is_that_of_embeddings():
-    plan = prepare(make_recipe("demo", **SETTINGS), show_progress=False)
+def test_the_loss_of_a_plan_is_that_of_embeddings_divided_by_the_temperature():
+    plan = prepare(make_recipe("demo", **SETTINGS, temperature=4.0), show_progress=False)
     emb, pids = torch.randn(8, 256), torch.arange(4).repeat_interleave(2)
-    assert plan.loss()(emb, pids).loss.equal(batch_hard(emb, pids, "soft").loss)
+    assert plan.loss()(emb, pids).loss.equal(batch_hard(emb / 4, pids, "soft").loss)
 
 
 def test_a_run_with_it_goes_on_bit_for_bit_and_leaves_the_network_alone():
