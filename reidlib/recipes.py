@@ -228,9 +228,13 @@ def listed(names: str) -> list[str]:
     return [names] if whole else [name.strip() for name in names.split(",")]
 
 
-def data_set_name(recipe: Recipe) -> str:
-    """Return what a model says it was trained on: names, no places."""
-    return "+".join(Path(name).name for name in listed(recipe.dataset))
+def bare(names: str) -> str:
+    """Return what a setting names, data sets or weights, without where they lie.
+
+    >>> bare("/data/market1501,/data/msmt17")
+    'market1501+msmt17'
+    """
+    return "+".join(Path(name).name for name in listed(names))
 
 
 def located(recipe: Recipe) -> Recipe:

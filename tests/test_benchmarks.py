@@ -67,7 +67,7 @@ def test_minutes_count_those_of_the_run_that_one_started_from(bench, tmp_path, m
 
 
 @pytest.mark.parametrize("resize", ["float", "pillow"])
-@pytest.mark.parametrize("name", ["batchhard_softplus", "batchhard_softplus_best"])
+@pytest.mark.parametrize("name", ["batchhard_softplus", "batchhard_softplus_soup"])
 def test_recompute_gives_torchreid_what_the_library_would_rank(
     bench, name, resize, tmp_path, monkeypatch, capsys
 ):

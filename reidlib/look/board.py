@@ -33,7 +33,7 @@ from reidlib.evaluation.retrieval import Retrieval
 from reidlib.look.figures import encode
 from reidlib.look.photographs import ranked_lists, ranked_row
 from reidlib.paths import cache_dir, outputs_dir
-from reidlib.recipes import WATCHING, Recipe, data_set_name
+from reidlib.recipes import WATCHING, Recipe, bare
 
 PICTURES = "pictures"
 
@@ -159,8 +159,8 @@ def hyperparameters(recipe: Recipe, steps: int) -> dict[str, str | float | bool]
     """
     hidden = NO_COLUMN if recipe.loss == "batch_all" else NO_COLUMN | {"mean"}
     return recipe.model_dump(exclude=hidden) | {
-        "dataset": data_set_name(recipe),
-        "weights": Path(recipe.weights).name,
+        "dataset": bare(recipe.dataset),
+        "weights": bare(recipe.weights),
         "margin": str(recipe.margin),
         "lr": re.sub(r"\.?0*e-0*", "e-", f"{recipe.lr:e}"),
         "seed": str(recipe.seed),

@@ -234,8 +234,10 @@ def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
 
 def _mean(tensors: list[Tensor]) -> Tensor:
     """Return the mean of tensors of one shape, of the first one's type; in float64, as some are halved."""
+    if len(tensors) == 1:
+        return tensors[0]
     mean = torch.stack([tensor.double() for tensor in tensors]).mean(dim=0)
-    return mean.to(tensors[0].dtype) if len(tensors) > 1 else tensors[0]
+    return mean.to(tensors[0].dtype)
 
 
 def _refuse_known_people(recipe: Recipe, learnt: dict[str, Any]) -> None:

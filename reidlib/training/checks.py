@@ -10,9 +10,9 @@ steps and on Market-1501, are healthy; the numbers of those runs stand beside th
 
 import math
 from contextlib import suppress
-from pathlib import Path
 
 from reidlib.extras import own_normalisation
+from reidlib.recipes import bare
 from reidlib.training.watched import MIN_ROWS, Watched, falls, stretch
 from reidlib.words import some
 
@@ -63,7 +63,7 @@ def weights_did_not_load(run: Watched) -> Sentences:
     """The backbone was to start from a file of weights, and some of its layers are as made."""
     if run.fresh:
         return (
-            f"Layers of the backbone have no weights of {Path(run.recipe.weights).name!r}.",
+            f"Layers of the backbone have no weights of {bare(run.recipe.weights)!r}.",
             f"{len(run.fresh)} BatchNorm layers are as PyTorch makes them: {some(run.fresh, 4)}",
             'Take the file from its source again, or weights="imagenet"; "none" starts from random ones.',
         )
@@ -78,7 +78,7 @@ def wrong_normalisation(run: Watched) -> Sentences:
     if weights != "none" and normalise != own:
         return (
             f"The backbone's weights expect pixels of {own}'s mean and deviation, and get others.",
-            f'normalise = "{normalise}" with weights = {Path(weights).name!r}',
+            f'normalise = "{normalise}" with weights = {bare(weights)!r}',
             f'normalise="{own}"',
         )
 

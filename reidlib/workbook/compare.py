@@ -17,7 +17,7 @@ from reidlib.look import board
 from reidlib.model.device import pick_device, resolve_precision
 from reidlib.paths import outputs_dir
 from reidlib.progress import progress
-from reidlib.recipes import WATCHING, Recipe, located
+from reidlib.recipes import WATCHING, Recipe, bare, located
 from reidlib.training import loop
 from reidlib.training.journal import tell
 from reidlib.workbook import workers
@@ -219,7 +219,7 @@ def _finished() -> Iterator[tuple[Path, dict, str]]:
 def _settings(recipe: Recipe) -> dict:
     """Return what makes a row. A file of weights goes by its name: where it lies is no setting."""
     settings = located(recipe).model_dump(exclude=set(WATCHING))
-    return settings | {"weights": Path(recipe.weights).name}
+    return settings | {"weights": bare(recipe.weights)}
 
 
 def _scored(row: Sought, folder: Path, split: Split) -> bool:

@@ -38,7 +38,7 @@ from reidlib.extras import NORMALISATIONS
 from reidlib.model.embed import embed
 from reidlib.model.network import EmbeddingNet
 from reidlib.model.weights import HUB, load_model, weights_file
-from reidlib.recipes import data_set_name
+from reidlib.recipes import bare
 from reidlib.runs import sha256, write_atomically, write_json
 
 TOLERANCE = 1e-4  # the largest difference of any number of an embedding …
@@ -140,7 +140,7 @@ def _card(model: EmbeddingNet, name: str, digest: str, normalised: bool) -> dict
     if normalised:
         card["input"]["range"] = "normalised"
         card["preprocessing"]["normalisation"]["inside_the_graph"] = False
-    origin = {"run": name, "trained_on": data_set_name(recipe), "variant": recipe.variant}
+    origin = {"run": name, "trained_on": bare(recipe.dataset), "variant": recipe.variant}
     origin |= recipe.model_dump(
         include={"backbone", "last_stride", "pooling_power", "norm", "head"}
     )

@@ -11,7 +11,7 @@ from reidlib.evaluation.scoring import score_run
 from reidlib.extras import NORMALISATIONS
 from reidlib.look import board
 from reidlib.model.weights import PUBLISHED, load_model, save_weights, weights_file
-from reidlib.recipes import data_set_name
+from reidlib.recipes import bare
 
 # What is released; the rest of a run is large, or shows people.
 FILES = ["README.md", "config.json", "manifest.json", "metrics.json", "history.csv"]
@@ -105,10 +105,11 @@ def model_card(folder: Path, hub: bool = False) -> str:
     )
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     template = template if hub else template[template.index("# {name}") :]
-    beside = f", an ID loss of weight {recipe.classifier:g} beside it"
+    beside = f", temperature {recipe.temperature:g}" * (recipe.temperature != 1)
+    beside += f", an ID loss of weight {recipe.classifier:g} beside it" * bool(recipe.classifier)
     return template.format(
         name=folder.name,
-        beside=beside * bool(recipe.classifier),
+        beside=beside,
         recipe=recipe,
         manifest=runs.read_json(folder / "manifest.json"),
         metrics=metrics,
@@ -121,8 +122,8 @@ def model_card(folder: Path, hub: bool = False) -> str:
         place=f"hf-hub:OWNER/{folder.name}" if hub else folder.name,
         index=_model_index(folder.name, metrics),
         stride=",\nits last stride 1 instead of 2" if recipe.last_stride == 1 else "",
-        trained_on=data_set_name(recipe),
-        weights=Path(recipe.weights).name,
+        trained_on=bare(recipe.dataset),
+        weights=bare(recipe.weights),
         flips="averaged" if metrics["flip"] else "not averaged",
         table=_score_table(metrics),
     )
