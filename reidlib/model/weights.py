@@ -214,11 +214,12 @@ def _load_pretrained(model: EmbeddingNet, recipe: Recipe) -> None:
         state, learnt = (_imagenet_weights(name), {}) if one == "imagenet" else _read(one)
         _refuse_known_people(recipe, learnt)
         states.append({k.removeprefix("module."): v for k, v in state.items()})
-    if len({str({k: v.shape for k, v in sorted(state.items())}) for state in states}) > 1:
+    shapes = [{k: v.shape for k, v in state.items()} for state in states]
+    if any(other != shapes[0] for other in shapes):
         raise ValueError(
             f"The weights {weights!r} are of different networks: there is no mean of them."
         )
-    state = {k: _mean([state[k] for state in states]) for k in states[0]}
+    state = {k: _mean([one[k] for one in states]) for k in states[0]}
     after = ("head.", "norm.")
     both = (state, model.state_dict())
     rest, own = ({k: v.shape for k, v in s.items() if k.startswith(after)} for s in both)
