@@ -69,6 +69,21 @@ def test_minutes_count_those_of_the_run_that_one_started_from(bench, tmp_path, m
     assert (tmp_path / "bench" / "minutes.svg").exists()
 
 
+def test_every_part_of_a_step_is_found(bench, monkeypatch, capsys):
+    """A part that the loop no longer calls has no time, and would end in an error."""
+    import step
+
+    small = "--backbone resnet8 --height 32 --p 2 --steps 8"
+    monkeypatch.setattr(sys, "argv", ["step.py", *small.split()])
+    step.main()
+    said, *rows = capsys.readouterr().out.splitlines()
+    assert said.startswith("resnet8, 32×16, B = 8: a step takes ")
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == [*step.PARTS, "all else"]
+    shares = [float(row.split("|")[3].strip(" %")) for row in rows]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
 @pytest.mark.parametrize("resize", ["float", "pillow"])
 @pytest.mark.parametrize("name", ["batchhard_softplus", "batchhard_softplus_soup"])
 def test_recompute_gives_torchreid_what_the_library_would_rank(
