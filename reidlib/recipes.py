@@ -158,7 +158,7 @@ class Recipe(BaseModel):
 
 
 STRONG = {"last_stride": 1, "head": False, "pooling_power": 3.0, "norm": True}
-STRONG |= {"erasing": 0.5, "epoch": "images"}
+STRONG |= {"erasing": 0.5, "epoch": "images", "temperature": 4.0}
 
 RECIPES = {
     # What the field's small repositories do: native size, flips only, a constant small rate. Their
