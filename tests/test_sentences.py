@@ -74,7 +74,6 @@ def shape(request):
 
 
 RELEASED = {path.parent.name for path in (ROOT / "outputs").glob("market*/history.csv")}
-RELEASED.remove("market1501_batchhard_softplus_grown")  # by a setting that was taken out
 
 
 @pytest.fixture(params=sorted(RELEASED))
